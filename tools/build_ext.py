@@ -1,0 +1,184 @@
+"""The setuptools commands behind setup.py, setup_sta.py and setup_vsa.py.
+
+CMake is the only description of the compile. Each component has its own CMake tree below
+build/native, shared by all setup files, and becomes `video_attn/_<name>.so` with a record beside it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from build_checks import (
+    BuildError,
+    HostCompiler,
+    check_cuda,
+    check_host_compiler,
+    check_thunderkittens,
+    probe_host_compiler,
+    probe_nvcc,
+    thunderkittens_dir,
+)
+from build_plan import COMPONENTS, ROOT, BuildOptions, ComponentSpec, Planned, Tools
+from build_plan import find_tools, make_plan
+from build_record import Record, format_table, git_revision, make_record, write_record
+from setuptools import Extension
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+PACKAGE = "video_attn"
+NATIVE_TREES = ROOT / "build" / "native"
+
+
+def settings(*default: str) -> dict[str, Any]:
+    """The arguments of `setup()` for a setup file that asks for the components `default`.
+
+    No name, version or dependency here: pyproject.toml holds them.
+    """
+    options = BuildOptions.from_environment(os.environ)
+    tools = find_tools(options)
+    plan = make_plan(default, options, tools)
+    NativeBuild.options, NativeBuild.tools, NativeBuild.plan = options, tools, plan
+    to_build = [item.spec.name for item in plan if item.reason is None]
+    return {
+        "ext_modules": [Extension(f"{PACKAGE}._{name}", sources=[]) for name in to_build],
+        "cmdclass": {
+            "build": CleanBuild,
+            "build_ext": NativeBuild,
+            "bdist_wheel": AnyPythonWheel,
+        },
+    }
+
+
+class CleanBuild(build):
+    """`build` from an empty build/lib, and with build_ext even when it only has reasons to write.
+
+    Wheels and installs take everything they find in build/lib: modules since removed, and the
+    libraries of another setup file. The CMake trees stand elsewhere and are kept.
+    """
+
+    sub_commands = [
+        (name, None if name == "build_ext" else needed) for name, needed in build.sub_commands
+    ]
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class AnyPythonWheel(bdist_wheel):
+    """No component holds a Python symbol, so a wheel with components serves every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+class NativeBuild(build_ext):
+    """Build the planned components with CMake and write a record for each of them."""
+
+    options = BuildOptions()
+    tools = Tools()
+    plan: tuple[Planned, ...] = ()
+
+    def run(self) -> None:
+        folder = self.component_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.inplace:
+            self.run_command("egg_info")  # a tree used in place knows its version by it
+        version, revision = self.distribution.get_version(), git_revision(ROOT)
+        records = []
+        for item in self.plan:
+            if item.reason is None:
+                record = self.build_component(item.spec, folder, version, revision)
+            else:
+                (folder / f"_{item.spec.name}.so").unlink(missing_ok=True)
+                record = make_record(item.spec.name, version, revision, reason=item.reason)
+            write_record(folder, record)
+            records.append(record)
+        atexit.register(print, "\n" + format_table(records), flush=True)
+
+    def component_folder(self) -> Path:
+        """Where the libraries go: the source tree for an in-place build, else build/lib."""
+        if self.inplace:
+            return Path(self.get_finalized_command("build_py").get_package_dir(PACKAGE))
+        return Path(self.build_lib) / PACKAGE
+
+    def build_component(
+        self, spec: ComponentSpec, folder: Path, version: str, revision: str | None
+    ) -> Record:
+        """Check, configure and compile one component and put it into `folder`."""
+        tools = self.tools
+        compiler = probe_host_compiler(tools.cxx)
+        check_host_compiler(compiler)
+        definitions = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CXX_COMPILER": shutil.which(tools.cxx) or tools.cxx,
+            "VIDEO_ATTN_COMPONENT": spec.name,
+            "VIDEO_ATTN_TORCH_DIR": str(tools.torch_dir),
+        }
+        cuda = None
+        if spec.is_cuda:
+            archs = self.options.cuda_archs or spec.cuda_archs
+            cuda = probe_nvcc(tools.nvcc)
+            check_cuda(spec.name, tools.nvcc, cuda, archs)
+            definitions["CMAKE_CUDA_COMPILER"] = tools.nvcc
+            definitions["VIDEO_ATTN_CUDA_ARCHS"] = ";".join(archs)
+        if spec.needs_thunderkittens:
+            kittens = thunderkittens_dir(ROOT, self.options.thunderkittens)
+            check_thunderkittens(spec.name, kittens)
+            definitions["VIDEO_ATTN_THUNDERKITTENS_DIR"] = str(kittens)
+        tree = self.compile_component(spec.name, definitions)
+        place_library(tree / f"_{spec.name}.so", folder)
+        return make_record(
+            spec.name,
+            version,
+            revision,
+            architectures=(tree / "architectures.txt").read_text().split(";"),
+            compiler=compiler.version,
+            torch=tools.torch_version,
+            cuda=f"{cuda[0]}.{cuda[1]}" if cuda else None,
+        )
+
+    def compile_component(self, name: str, definitions: dict[str, str]) -> Path:
+        """Run CMake; the tree is named by its settings, so that a changed one starts afresh."""
+        tools = self.tools
+        configure = [tools.cmake, "-S", str(ROOT), "-G", tools.generator]
+        configure += [f"-D{key}={value}" for key, value in definitions.items()]
+        configure += shlex.split(self.options.cmake_args)
+        identity = hashlib.sha256("\n".join([*configure, tools.torch_version]).encode())
+        tree = NATIVE_TREES / f"{name}-{identity.hexdigest()[:12]}"
+        jobs = self.options.max_jobs or str(self.parallel or os.cpu_count() or 1)
+        try:
+            subprocess.run([*configure, "-B", str(tree)], check=True)
+            subprocess.run([tools.cmake, "--build", str(tree), "--parallel", jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            raise BuildError(
+                f"component {name} does not compile (the compiler's own message is above); "
+                "VIDEO_ATTN_BUILD_EXT=0 installs without native components"
+            ) from error
+        return tree
+
+    def get_outputs(self) -> list[str]:
+        """Every file that `run` puts into the package."""
+        folder = self.component_folder()
+        libraries = [f"_{item.spec.name}.so" for item in self.plan if item.reason is None]
+        records = [f"_{item.spec.name}.json" for item in self.plan]
+        return [str(folder / name) for name in libraries + records]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # libraries are written where they belong, none is copied from a build folder
+
+
+def place_library(built: Path, folder: Path) -> None:
+    """Copy by replacement: a process that has the old library mapped keeps running with it."""
+    temporary = folder / f".{built.name}.new"
+    shutil.copy2(built, temporary)
+    os.replace(temporary, folder / built.name)

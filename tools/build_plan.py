@@ -1,0 +1,192 @@
+"""What a build makes: the native components, the wishes from the environment, and what is absent.
+
+Two kinds of trouble are told apart. Something *absent* (no torch, no nvcc, no compiler) leaves a
+component out, with the reason in the closing table and in the package. Something *unsuitable*
+(a compiler too old, CUDA too old, an empty submodule) stops the build: see build_checks.py.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_checks import BuildError
+
+ROOT = Path(__file__).resolve().parents[1]
+SWITCHES = ("auto", "0", "1")
+NO_SOURCES = "no sources in this version"
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One native library of the package, `video_attn/_<name>.so`."""
+
+    name: str
+    entry: str  # the sources that implement the operators; without them there is no component
+    cuda_archs: tuple[str, ...] = ()  # default architectures; empty for a component without CUDA
+    needs_thunderkittens: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        return bool(self.cuda_archs)
+
+    def has_sources(self, root: Path) -> bool:
+        return any(root.glob(self.entry))
+
+
+COMPONENTS = {
+    spec.name: spec
+    for spec in (
+        ComponentSpec("cpu", "csrc/cpu/*.cpp"),
+        ComponentSpec("sta", "csrc/bindings/sta*.cpp", ("90a",), needs_thunderkittens=True),
+        ComponentSpec("vsa", "csrc/bindings/vsa*.cpp", ("90a",), needs_thunderkittens=True),
+        ComponentSpec("sage", "csrc/bindings/sage*.cpp", ("80", "89", "90a")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Every environment variable the build reads, read once.
+
+    `VIDEO_ATTN_BUILD_EXT` is auto (leave out what cannot be built), 0 (build nothing) or 1 (what
+    cannot be built is an error); `VIDEO_ATTN_COMPONENTS` and `VIDEO_ATTN_CUDA_ARCHS` replace the
+    default lists. The others are the names that compilers, CMake and ThunderKittens already use.
+    """
+
+    switch: str = "auto"
+    components: tuple[str, ...] = ()
+    cuda_archs: tuple[str, ...] = ()
+    cxx: str = ""
+    cuda_compiler: str = ""
+    cuda_home: str = ""
+    thunderkittens: str = ""
+    max_jobs: str = ""
+    cmake_args: str = ""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> BuildOptions:
+        switch = environment.get("VIDEO_ATTN_BUILD_EXT", "auto") or "auto"
+        if switch not in SWITCHES:
+            raise BuildError(f"VIDEO_ATTN_BUILD_EXT is {switch!r}; allowed: {', '.join(SWITCHES)}")
+        components = split_list(environment.get("VIDEO_ATTN_COMPONENTS", ""))
+        unknown = [name for name in components if name not in COMPONENTS]
+        if unknown:
+            raise BuildError(
+                f"VIDEO_ATTN_COMPONENTS names {', '.join(unknown)}; allowed: {', '.join(COMPONENTS)}"
+            )
+        max_jobs = environment.get("MAX_JOBS", "")
+        if max_jobs and not (max_jobs.isdigit() and int(max_jobs) > 0):
+            raise BuildError(f"MAX_JOBS is {max_jobs!r}; allowed: a positive whole number")
+        return cls(
+            switch=switch,
+            components=components,
+            cuda_archs=split_list(environment.get("VIDEO_ATTN_CUDA_ARCHS", "")),
+            cxx=environment.get("CXX", ""),
+            cuda_compiler=environment.get("CUDACXX", ""),
+            cuda_home=environment.get("CUDA_HOME", ""),
+            thunderkittens=environment.get("THUNDERKITTENS_ROOT", ""),
+            max_jobs=max_jobs,
+            cmake_args=environment.get("CMAKE_ARGS", ""),
+        )
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What was found on the machine; an empty string or None stands for "absent"."""
+
+    cmake: str = ""
+    generator: str = ""
+    cxx: str = ""
+    nvcc: str = ""
+    torch_dir: Path | None = None
+    torch_version: str = ""
+    system: str = "Linux"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A component that was asked for, and why it is left out (None: it is built)."""
+
+    spec: ComponentSpec
+    reason: str | None
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Split on commas, semicolons and spaces: all three are in use for lists of this kind."""
+    return tuple(text.replace(",", " ").replace(";", " ").split())
+
+
+def find_tools(options: BuildOptions, which: Callable[[str], str | None] = shutil.which) -> Tools:
+    """Look for compilers, CMake and torch without running or importing any of them."""
+    torch_spec = importlib.util.find_spec("torch")
+    if torch_spec is None or not torch_spec.submodule_search_locations:
+        torch_dir, torch_version = None, ""
+    else:
+        torch_dir = Path(torch_spec.submodule_search_locations[0])
+        torch_version = importlib.metadata.version("torch")
+    return Tools(
+        cmake=which("cmake") or "",
+        generator="Ninja" if which("ninja") else "Unix Makefiles" if which("make") else "",
+        cxx=options.cxx or which("c++") or which("g++") or which("clang++") or "",
+        nvcc=find_nvcc(options, which),
+        torch_dir=torch_dir,
+        torch_version=torch_version,
+        system=platform.system(),
+    )
+
+
+def find_nvcc(options: BuildOptions, which: Callable[[str], str | None]) -> str:
+    """CUDACXX, then CUDA_HOME/bin, then PATH: the same order as CMake and torch."""
+    if options.cuda_compiler:
+        return which(options.cuda_compiler) or ""
+    if options.cuda_home:
+        return which(str(Path(options.cuda_home) / "bin" / "nvcc")) or ""
+    return which("nvcc") or ""
+
+
+def absent(spec: ComponentSpec, tools: Tools) -> str | None:
+    """Say in one sentence what the machine lacks to build `spec`, or None."""
+    if tools.system != "Linux":
+        return f"native components are built on Linux only, this is {tools.system}"
+    if tools.torch_dir is None:
+        return (
+            "torch is not importable in the build environment; install torch first, then run "
+            "pip install --no-build-isolation ."
+        )
+    if not tools.cmake or not tools.generator:
+        missing = "cmake" if not tools.cmake else "ninja (or make)"
+        return f"{missing} not found; pip install cmake ninja"
+    if not tools.cxx:
+        return "no C++ compiler found; install g++ 11 or newer, or set CXX"
+    if spec.is_cuda and not tools.nvcc:
+        return "nvcc not found; install the CUDA toolkit and set CUDA_HOME (Triton serves instead)"
+    return None
+
+
+def make_plan(
+    default: tuple[str, ...], options: BuildOptions, tools: Tools, root: Path = ROOT
+) -> tuple[Planned, ...]:
+    """Decide for every component asked for whether it is built, and if not, why.
+
+    Raises:
+        BuildError: VIDEO_ATTN_BUILD_EXT=1 and something needed is absent.
+    """
+    plan = []
+    for name in options.components or default:
+        spec = COMPONENTS[name]
+        if not spec.has_sources(root):
+            reason: str | None = NO_SOURCES
+        elif options.switch == "0":
+            reason = "VIDEO_ATTN_BUILD_EXT=0"
+        else:
+            reason = absent(spec, tools)
+            if reason and options.switch == "1":
+                raise BuildError(f"component {name} (VIDEO_ATTN_BUILD_EXT=1): {reason}")
+        plan.append(Planned(spec, reason))
+    return tuple(plan)
