@@ -38,6 +38,7 @@ endif()
 
 # The order of the objects matters: of an inline function that several of them emit the linker keeps
 # the first, and code for AVX512 must never serve an object of a lesser capability.
+find_library(C10_LIBRARY c10 PATHS "${VIDEO_ATTN_TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
 add_library(_cpu MODULE ${objects})
 set_target_properties(_cpu PROPERTIES
   PREFIX "" SUFFIX ".so" LINKER_LANGUAGE CXX SKIP_BUILD_RPATH ON)

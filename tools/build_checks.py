@@ -6,6 +6,7 @@ checks are tested without owning an old compiler.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -56,6 +57,7 @@ class HostCompiler:
     has_cxx20: bool
 
 
+@functools.cache
 def probe_host_compiler(command: str) -> HostCompiler:
     """Ask the compiler its version and let it compile a small C++20 program."""
     try:
@@ -96,6 +98,7 @@ def parse_nvcc_version(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@functools.cache
 def probe_nvcc(command: str) -> tuple[int, int]:
     """The CUDA version of an nvcc."""
     try:
@@ -129,7 +132,7 @@ def check_cuda(component: str, nvcc: str, version: tuple[int, int], archs: Seque
 
 def thunderkittens_dir(root: Path, override: str) -> Path:
     """The checkout of ThunderKittens: THUNDERKITTENS_ROOT, otherwise the submodule."""
-    return Path(override) if override else root / SUBMODULE
+    return Path(override).absolute() if override else root / SUBMODULE
 
 
 def check_thunderkittens(component: str, folder: Path) -> None:

@@ -1,24 +1,25 @@
 """The setuptools commands behind setup.py, setup_sta.py and setup_vsa.py.
 
 CMake is the only description of the compile. Each component has its own CMake tree below
-build/native, shared by all setup files, and becomes `video_attn/_<name>.so` with a record beside it.
+build/native, shared by all setup files, and becomes `video_attn/_<name>.so`, with a record beside.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from build_checks import (
     BuildError,
-    HostCompiler,
     check_cuda,
     check_host_compiler,
     check_thunderkittens,
@@ -26,15 +27,14 @@ from build_checks import (
     probe_nvcc,
     thunderkittens_dir,
 )
-from build_plan import COMPONENTS, ROOT, BuildOptions, ComponentSpec, Planned, Tools
-from build_plan import find_tools, make_plan
-from build_record import Record, format_table, git_revision, make_record, write_record
+from build_install import PACKAGE, PipInstall
+from build_plan import ROOT, BuildOptions, Planned, Tools, find_tools, make_plan
+from build_record import format_table, git_revision, make_record, write_record
 from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
-PACKAGE = "video_attn"
 NATIVE_TREES = ROOT / "build" / "native"
 
 
@@ -47,6 +47,7 @@ def settings(*default: str) -> dict[str, Any]:
     tools = find_tools(options)
     plan = make_plan(default, options, tools)
     NativeBuild.options, NativeBuild.tools, NativeBuild.plan = options, tools, plan
+    PipInstall.components = tuple(item.spec.name for item in plan)
     to_build = [item.spec.name for item in plan if item.reason is None]
     return {
         "ext_modules": [Extension(f"{PACKAGE}._{name}", sources=[]) for name in to_build],
@@ -54,6 +55,7 @@ def settings(*default: str) -> dict[str, Any]:
             "build": CleanBuild,
             "build_ext": NativeBuild,
             "bdist_wheel": AnyPythonWheel,
+            "install": PipInstall,
         },
     }
 
@@ -65,7 +67,7 @@ class CleanBuild(build):
     libraries of another setup file. The CMake trees stand elsewhere and are kept.
     """
 
-    sub_commands = [
+    sub_commands: ClassVar = [
         (name, None if name == "build_ext" else needed) for name, needed in build.sub_commands
     ]
 
@@ -84,7 +86,7 @@ class AnyPythonWheel(bdist_wheel):
 class NativeBuild(build_ext):
     """Build the planned components with CMake and write a record for each of them."""
 
-    options = BuildOptions()
+    options = BuildOptions()  # these three are set by settings(): one process, one setup file
     tools = Tools()
     plan: tuple[Planned, ...] = ()
 
@@ -94,13 +96,16 @@ class NativeBuild(build_ext):
         if self.inplace:
             self.run_command("egg_info")  # a tree used in place knows its version by it
         version, revision = self.distribution.get_version(), git_revision(ROOT)
+        prepared = {item: self.prepare(item) for item in self.plan if item.reason is None}
         records = []
         for item in self.plan:
-            if item.reason is None:
-                record = self.build_component(item.spec, folder, version, revision)
+            if item in prepared:
+                definitions, facts = prepared[item]
+                facts["architectures"] = self.compile_into(folder, item.spec.name, definitions)
             else:
                 (folder / f"_{item.spec.name}.so").unlink(missing_ok=True)
-                record = make_record(item.spec.name, version, revision, reason=item.reason)
+                facts = {"reason": item.reason}
+            record = make_record(item.spec.name, version, revision, **facts)
             write_record(folder, record)
             records.append(record)
         atexit.register(print, "\n" + format_table(records), flush=True)
@@ -111,60 +116,61 @@ class NativeBuild(build_ext):
             return Path(self.get_finalized_command("build_py").get_package_dir(PACKAGE))
         return Path(self.build_lib) / PACKAGE
 
-    def build_component(
-        self, spec: ComponentSpec, folder: Path, version: str, revision: str | None
-    ) -> Record:
-        """Check, configure and compile one component and put it into `folder`."""
-        tools = self.tools
+    def prepare(self, item: Planned) -> tuple[dict[str, str], dict[str, Any]]:
+        """Check what the component needs, before anything is compiled.
+
+        Returns:
+            The definitions for CMake, and the facts for the record.
+
+        Raises:
+            BuildError: a compiler or source tree that is there but unsuitable.
+        """
+        spec, tools = item.spec, self.tools
         compiler = probe_host_compiler(tools.cxx)
         check_host_compiler(compiler)
+        facts = {"compiler": compiler.version, "torch": tools.torch_version}
         definitions = {
-            "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CXX_COMPILER": shutil.which(tools.cxx) or tools.cxx,
             "VIDEO_ATTN_COMPONENT": spec.name,
             "VIDEO_ATTN_TORCH_DIR": str(tools.torch_dir),
         }
-        cuda = None
         if spec.is_cuda:
-            archs = self.options.cuda_archs or spec.cuda_archs
             cuda = probe_nvcc(tools.nvcc)
-            check_cuda(spec.name, tools.nvcc, cuda, archs)
+            check_cuda(spec.name, tools.nvcc, cuda, item.cuda_archs)
+            facts["cuda"] = f"{cuda[0]}.{cuda[1]}"
             definitions["CMAKE_CUDA_COMPILER"] = tools.nvcc
-            definitions["VIDEO_ATTN_CUDA_ARCHS"] = ";".join(archs)
-        if spec.needs_thunderkittens:
+            definitions["VIDEO_ATTN_CUDA_ARCHS"] = ";".join(item.cuda_archs)
+        if spec.hopper_only:
             kittens = thunderkittens_dir(ROOT, self.options.thunderkittens)
             check_thunderkittens(spec.name, kittens)
             definitions["VIDEO_ATTN_THUNDERKITTENS_DIR"] = str(kittens)
-        tree = self.compile_component(spec.name, definitions)
-        place_library(tree / f"_{spec.name}.so", folder)
-        return make_record(
-            spec.name,
-            version,
-            revision,
-            architectures=(tree / "architectures.txt").read_text().split(";"),
-            compiler=compiler.version,
-            torch=tools.torch_version,
-            cuda=f"{cuda[0]}.{cuda[1]}" if cuda else None,
-        )
+        return definitions, facts
 
-    def compile_component(self, name: str, definitions: dict[str, str]) -> Path:
-        """Run CMake; the tree is named by its settings, so that a changed one starts afresh."""
+    def compile_into(self, folder: Path, name: str, definitions: Mapping[str, str]) -> list[str]:
+        """Compile a component with CMake, put it into `folder`, return its architectures.
+
+        The CMake tree is named by its settings, so that a changed setting starts afresh.
+        """
         tools = self.tools
-        configure = [tools.cmake, "-S", str(ROOT), "-G", tools.generator]
+        generator = "Ninja" if tools.ninja else "Unix Makefiles"
+        configure = [tools.cmake, "-S", str(ROOT), "-G", generator, "-DCMAKE_BUILD_TYPE=Release"]
+        configure.append(f"-DCMAKE_MAKE_PROGRAM={tools.ninja or tools.make}")
         configure += [f"-D{key}={value}" for key, value in definitions.items()]
         configure += shlex.split(self.options.cmake_args)
         identity = hashlib.sha256("\n".join([*configure, tools.torch_version]).encode())
         tree = NATIVE_TREES / f"{name}-{identity.hexdigest()[:12]}"
-        jobs = self.options.max_jobs or str(self.parallel or os.cpu_count() or 1)
+        jobs = self.options.max_jobs or str(os.cpu_count() or 1)
         try:
-            subprocess.run([*configure, "-B", str(tree)], check=True)
-            subprocess.run([tools.cmake, "--build", str(tree), "--parallel", jobs], check=True)
+            with locked(tree):
+                subprocess.run([*configure, "-B", str(tree)], check=True)
+                subprocess.run([tools.cmake, "--build", str(tree), "--parallel", jobs], check=True)
+                place_library(tree / f"_{name}.so", folder)
         except subprocess.CalledProcessError as error:
             raise BuildError(
                 f"component {name} does not compile (the compiler's own message is above); "
                 "VIDEO_ATTN_BUILD_EXT=0 installs without native components"
             ) from error
-        return tree
+        return (tree / "architectures.txt").read_text().split(";")
 
     def get_outputs(self) -> list[str]:
         """Every file that `run` puts into the package."""
@@ -175,6 +181,15 @@ class NativeBuild(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # libraries are written where they belong, none is copied from a build folder
+
+
+@contextmanager
+def locked(tree: Path) -> Iterator[None]:
+    """Let one build at a time work in a CMake tree; the others wait and then find it done."""
+    tree.mkdir(parents=True, exist_ok=True)
+    with open(tree / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def place_library(built: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import shutil
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class ComponentSpec:
     name: str
     entry: str  # the sources that implement the operators; without them there is no component
     cuda_archs: tuple[str, ...] = ()  # default architectures; empty for a component without CUDA
-    needs_thunderkittens: bool = False
+    hopper_only: bool = False  # written with ThunderKittens for exactly these architectures
 
     @property
     def is_cuda(self) -> bool:
@@ -43,8 +44,8 @@ COMPONENTS = {
     spec.name: spec
     for spec in (
         ComponentSpec("cpu", "csrc/cpu/*.cpp"),
-        ComponentSpec("sta", "csrc/bindings/sta*.cpp", ("90a",), needs_thunderkittens=True),
-        ComponentSpec("vsa", "csrc/bindings/vsa*.cpp", ("90a",), needs_thunderkittens=True),
+        ComponentSpec("sta", "csrc/bindings/sta*.cpp", ("90a",), hopper_only=True),
+        ComponentSpec("vsa", "csrc/bindings/vsa*.cpp", ("90a",), hopper_only=True),
         ComponentSpec("sage", "csrc/bindings/sage*.cpp", ("80", "89", "90a")),
     )
 }
@@ -71,17 +72,23 @@ class BuildOptions:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> BuildOptions:
-        switch = environment.get("VIDEO_ATTN_BUILD_EXT", "auto") or "auto"
+        """Read and check the variables.
+
+        Raises:
+            BuildError: a value that is not allowed; the message names the variable.
+        """
+        switch = environment.get("VIDEO_ATTN_BUILD_EXT") or "auto"
         if switch not in SWITCHES:
             raise BuildError(f"VIDEO_ATTN_BUILD_EXT is {switch!r}; allowed: {', '.join(SWITCHES)}")
         components = split_list(environment.get("VIDEO_ATTN_COMPONENTS", ""))
         unknown = [name for name in components if name not in COMPONENTS]
         if unknown:
             raise BuildError(
-                f"VIDEO_ATTN_COMPONENTS names {', '.join(unknown)}; allowed: {', '.join(COMPONENTS)}"
+                f"VIDEO_ATTN_COMPONENTS names {', '.join(unknown)}; "
+                f"allowed: {', '.join(COMPONENTS)}"
             )
         max_jobs = environment.get("MAX_JOBS", "")
-        if max_jobs and not (max_jobs.isdigit() and int(max_jobs) > 0):
+        if max_jobs and not (max_jobs.isdecimal() and int(max_jobs) > 0):
             raise BuildError(f"MAX_JOBS is {max_jobs!r}; allowed: a positive whole number")
         return cls(
             switch=switch,
@@ -101,7 +108,8 @@ class Tools:
     """What was found on the machine; an empty string or None stands for "absent"."""
 
     cmake: str = ""
-    generator: str = ""
+    ninja: str = ""
+    make: str = ""
     cxx: str = ""
     nvcc: str = ""
     torch_dir: Path | None = None
@@ -111,28 +119,34 @@ class Tools:
 
 @dataclass(frozen=True)
 class Planned:
-    """A component that was asked for, and why it is left out (None: it is built)."""
+    """A component that was asked for: for which architectures, and why not (None: it is built)."""
 
     spec: ComponentSpec
     reason: str | None
+    cuda_archs: tuple[str, ...] = ()
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    """Split on commas, semicolons and spaces: all three are in use for lists of this kind."""
-    return tuple(text.replace(",", " ").replace(";", " ").split())
+    """Split on commas, semicolons and spaces, and drop repetitions."""
+    return tuple(dict.fromkeys(text.replace(",", " ").replace(";", " ").split()))
 
 
-def find_tools(options: BuildOptions, which: Callable[[str], str | None] = shutil.which) -> Tools:
+def find_program(name: str) -> str | None:
+    """A program beside the running Python (where pip puts cmake and ninja), otherwise in PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def find_tools(options: BuildOptions, which: Callable[[str], str | None] = find_program) -> Tools:
     """Look for compilers, CMake and torch without running or importing any of them."""
+    torch_dir, torch_version = None, ""
     torch_spec = importlib.util.find_spec("torch")
-    if torch_spec is None or not torch_spec.submodule_search_locations:
-        torch_dir, torch_version = None, ""
-    else:
+    if torch_spec is not None and torch_spec.submodule_search_locations:
         torch_dir = Path(torch_spec.submodule_search_locations[0])
         torch_version = importlib.metadata.version("torch")
     return Tools(
         cmake=which("cmake") or "",
-        generator="Ninja" if which("ninja") else "Unix Makefiles" if which("make") else "",
+        ninja=which("ninja") or "",
+        make=which("make") or "",
         cxx=options.cxx or which("c++") or which("g++") or which("clang++") or "",
         nvcc=find_nvcc(options, which),
         torch_dir=torch_dir,
@@ -142,7 +156,7 @@ def find_tools(options: BuildOptions, which: Callable[[str], str | None] = shuti
 
 
 def find_nvcc(options: BuildOptions, which: Callable[[str], str | None]) -> str:
-    """CUDACXX, then CUDA_HOME/bin, then PATH: the same order as CMake and torch."""
+    """CUDACXX, then CUDA_HOME/bin, then PATH: the order of CMake and torch."""
     if options.cuda_compiler:
         return which(options.cuda_compiler) or ""
     if options.cuda_home:
@@ -159,9 +173,10 @@ def absent(spec: ComponentSpec, tools: Tools) -> str | None:
             "torch is not importable in the build environment; install torch first, then run "
             "pip install --no-build-isolation ."
         )
-    if not tools.cmake or not tools.generator:
-        missing = "cmake" if not tools.cmake else "ninja (or make)"
-        return f"{missing} not found; pip install cmake ninja"
+    if not tools.cmake:
+        return "cmake not found; pip install cmake ninja"
+    if not tools.ninja and not tools.make:
+        return "neither ninja nor make found; pip install ninja"
     if not tools.cxx:
         return "no C++ compiler found; install g++ 11 or newer, or set CXX"
     if spec.is_cuda and not tools.nvcc:
@@ -169,24 +184,34 @@ def absent(spec: ComponentSpec, tools: Tools) -> str | None:
     return None
 
 
-def make_plan(
-    default: tuple[str, ...], options: BuildOptions, tools: Tools, root: Path = ROOT
-) -> tuple[Planned, ...]:
-    """Decide for every component asked for whether it is built, and if not, why.
+def choose_archs(spec: ComponentSpec, options: BuildOptions) -> tuple[str, ...]:
+    """The architectures asked for, as far as the kernels of `spec` can serve them."""
+    asked = options.cuda_archs or spec.cuda_archs
+    return tuple(arch for arch in asked if not spec.hopper_only or arch in spec.cuda_archs)
+
+
+def plan_component(spec: ComponentSpec, options: BuildOptions, tools: Tools, root: Path) -> Planned:
+    """Decide whether `spec` is built, and if not, why.
 
     Raises:
         BuildError: VIDEO_ATTN_BUILD_EXT=1 and something needed is absent.
     """
-    plan = []
-    for name in options.components or default:
-        spec = COMPONENTS[name]
-        if not spec.has_sources(root):
-            reason: str | None = NO_SOURCES
-        elif options.switch == "0":
-            reason = "VIDEO_ATTN_BUILD_EXT=0"
-        else:
-            reason = absent(spec, tools)
-            if reason and options.switch == "1":
-                raise BuildError(f"component {name} (VIDEO_ATTN_BUILD_EXT=1): {reason}")
-        plan.append(Planned(spec, reason))
-    return tuple(plan)
+    if not spec.has_sources(root):
+        return Planned(spec, NO_SOURCES)
+    if options.switch == "0":
+        return Planned(spec, "VIDEO_ATTN_BUILD_EXT=0")
+    reason = absent(spec, tools)
+    if reason and options.switch == "1":
+        raise BuildError(f"component {spec.name}, and VIDEO_ATTN_BUILD_EXT=1: {reason}")
+    archs = choose_archs(spec, options) if spec.is_cuda else ()
+    if spec.is_cuda and not archs:
+        reason = f"its kernels are for {' '.join(spec.cuda_archs)}, VIDEO_ATTN_CUDA_ARCHS is not"
+    return Planned(spec, reason, archs)
+
+
+def make_plan(
+    default: tuple[str, ...], options: BuildOptions, tools: Tools, root: Path = ROOT
+) -> tuple[Planned, ...]:
+    """Plan the components of a setup file, or those of VIDEO_ATTN_COMPONENTS."""
+    names = options.components or default
+    return tuple(plan_component(COMPONENTS[name], options, tools, root) for name in names)

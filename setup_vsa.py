@@ -1,0 +1,16 @@
+"""Build and install video-attn with the video sparse attention kernels for Hopper.
+
+The CPU component comes along: it costs no CUDA, and where the Hopper kernels cannot be built it is
+what `tests/test_vsa.py` runs on after the install.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+
+from build_ext import settings
+
+setup(**settings("cpu", "vsa"))
