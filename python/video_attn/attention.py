@@ -1,0 +1,197 @@
+"""attention(q, k, v, mask): the one way into the kernels. Validates, then calls the operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # noqa: F401  defines the operators
+from .block_mask import BlockMask
+from .registry import PRECISIONS, check_backend_name
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = ..., *, precision: str = ...,
+    scale: float | None = ..., is_causal: bool = ..., return_lse: Literal[False] = ...,
+    layout: str = ..., backend: str | None = ..., deterministic: bool = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = ..., *, precision: str = ...,
+    scale: float | None = ..., is_causal: bool = ..., return_lse: Literal[True],
+    layout: str = ..., backend: str | None = ..., deterministic: bool = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None = None,
+    *,
+    precision: str = "native",
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+    layout: str = "bhsd",
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the pairs that ``mask`` keeps: softmax(scale * q k^T) v.
+
+    Args:
+        q: [B, Hq, Sq, D]; fp16, bf16 or fp32 (fp64 on the reference backend). D <= 256, any value.
+        k: [B, Hkv, Sk, D]. v: [B, Hkv, Sk, Dv]. Hq must be a multiple of Hkv (GQA): query head h reads key head
+            h // (Hq // Hkv). All three are read in place through their strides; the last stride must be 1.
+        mask: which key blocks each query block sees; None for dense attention.
+        precision: "native" (the dtype of q, k, v, fp32 accumulation), or a quantized kernel: "sage_fp16" (INT8 QK,
+            fp16 PV), "sage_fp8" (INT8 QK, FP8 PV), "fp8".
+        scale: of the scores, a positive number; default 1/sqrt(D).
+        is_causal: dense only; query i sees keys up to i + Sk - Sq (aligned at the bottom right).
+        return_lse: also return the log-sum-exp of the scaled scores.
+        layout: "bhsd", or "bshd" for tensors (and output) [B, S, H, D].
+        backend: a name from ``video-attn info`` to force it; default the best that can serve.
+        deterministic: bitwise repeatable gradients, also asked for by ``torch.use_deterministic_algorithms``. The
+            forward pass always is.
+
+    Returns:
+        out [B, Hq, Sq, Dv] in the dtype of q, in q's memory order; with ``return_lse`` also lse, fp32 [B, Hq, Sq],
+        natural logarithm. A query row that sees no key, or lies past its block's valid length: output 0, lse -inf,
+        gradients 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
+        RuntimeError: no backend, or not the one asked for, can serve; the message says why for each.
+    """
+    q, k, v = _to_bhsd(layout, q=q, k=k, v=v)
+    _check_shapes(q, k, v)
+    _check_options(precision, is_causal, return_lse, backend, deterministic)
+    scale = _check_scale(scale, q.shape[3])
+    if mask is not None:
+        _check_mask(q, k, mask, is_causal)
+    if precision != "native" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            f"precision {precision!r} has no backward pass, but q, k or v requires grad. Use "
+            "precision='native' for training, or call under torch.no_grad()"
+        )
+    out, lse = torch.ops.video_attn.attention_forward(
+        q, k, v, *_mask_arguments(q, k, v, mask), scale, is_causal, precision,
+        deterministic or torch.are_deterministic_algorithms_enabled(), backend,
+    )  # fmt: skip
+    if layout == "bshd":
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def _mask_arguments(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple:
+    if mask is None:
+        return (None,) * 6 + (0, 0)
+    transpose: tuple[Tensor | None, Tensor | None] = (None, None)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        transpose = mask.transposed()
+    return (
+        mask.kv_num_blocks, mask.kv_indices, *transpose,
+        mask.q_block_lens, mask.kv_block_lens, mask.q_block_size, mask.kv_block_size,
+    )  # fmt: skip
+
+
+def _to_bhsd(layout: str, **tensors: Tensor) -> list[Tensor]:
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            letters = "[B, H, S, D]" if layout == "bhsd" else "[B, S, H, D]"
+            raise ValueError(f"{name} must be {letters}, got shape {tuple(x.shape)}")
+    if layout == "bshd":
+        return [x.transpose(1, 2) for x in tensors.values()]
+    return list(tensors.values())
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in _DTYPES:
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {x.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have the head_dim of q, {q.shape[3]}, got {k.shape[3]}")
+    for name, expected, got in (
+        ("heads", k.shape[1], v.shape[1]),
+        ("tokens", k.shape[2], v.shape[2]),
+    ):
+        if got != expected:
+            raise ValueError(f"v must have as many {name} as k, {expected}, got {got}")
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim of {name} must be 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must have a multiple of k's heads (GQA): q has {q.shape[1]}, k has {k.shape[1]}"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(
+                f"{name} must have stride 1 on its last dimension, got strides {tuple(x.stride())}; "
+                f"pass {name}.contiguous()"
+            )
+
+
+def _check_options(
+    precision: str, is_causal: bool, return_lse: bool, backend: str | None, deterministic: bool
+) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    for name, value in (
+        ("is_causal", is_causal),
+        ("return_lse", return_lse),
+        ("deterministic", deterministic),
+    ):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if backend is not None:
+        check_backend_name(backend)
+
+
+def _check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number > 0, got {scale}")
+    return float(scale)
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: BlockMask, is_causal: bool) -> None:
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"mask must be a video_attn.BlockMask or None, got {type(mask).__name__}; make one with "
+            "BlockMask.from_dense, BlockMask.from_flex or a pattern"
+        )
+    if is_causal:
+        raise ValueError("is_causal is for dense attention: it must be False with a mask")
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}, but q is on {q.device}; use mask.to(q.device)")
+    for name, expected, got in (("q_len", q.shape[2], mask.q_len), ("kv_len", k.shape[2], mask.kv_len)):
+        if got != expected:
+            raise ValueError(f"mask has {name} {got}, but the tensors have {expected} tokens")
+    for name, x in (
+        ("kv_num_blocks", mask.kv_num_blocks),
+        ("q_block_lens", mask.q_block_lens),
+        ("kv_block_lens", mask.kv_block_lens),
+    ):
+        if x is not None and x.shape[0] not in (1, q.shape[0]):
+            raise ValueError(f"mask.{name} has batch {x.shape[0]}; allowed: 1 or {q.shape[0]}")
+    if mask.kv_num_blocks.shape[1] not in (1, q.shape[1]):
+        raise ValueError(f"mask has {mask.kv_num_blocks.shape[1]} heads; allowed: 1 or {q.shape[1]}")

@@ -1,0 +1,155 @@
+"""The definition, in plain torch: fp32 arithmetic, fp64 for fp64 inputs.
+
+One query block at a time: gather the listed valid keys, softmax, multiply. Slow, honest, and really sparse: keys that
+no list names are never read. It reads the lists on the host, so on a GPU it stops the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..registry import Backend, Problem, register
+from .outputs import empty_like_heads, empty_lse
+
+_DENSE_ROWS = 256  # query rows at a time without a mask: bounds the score matrix
+
+
+class _Step(NamedTuple):
+    """Valid query rows and the keys they see, for one (batch, head)."""
+
+    batch: int
+    head: int
+    rows: Tensor  # int64 [R]
+    keys: Tensor  # int64 [K]
+    hidden: Tensor | None  # bool [R, K], causal only
+
+
+def _available() -> str | None:
+    return None
+
+
+def _supports(problem: Problem) -> str | None:
+    if problem.precision != "native":
+        return f"precision {problem.precision!r} is not 'native'"
+    return None
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = empty_like_heads(q, v.shape[-1]).zero_(), empty_lse(q).fill_(-torch.inf)
+    group = q.shape[1] // k.shape[1]
+    for step in _steps(q, k, mask, is_causal):
+        b, h = step.batch, step.head
+        scores = _scores(q, k, step, scale, group)
+        row_lse = scores.logsumexp(-1)
+        weights = _weights(scores, row_lse)
+        out[b, h, step.rows] = (weights @ v[b, h // group, step.keys].to(scores.dtype)).to(out.dtype)
+        lse[b, h, step.rows] = row_lse
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = lse.dtype
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    for step in _steps(q, k, mask, is_causal):
+        b, h, h_kv = step.batch, step.head, step.head // group
+        rows, keys = step.rows, step.keys
+        scores = _scores(q, k, step, scale, group)
+        weights = _weights(scores, lse[b, h, rows])
+        grad = grad_out[b, h, rows].to(wide)
+        delta = (grad * out[b, h, rows].to(wide)).sum(-1)
+        if grad_lse is not None:
+            # lse depends on the scores by the same weights: d lse / d score = weight.
+            delta = delta - torch.where(lse[b, h, rows].isneginf(), 0, grad_lse[b, h, rows].to(wide))
+        dv[b, h_kv, keys] += weights.mT @ grad
+        dscores = weights * (grad @ v[b, h_kv, keys].to(wide).mT - delta[:, None]) * scale
+        dq[b, h, rows] = dscores @ k[b, h_kv, keys].to(wide)
+        dk[b, h_kv, keys] += dscores.mT @ q[b, h, rows].to(wide)
+    return tuple(
+        empty_like_heads(x, x.shape[-1]).copy_(dx) for x, dx in ((q, dq), (k, dk), (v, dv))
+    )
+
+
+def _scores(q: Tensor, k: Tensor, step: _Step, scale: float, group: int) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = q[step.batch, step.head, step.rows].to(wide)
+    keys = k[step.batch, step.head // group, step.keys].to(wide)
+    scores = rows @ keys.mT * scale
+    return scores if step.hidden is None else scores.masked_fill(step.hidden, -torch.inf)
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """softmax, zero for a row that sees no key."""
+    return torch.where(lse.isneginf()[:, None], 0, torch.exp(scores - lse[:, None]))
+
+
+def _steps(q: Tensor, k: Tensor, mask: BlockMask | None, is_causal: bool) -> Iterator[_Step]:
+    batches, heads = q.shape[:2]
+    for b in range(batches):
+        for h in range(heads):
+            steps = _dense_rows(q, k, is_causal) if mask is None else _mask_rows(mask, b, h)
+            for rows, keys, hidden in steps:
+                yield _Step(b, h, rows, keys, hidden)
+
+
+def _dense_rows(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    q_len, kv_len = q.shape[2], k.shape[2]
+    keys = torch.arange(kv_len, device=q.device)
+    for start in range(0, q_len, _DENSE_ROWS):
+        rows = torch.arange(start, min(start + _DENSE_ROWS, q_len), device=q.device)
+        # Bottom-right aligned: the last query sees every key.
+        hidden = keys[None, :] > rows[:, None] + (kv_len - q_len) if is_causal else None
+        yield rows, keys, hidden
+
+
+def _mask_rows(mask: BlockMask, b: int, h: int) -> Iterator[tuple[Tensor, Tensor, None]]:
+    b_mask, h_mask = min(b, mask.kv_indices.shape[0] - 1), min(h, mask.kv_indices.shape[1] - 1)
+    counts = mask.kv_num_blocks[b_mask, h_mask].tolist()
+    q_lens, kv_lens = mask.q_lens(), mask.kv_lens()
+    q_lens, kv_lens = q_lens[min(b, q_lens.shape[0] - 1)], kv_lens[min(b, kv_lens.shape[0] - 1)]
+    in_slot = torch.arange(mask.kv_block_size, device=mask.device)
+    for i, (count, q_n) in enumerate(zip(counts, q_lens.tolist(), strict=True)):
+        listed = mask.kv_indices[b_mask, h_mask, i, :count].long()
+        keys = (listed[:, None] * mask.kv_block_size + in_slot)[in_slot < kv_lens[listed][:, None]]
+        if q_n > 0 and keys.numel() > 0:
+            start = i * mask.q_block_size
+            yield torch.arange(start, start + q_n, device=mask.device), keys, None
+
+
+register(
+    Backend(
+        name="reference",
+        priority=0,
+        available=_available,
+        supports=_supports,
+        forward=_forward,
+        backward=_backward,
+    )
+)

@@ -1,0 +1,1 @@
+"""Placeholder until the CPU engineer's file lands."""

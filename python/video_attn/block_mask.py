@@ -1,0 +1,354 @@
+"""BlockMask: which key blocks a query block sees. The one thing that patterns make and kernels consume.
+
+Field names follow ``torch.nn.attention.flex_attention.BlockMask``. There are no element masks inside a block: partial
+cover (ragged tiles, text padding, tails) is said by the number of valid tokens per slot, valid tokens first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+
+def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a boolean matrix as (counts int32 [..., R], ascending column lists int32 [..., R, C], padded with 0).
+
+    Runs on the device of ``keep`` with static shapes: no host sync.
+    """
+    counts = keep.sum(-1, dtype=torch.int32)
+    order = torch.argsort(keep, dim=-1, descending=True, stable=True).int()
+    position = torch.arange(keep.shape[-1], device=keep.device)
+    return counts, order.masked_fill_(position >= counts[..., None], 0)
+
+
+def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """The boolean matrix [..., R, columns] of row lists; entries past a row's count are not looked at."""
+    position = torch.arange(indices.shape[-1], device=indices.device)
+    # An extra column takes what lies past the count, whatever it holds.
+    target = torch.where(position < counts[..., None], indices, columns).long()
+    keep = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=counts.device)
+    return keep.scatter_(-1, target, True)[..., :columns]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockMask:
+    """Block-sparse attention mask: for every query block, an ascending list of key blocks. Immutable.
+
+    Args:
+        kv_num_blocks: int32 [B|1, H|1, Nq], length of each list. Dimensions of size 1 serve all batches or heads.
+        kv_indices: int32 [B|1, H|1, Nq, Kmax], ascending; what stands past a list's length is never read.
+        q_block_size, kv_block_size: tokens per block slot, any positive number.
+        q_len, kv_len: tokens of the sequences; Nq = ceil(q_len / q_block_size), likewise for keys.
+        q_block_lens, kv_block_lens: int32 [B|1, N], valid tokens of each slot (valid first), or None: all valid.
+            The last slot also ends where the sequence ends.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit together. Values are not read here: the
+            lists may be on a GPU.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    q_block_size: int
+    kv_block_size: int
+    q_len: int
+    kv_len: int
+    q_block_lens: Tensor | None = None
+    kv_block_lens: Tensor | None = None
+    _transpose: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("q_block_size", "kv_block_size", "q_len", "kv_len"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        _check_tensor("kv_num_blocks", self.kv_num_blocks, 3, self.kv_num_blocks)
+        _check_tensor("kv_indices", self.kv_indices, 4, self.kv_num_blocks)
+        if self.kv_num_blocks.shape[2] != self.num_q_blocks:
+            raise ValueError(
+                f"kv_num_blocks has {self.kv_num_blocks.shape[2]} query blocks, but q_len {self.q_len} in "
+                f"blocks of {self.q_block_size} makes {self.num_q_blocks}"
+            )
+        if self.kv_indices.shape[:3] != self.kv_num_blocks.shape:
+            raise ValueError(
+                f"kv_indices must be [B|1, H|1, Nq, Kmax] with the leading shape of kv_num_blocks "
+                f"{tuple(self.kv_num_blocks.shape)}, got {tuple(self.kv_indices.shape)}"
+            )
+        for name, blocks in (("q_block_lens", self.num_q_blocks), ("kv_block_lens", self.num_kv_blocks)):
+            lens = getattr(self, name)
+            if lens is None:
+                continue
+            _check_tensor(name, lens, 2, self.kv_num_blocks)
+            if lens.shape[1] != blocks:
+                raise ValueError(f"{name} must be [B|1, {blocks}], got {tuple(lens.shape)}")
+
+    # -- construction -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dense(
+        cls,
+        keep: Tensor,
+        q_block_size: int,
+        kv_block_size: int,
+        q_block_lens: Tensor | None = None,
+        kv_block_lens: Tensor | None = None,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> BlockMask:
+        """Mask from a boolean block matrix ``keep`` [B|1, H|1, Nq, Nk]; True means the key block is seen.
+
+        ``q_len`` and ``kv_len`` default to whole blocks. No host sync: Kmax is Nk; see :meth:`compact`.
+        """
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+            raise TypeError(f"keep must be a bool tensor, got {getattr(keep, 'dtype', type(keep))}")
+        if keep.dim() != 4:
+            raise ValueError(f"keep must be [B|1, H|1, Nq, Nk], got {tuple(keep.shape)}")
+        kv_len = keep.shape[3] * kv_block_size if kv_len is None else kv_len
+        if -(-kv_len // kv_block_size) != keep.shape[3]:
+            raise ValueError(
+                f"kv_len {kv_len} in blocks of {kv_block_size} makes {-(-kv_len // kv_block_size)} key blocks, "
+                f"but keep has {keep.shape[3]}"
+            )
+        q_len = keep.shape[2] * q_block_size if q_len is None else q_len
+        counts, indices = lists_from_dense(keep)
+        return cls(
+            counts, indices, q_block_size, kv_block_size, q_len, kv_len, q_block_lens, kv_block_lens
+        )
+
+    @classmethod
+    def from_indices(
+        cls,
+        kv_indices: Tensor,
+        q_block_size: int,
+        kv_block_size: int,
+        *,
+        q_len: int,
+        kv_len: int,
+        kv_num_blocks: Tensor | None = None,
+        q_block_lens: Tensor | None = None,
+        kv_block_lens: Tensor | None = None,
+    ) -> BlockMask:
+        """Mask from ascending lists ``kv_indices`` int32 [B|1, H|1, Nq, K]; without counts all K entries count."""
+        if kv_num_blocks is None:
+            kv_num_blocks = torch.full_like(kv_indices[..., 0], kv_indices.shape[-1])
+        return cls(
+            kv_num_blocks, kv_indices, q_block_size, kv_block_size, q_len, kv_len, q_block_lens, kv_block_lens
+        )
+
+    @classmethod
+    def from_flex(cls, mask: FlexBlockMask) -> BlockMask:
+        """Mask from a FlexAttention BlockMask.
+
+        Raises:
+            ValueError: a partial block of ``mask`` that is not "the first m queries see the first n keys": token
+                masks inside a block are what these kernels do not do.
+        """
+        from .flex_interop import from_flex
+
+        return from_flex(mask)
+
+    def to_flex(self) -> FlexBlockMask:
+        """The same mask for ``torch.nn.attention.flex_attention``."""
+        from .flex_interop import to_flex
+
+        return to_flex(self)
+
+    # -- shape --------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_q_blocks(self) -> int:
+        return -(-self.q_len // self.q_block_size)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return -(-self.kv_len // self.kv_block_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.kv_num_blocks.device
+
+    @property
+    def batch(self) -> int:
+        """Batch size said by the mask: 1 may mean "any"."""
+        sizes = [self.kv_num_blocks.shape[0]]
+        sizes += [x.shape[0] for x in (self.q_block_lens, self.kv_block_lens) if x is not None]
+        return max(sizes)
+
+    # -- the transpose, for backward ----------------------------------------------------------------------------------
+
+    def transposed(self) -> tuple[Tensor, Tensor]:
+        """(q_num_blocks int32 [B|1, H|1, Nk], q_indices int32 [B|1, H|1, Nk, Nq]): who sees each key block.
+
+        Ascending, deterministic, built on the device without a host sync, and kept for the next call.
+        """
+        if self._transpose is not None:
+            return self._transpose
+        transpose = lists_from_dense(self.to_dense().transpose(-1, -2))
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_transpose", transpose)
+        return transpose
+
+    @property
+    def q_num_blocks(self) -> Tensor:
+        return self.transposed()[0]
+
+    @property
+    def q_indices(self) -> Tensor:
+        return self.transposed()[1]
+
+    # -- other forms --------------------------------------------------------------------------------------------------
+
+    def to_dense(self) -> Tensor:
+        """Block matrix bool [B|1, H|1, Nq, Nk]."""
+        return dense_from_lists(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
+
+    def to_token_mask(self) -> Tensor:
+        """Token matrix bool [B|1, H|1, q_len, kv_len]; for small sizes and tests."""
+        q_valid = _valid_tokens(self.q_lens(), self.q_block_size, self.q_len)
+        kv_valid = _valid_tokens(self.kv_lens(), self.kv_block_size, self.kv_len)
+        tokens = self.to_dense().repeat_interleave(self.q_block_size, -2)[..., : self.q_len, :]
+        tokens = tokens.repeat_interleave(self.kv_block_size, -1)[..., : self.kv_len]
+        return tokens & q_valid[:, None, :, None] & kv_valid[:, None, None, :]
+
+    def q_lens(self) -> Tensor:
+        """Valid query tokens per block, int32 [B|1, Nq], the end of the sequence taken into account."""
+        return _lens(self.q_block_lens, self.q_block_size, self.q_len, self.device)
+
+    def kv_lens(self) -> Tensor:
+        """Valid key tokens per block, int32 [B|1, Nk], the end of the sequence taken into account."""
+        return _lens(self.kv_block_lens, self.kv_block_size, self.kv_len, self.device)
+
+    def refine(self, q_factor: int, kv_factor: int | None = None) -> BlockMask:
+        """The same mask in blocks ``q_factor`` (and ``kv_factor``, default the same) times smaller.
+
+        Raises:
+            ValueError: a block size is not divisible by its factor.
+        """
+        kv_factor = q_factor if kv_factor is None else kv_factor
+        for name, size, factor in (
+            ("q_factor", self.q_block_size, q_factor),
+            ("kv_factor", self.kv_block_size, kv_factor),
+        ):
+            if factor < 1 or size % factor:
+                raise ValueError(f"{name} must divide the block size {size}, got {factor}")
+        q_size, kv_size = self.q_block_size // q_factor, self.kv_block_size // kv_factor
+        nq, nk = -(-self.q_len // q_size), -(-self.kv_len // kv_size)
+        dense = self.to_dense().repeat_interleave(q_factor, -2)[..., :nq, :]
+        dense = dense.repeat_interleave(kv_factor, -1)[..., :nk]
+        return BlockMask.from_dense(
+            dense,
+            q_size,
+            kv_size,
+            _split_lens(self.q_block_lens, q_size, q_factor, nq),
+            _split_lens(self.kv_block_lens, kv_size, kv_factor, nk),
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+        )
+
+    def compact(self) -> BlockMask:
+        """The same mask with Kmax cut to its longest list. Reads one number back to the host."""
+        longest = max(1, int(self.kv_num_blocks.max()))
+        return replace(self, kv_indices=self.kv_indices[..., :longest].contiguous())
+
+    def with_lens(self, q_block_lens: Tensor | None, kv_block_lens: Tensor | None) -> BlockMask:
+        """The same lists with other valid lengths: int32 [B|1, N] or None."""
+        return replace(self, q_block_lens=q_block_lens, kv_block_lens=kv_block_lens)
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device."""
+        moved = {
+            name: None if getattr(self, name) is None else getattr(self, name).to(device)
+            for name in ("kv_num_blocks", "kv_indices", "q_block_lens", "kv_block_lens")
+        }
+        transpose = self._transpose and (self._transpose[0].to(device), self._transpose[1].to(device))
+        return replace(self, **moved, _transpose=transpose)
+
+    # -- figures (each reads the mask back to the host) ---------------------------------------------------------------
+
+    def attended_pairs(self) -> int:
+        """Query-key token pairs that are computed, summed over the mask's own batch and head dimensions."""
+        return int(self._pairs_per_head().sum())
+
+    def density(self) -> float:
+        """Attended pairs over all pairs of valid queries and keys, in [0, 1]; 0 when there are none."""
+        possible = self.q_lens().long().sum(-1) * self.kv_lens().long().sum(-1)
+        pairs = self._pairs_per_head()
+        total = int(possible.expand(pairs.shape[0]).sum()) * pairs.shape[1]
+        return float(pairs.sum()) / total if total else 0.0
+
+    def flops(self, head_dim: int, *, batch: int | None = None, heads: int | None = None) -> int:
+        """Floating-point operations of the forward pass, 4 * D * pairs; the backward pass needs 2.5 times that.
+
+        Args:
+            head_dim: D, or (D + Dv) / 2 where they differ.
+            batch, heads: what a dimension of size 1 stands for; default 1.
+        """
+        pairs = self._pairs_per_head()
+        batch_factor = (batch or 1) if pairs.shape[0] == 1 else 1
+        head_factor = (heads or 1) if pairs.shape[1] == 1 else 1
+        return 4 * head_dim * int(pairs.sum()) * batch_factor * head_factor
+
+    def _pairs_per_head(self) -> Tensor:
+        """int64 [B|1, H|1]."""
+        position = torch.arange(self.kv_indices.shape[-1], device=self.device)
+        listed = position < self.kv_num_blocks[..., None]
+        batch = max(self.batch, self.kv_indices.shape[0])
+        indices = torch.where(listed, self.kv_indices, 0).long().expand(batch, -1, -1, -1)
+        kv_lens = self.kv_lens().long().expand(batch, -1)
+        keys = kv_lens.gather(1, indices.flatten(1)).view_as(indices)
+        keys = (keys * listed).sum(-1)
+        return (keys * self.q_lens().long()[:, None, :]).sum(-1)
+
+    def __repr__(self) -> str:
+        batch, heads, nq, kmax = self.kv_indices.shape
+        lens = [name for name in ("q_block_lens", "kv_block_lens") if getattr(self, name) is not None]
+        text = (
+            f"BlockMask({self.q_len} x {self.kv_len} tokens, blocks {self.q_block_size} x "
+            f"{self.kv_block_size}, {nq} x {self.num_kv_blocks} blocks, batch {batch}, heads {heads}, "
+            f"up to {kmax} per row, {self.device}"
+        )
+        if lens:
+            text += ", " + " and ".join(lens)
+        if self.device.type == "cpu":  # on a GPU a density would stop the stream
+            text += f", density {self.density():.4f}"
+        return text + ")"
+
+
+def _check_tensor(name: str, value: object, dims: int, like: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {value.dtype}")
+    if value.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
+    if isinstance(like, Tensor) and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but kv_num_blocks is on {like.device}")
+
+
+def _lens(lens: Tensor | None, size: int, length: int, device: torch.device) -> Tensor:
+    blocks = -(-length // size)
+    starts = torch.arange(blocks, dtype=torch.int32, device=device) * size
+    cover = (length - starts).clamp_(max=size)[None]
+    return cover if lens is None else torch.minimum(lens, cover)
+
+
+def _split_lens(lens: Tensor | None, size: int, factor: int, blocks: int) -> Tensor | None:
+    if lens is None or factor == 1:
+        return lens
+    starts = torch.arange(factor, dtype=torch.int32, device=lens.device) * size
+    return (lens[..., None] - starts).clamp_(0, size).flatten(1)[:, :blocks].contiguous()
+
+
+def _valid_tokens(lens: Tensor, size: int, length: int) -> Tensor:
+    """bool [B|1, length]."""
+    position = torch.arange(size, device=lens.device)
+    return (position < lens[..., None]).flatten(1)[:, :length]

@@ -1,0 +1,265 @@
+"""VideoLayout: how the tokens of a video lie in a sequence, and how they move to tile order.
+
+A video of T x H x W tokens (frames, rows, columns after patchifying) is usually stored in *raster order*. Block-sparse
+patterns want *tile order*: the grid is cut into tiles of t x h x w tokens, tiles follow each other in raster order, and
+so do the tokens inside a tile. Tiles at the border may be partial. In *padded* tile order every tile owns a slot of
+t*h*w positions, valid tokens first, so that one tile is one block of a :class:`~video_attn.block_mask.BlockMask`.
+Text tokens, if any, follow the video in slots of the same size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+
+def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> Triple:
+    """Reads three integers given as ``"30x48x80"``, a sequence of three, or one int for all axes.
+
+    Raises:
+        TypeError: ``value`` is none of these. ValueError: not three integers >= ``minimum``.
+    """
+    if isinstance(value, str):
+        parts: list[object] = [int(p) if p.strip().isdigit() else p for p in value.split("x")]
+    elif isinstance(value, bool):
+        raise TypeError(f"{name} must be three integers, got {value!r}")
+    elif isinstance(value, int):
+        parts = [value] * 3
+    elif isinstance(value, Sequence):
+        parts = list(value)
+    else:
+        raise TypeError(f"{name} must be a string like '30x48x80' or three integers, got {value!r}")
+    good = [p for p in parts if isinstance(p, int) and not isinstance(p, bool) and p >= minimum]
+    if len(parts) != 3 or len(good) != 3:
+        raise ValueError(f"{name} must be three integers >= {minimum} (T, H, W), got {value!r}")
+    return good[0], good[1], good[2]
+
+
+@dataclass(frozen=True)
+class VideoLayout:
+    """The token grid of a video, its tiles, and the text beside it.
+
+    Args:
+        grid: (T, H, W) tokens of the video after patchifying.
+        tile: (t, h, w) tokens of one tile; larger than the grid on an axis means one tile on that axis.
+        text_length: text tokens in the same sequence (all of them, padding included).
+        text_first: True when the sequence is [text, video]; the tiled order is always [video, text].
+
+    Raises:
+        ValueError: a size is not a positive integer, or ``text_length`` is negative.
+    """
+
+    grid: Triple
+    tile: Triple
+    text_length: int = 0
+    text_first: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", as_triple(self.grid, "grid"))
+        object.__setattr__(self, "tile", as_triple(self.tile, "tile"))
+        if isinstance(self.text_length, bool) or not isinstance(self.text_length, int):
+            raise TypeError(f"text_length must be an int, got {self.text_length!r}")
+        if self.text_length < 0:
+            raise ValueError(f"text_length must be >= 0, got {self.text_length}")
+
+    @property
+    def video_length(self) -> int:
+        """Video tokens: T*H*W."""
+        return math.prod(self.grid)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the whole sequence in raster order: video and text."""
+        return self.video_length + self.text_length
+
+    @property
+    def tile_grid(self) -> Triple:
+        """Tiles per axis, partial ones included."""
+        t, h, w = (-(-n // size) for n, size in zip(self.grid, self.tile, strict=True))
+        return t, h, w
+
+    @property
+    def num_tiles(self) -> int:
+        """Video tiles in all."""
+        return math.prod(self.tile_grid)
+
+    @property
+    def tile_volume(self) -> int:
+        """Tokens of a full tile: the block size of masks over this layout."""
+        return math.prod(self.tile)
+
+    @property
+    def is_ragged(self) -> bool:
+        """True when some tile is partial, so that the padded order is longer than the sequence."""
+        return any(n % size for n, size in zip(self.grid, self.tile, strict=True))
+
+    @property
+    def num_text_blocks(self) -> int:
+        """Slots of ``tile_volume`` tokens that the text takes after the video."""
+        return -(-self.text_length // self.tile_volume)
+
+    @property
+    def num_blocks(self) -> int:
+        """All slots: video tiles, then text."""
+        return self.num_tiles + self.num_text_blocks
+
+    @property
+    def padded_length(self) -> int:
+        """Positions of the padded tile order; the text's last slot ends with the text."""
+        return self.num_tiles * self.tile_volume + self.text_length
+
+    def block_lens(self, device: torch.device | str = "cpu") -> Tensor:
+        """Valid tokens of each slot, int32 [num_blocks]; text slots count all text tokens."""
+        return _block_lens(self, torch.device(device))
+
+    def tile_order(self, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [sequence_length]: the raster position of the i-th token in packed tile order."""
+        return _tile_order(self, torch.device(device))
+
+    def padded_slots(self, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [sequence_length]: the padded position of the i-th token in packed tile order."""
+        return _padded_slots(self, torch.device(device))
+
+    def to_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Raster order to padded tile order: [..., sequence_length, ...] -> [..., padded_length, ...].
+
+        Padding is zero. Differentiable; one gather. Do it once per model, not once per layer, where the
+        model allows it.
+
+        Raises:
+            ValueError: ``x`` does not have ``sequence_length`` tokens on ``dim``.
+        """
+        self._check_length(x, dim, self.sequence_length, "sequence_length")
+        to_padded, to_raster = _permutations(self, x.device)
+        return _TakeTokens.apply(x, dim, to_padded, to_raster, self.is_ragged, False)
+
+    def from_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Padded tile order back to raster order: the inverse of :meth:`to_tiles`."""
+        self._check_length(x, dim, self.padded_length, "padded_length")
+        to_padded, to_raster = _permutations(self, x.device)
+        return _TakeTokens.apply(x, dim, to_raster, to_padded, False, self.is_ragged)
+
+    def pad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Packed tile order (no padding, text last) to padded tile order; no copy when nothing is partial."""
+        self._check_length(x, dim, self.sequence_length, "sequence_length")
+        if not self.is_ragged:
+            return x
+        slots, inverse = _slot_permutations(self, x.device)
+        return _TakeTokens.apply(x, dim, inverse, slots, True, False)
+
+    def unpad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Padded tile order to packed tile order: the inverse of :meth:`pad_tiles`."""
+        self._check_length(x, dim, self.padded_length, "padded_length")
+        if not self.is_ragged:
+            return x
+        slots, inverse = _slot_permutations(self, x.device)
+        return _TakeTokens.apply(x, dim, slots, inverse, False, True)
+
+    def _check_length(self, x: Tensor, dim: int, expected: int, name: str) -> None:
+        if x.shape[dim] != expected:
+            raise ValueError(
+                f"x has {x.shape[dim]} tokens on dim {dim}, but {name} of grid {self.grid} with tile "
+                f"{self.tile} and text_length {self.text_length} is {expected}"
+            )
+
+
+class _TakeTokens(torch.autograd.Function):
+    """out[i] = x[index[i]], zero where index[i] < 0; its gradient is the same gather by the inverse index.
+
+    A gather in both directions keeps the backward deterministic, which a scatter-add on a GPU is not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, dim: int, index: Tensor, inverse: Tensor, has_holes: bool, inverse_has_holes: bool
+    ) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        ctx.dim, ctx.has_holes, ctx.inverse_has_holes = dim, has_holes, inverse_has_holes
+        return _take(x, dim, index, has_holes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        index, inverse = ctx.saved_tensors
+        grad_x = _TakeTokens.apply(
+            grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes
+        )
+        return grad_x, None, None, None, None, None
+
+
+def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:
+    if not has_holes:
+        return x.index_select(dim, index)
+    out = x.index_select(dim, index.clamp_min(0))
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return out.masked_fill_((index < 0).view(shape), 0)
+
+
+@lru_cache(maxsize=64)
+def _block_lens(layout: VideoLayout, device: torch.device) -> Tensor:
+    sizes = [
+        (torch.arange(n, dtype=torch.int32) * size).neg_().add_(length).clamp_(max=size)
+        for n, size, length in zip(layout.tile_grid, layout.tile, layout.grid, strict=True)
+    ]
+    video = (sizes[0][:, None, None] * sizes[1][None, :, None] * sizes[2][None, None, :]).flatten()
+    starts = torch.arange(layout.num_text_blocks, dtype=torch.int32) * layout.tile_volume
+    text = (layout.text_length - starts).clamp_(max=layout.tile_volume)
+    return torch.cat([video, text]).to(device)
+
+
+@lru_cache(maxsize=64)
+def _tile_order(layout: VideoLayout, device: torch.device) -> Tensor:
+    (grid_t, grid_h, grid_w), (tile_t, tile_h, tile_w) = layout.grid, layout.tile
+    tiles_t, tiles_h, tiles_w = layout.tile_grid
+    t, h, w = torch.meshgrid(
+        torch.arange(grid_t), torch.arange(grid_h), torch.arange(grid_w), indexing="ij"
+    )
+    tile_index = ((t // tile_t) * tiles_h + h // tile_h) * tiles_w + w // tile_w
+    in_tile = ((t % tile_t) * tile_h + h % tile_h) * tile_w + w % tile_w
+    slot = (tile_index * layout.tile_volume + in_tile).flatten()
+    video = torch.argsort(slot)
+    text = torch.arange(layout.text_length)
+    if layout.text_first:
+        order = torch.cat([video + layout.text_length, text])
+    else:
+        order = torch.cat([video, text + layout.video_length])
+    return order.to(device)
+
+
+@lru_cache(maxsize=64)
+def _padded_slots(layout: VideoLayout, device: torch.device) -> Tensor:
+    lens = _block_lens(layout, torch.device("cpu")).long()
+    starts = torch.arange(layout.num_blocks) * layout.tile_volume
+    before = lens.cumsum(0) - lens
+    slots = torch.repeat_interleave(starts - before, lens) + torch.arange(layout.sequence_length)
+    return slots.to(device)
+
+
+def _inverse(positions: Tensor, size: int) -> Tensor:
+    """int64 [size]: where each of ``size`` positions stands in ``positions``, -1 if nowhere."""
+    inverse = torch.full((size,), -1, dtype=torch.int64)
+    inverse[positions] = torch.arange(positions.numel())
+    return inverse
+
+
+@lru_cache(maxsize=64)
+def _slot_permutations(layout: VideoLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(padded position of a packed token, packed token at a padded position or -1)."""
+    slots = _padded_slots(layout, torch.device("cpu"))
+    return slots.to(device), _inverse(slots, layout.padded_length).to(device)
+
+
+@lru_cache(maxsize=64)
+def _permutations(layout: VideoLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(raster token at a padded position or -1, padded position of a raster token)."""
+    cpu = torch.device("cpu")
+    to_raster = torch.empty(layout.sequence_length, dtype=torch.int64)
+    to_raster[_tile_order(layout, cpu)] = _padded_slots(layout, cpu)
+    return _inverse(to_raster, layout.padded_length).to(device), to_raster.to(device)

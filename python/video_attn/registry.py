@@ -1,0 +1,186 @@
+"""Which backend runs a problem, and why the others do not: Problem, Backend, select(), why_not().
+
+``supports(problem)`` is pure and needs no device, so the capabilities of every GPU can be tested on a CPU.
+Authority: ``backend=`` of a call, then :func:`use_backend`, then ``VIDEO_ATTN_BACKEND``, then priority. A backend that
+was asked for by name and cannot serve raises; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+logger = logging.getLogger("video_attn")
+
+BACKEND_VARIABLE = "VIDEO_ATTN_BACKEND"
+PRECISIONS = ("native", "sage_fp16", "sage_fp8", "fp8")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that decides which kernel can run, and nothing else: no tensors, hashable.
+
+    Args:
+        direction: "forward" or "backward".
+        device_type: "cpu" or "cuda". arch: "cpu", "sm_90", "gfx942", ...
+        dtype: of q, k and v. head_dim: of q and k. head_dim_v: of v.
+        q_block_size, kv_block_size: of the mask; None for dense attention.
+        is_causal: dense causal attention. precision: one of ``PRECISIONS``.
+        gqa: several query heads share a key head. deterministic: bitwise repeatable gradients are asked for.
+    """
+
+    direction: Literal["forward", "backward"]
+    device_type: str
+    arch: str
+    dtype: torch.dtype
+    head_dim: int
+    head_dim_v: int
+    q_block_size: int | None = None
+    kv_block_size: int | None = None
+    is_causal: bool = False
+    precision: str = "native"
+    gqa: bool = False
+    deterministic: bool = False
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.kv_block_size is not None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the backend table.
+
+    Args:
+        name: as in ``backend=``. priority: among those that can serve, the highest runs.
+        available: None when the backend can run on this machine at all, else one sentence that says why not.
+        supports: None when it can serve the problem, else one sentence with the value and the limit.
+        forward: ``(q, k, v, mask, *, scale, is_causal, precision) -> (out, lse)``.
+        backward: ``(grad_out, grad_lse, q, k, v, out, lse, mask, *, scale, is_causal, deterministic) ->
+            (dq, dk, dv)``, or None for a backend without one.
+    """
+
+    name: str
+    priority: int
+    available: Callable[[], str | None]
+    supports: Callable[[Problem], str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this backend does not serve ``problem`` here; None when it does."""
+        if problem.direction == "backward" and self.backward is None:
+            return "has no backward pass"
+        return self.available() or self.supports(problem)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of :func:`why_not`: ``reason`` is None for a backend that can serve."""
+
+    backend: str
+    reason: str | None
+    chosen: bool
+
+
+_backends: dict[str, Backend] = {}
+_override: ContextVar[str | None] = ContextVar("video_attn_backend", default=None)
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend to the table; a second one of the same name is an error."""
+    if backend.name in _backends:
+        raise ValueError(f"backend {backend.name!r} is registered already")
+    _backends[backend.name] = backend
+    _select.cache_clear()
+
+
+def backends() -> list[Backend]:
+    """All backends, highest priority first."""
+    return sorted(_backends.values(), key=lambda b: -b.priority)
+
+
+def check_backend_name(name: str, source: str = "backend") -> str:
+    """``name`` if it is a backend's, else ValueError that lists them."""
+    if name not in _backends:
+        allowed = ", ".join(b.name for b in backends())
+        raise ValueError(f"{source} must be one of {allowed}; got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend for the calls inside; one that cannot serve a call raises there."""
+    token = _override.set(check_backend_name(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def forced_backend(explicit: str | None = None) -> tuple[str, str] | None:
+    """(backend, who asked for it) by the order of authority, or None for the automatic choice."""
+    environment = os.environ.get(BACKEND_VARIABLE) or None
+    for name, source in (
+        (explicit, "backend"),
+        (_override.get(), "use_backend()"),
+        (environment, BACKEND_VARIABLE),
+    ):
+        if name is not None:
+            return check_backend_name(name, source), source
+    return None
+
+
+def select(problem: Problem, explicit: str | None = None) -> Backend:
+    """The backend that runs ``problem``.
+
+    Raises:
+        ValueError: a forced backend does not exist. RuntimeError: the forced backend, or every backend, refuses; the
+            message holds the whole table.
+    """
+    forced = forced_backend(explicit)
+    return _select(problem, *(forced or (None, None)))
+
+
+@lru_cache(maxsize=1024)
+def _select(problem: Problem, forced: str | None, source: str | None) -> Backend:
+    if forced is not None:
+        reason = _backends[forced].refusal(problem)
+        if reason is None:
+            return _backends[forced]
+        raise RuntimeError(
+            f"backend {forced!r}, asked for by {source}, cannot serve: {reason}\n{explain(problem)}"
+        )
+    for backend in backends():
+        if backend.refusal(problem) is None:
+            if backend.name == "reference" and len(_backends) > 1:
+                logger.warning(
+                    "attention runs on the slow torch reference, because:\n%s", explain(problem)
+                )
+            return backend
+    raise RuntimeError(f"no backend can serve:\n{explain(problem)}")
+
+
+def why_not(problem: Problem) -> list[Verdict]:
+    """Every backend, highest priority first, with the reason why it does not serve ``problem``."""
+    verdicts, chosen = [], False
+    for backend in backends():
+        reason = backend.refusal(problem)
+        verdicts.append(Verdict(backend.name, reason, reason is None and not chosen))
+        chosen = chosen or reason is None
+    return verdicts
+
+
+def explain(problem: Problem) -> str:
+    """:func:`why_not` as text, the problem first."""
+    lines = [f"  {problem}"]
+    lines += [f"  {v.backend}: {v.reason or 'can serve'}" for v in why_not(problem)]
+    return "\n".join(lines)
