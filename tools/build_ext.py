@@ -43,9 +43,12 @@ def settings(*default: str) -> dict[str, Any]:
 
     No name, version or dependency here: pyproject.toml holds them.
     """
-    options = BuildOptions.from_environment(os.environ)
-    tools = find_tools(options)
-    plan = make_plan(default, options, tools)
+    try:
+        options = BuildOptions.from_environment(os.environ)
+        tools = find_tools(options)
+        plan = make_plan(default, options, tools)
+    except BuildError as error:  # inside setup() setuptools would print it like this
+        raise SystemExit(f"error: {error}") from None
     NativeBuild.options, NativeBuild.tools, NativeBuild.plan = options, tools, plan
     PipInstall.components = tuple(item.spec.name for item in plan)
     to_build = [item.spec.name for item in plan if item.reason is None]

@@ -67,20 +67,21 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Component, built or not, architectures, why not: the last thing a build prints."""
+    """Component, built or not, architectures, why not: the last thing a build prints.
+
+    A reason is "what; remedy". The remedies follow the table, so that each is said once.
+    """
     rows = [("component", "built", "architectures", "why not")]
+    remedies: dict[str, None] = {}
     for record in records:
-        rows.append(
-            (
-                record["component"],
-                "yes" if record["built"] else "no",
-                " ".join(record["architectures"]) or "-",
-                record["reason"] or "",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        what, _, remedy = (record["reason"] or "").partition("; ")
+        architectures = " ".join(record["architectures"]) or "-"
+        rows.append((record["component"], "yes" if record["built"] else "no", architectures, what))
+        if remedy:
+            remedies[f"{what}: {remedy}"] = None
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["native components of video-attn"]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  ".join(["", *cells, row[3]]).rstrip())
-    return "\n".join(lines)
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join([*lines, *remedies])
