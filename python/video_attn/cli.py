@@ -1,0 +1,79 @@
+"""``video-attn``: the command line.
+
+It knows its commands by name and imports the one that is asked for. A command is a module with
+``add_arguments(parser)`` and ``run(args) -> exit code``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple, cast
+
+from . import __version__
+from .tools import UsageError
+
+
+class _Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "info": _Command("video_attn.tools.info", "what this install can run, and why not the rest"),
+    "demo": _Command("video_attn.tools.demo", "dense and sparse attention on a real video clip"),
+    "plot": _Command("video_attn.tools.plot", "pictures of the patterns"),
+}
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser, with the options of the ``chosen`` command only: the others are not imported."""
+    parser = argparse.ArgumentParser(
+        prog="video-attn",
+        description="Sparse attention for video models.",
+        epilog="video-attn COMMAND --help shows the options of a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"video-attn {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            allow_abbrev=False,
+        )
+        if name == chosen:
+            module = import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run, parser=subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code.
+
+    0 is success, 1 something that failed while running, 2 a wrong command line (argparse raises
+    SystemExit for it), 130 an interrupt from the keyboard.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
+    try:
+        return cast("Callable[[argparse.Namespace], int]", args.run)(args)
+    except UsageError as error:
+        args.parser.error(str(error))
+    except BrokenPipeError:  # the reader went away, as `video-attn info | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, RuntimeError) as error:  # a file, a codec, a backend that cannot serve
+        print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

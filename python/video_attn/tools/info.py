@@ -1,0 +1,271 @@
+"""``video-attn info``: what is here, what it can run, and why the rest cannot.
+
+It is what a person runs when something is wrong, so it never raises: what cannot be found out is shown as the error it
+gave. For the same reason nothing but the standard library is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .environment import VARIABLES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..registry import Problem
+
+Row = dict[str, Any]
+PACKAGES = ("torch", "triton", "numpy", "av", "matplotlib", "rich", "diffusers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``video-attn info``."""
+    parser.add_argument("--json", action="store_true", help="the same facts as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the facts; always succeeds."""
+    facts = collect()
+    try:
+        if not args.json:
+            render(facts)
+            return 0
+    except ImportError as error:  # no rich
+        print(f"(no tables: {error})")
+    print(json.dumps(facts, indent=2, default=str))
+    return 0
+
+
+def collect() -> dict[str, list[Row]]:
+    """Every fact as plain rows, section by section; a section that fails is one row ``{"error": ...}``."""
+    sections: dict[str, Callable[[], list[Row]]] = {
+        "versions": _versions,
+        "devices": _devices,
+        "components": _components,
+        "backends": _backends,
+        "choices": _choices,
+        "environment": _environment,
+    }
+    return {name: _guarded(section) for name, section in sections.items()}
+
+
+def _guarded(section: Callable[[], list[Row]]) -> list[Row]:
+    try:
+        return section()
+    except Exception as error:  # whatever is broken is the answer here, not an accident
+        return [{"error": _sentence(error)}]
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _versions() -> list[Row]:
+    rows: list[Row] = [
+        {"what": "video-attn", "version": _version("video-attn"), "note": _source_note()},
+        {"what": "python", "version": platform.python_version(), "note": sys.executable},
+        {"what": "system", "version": f"{platform.system()} {platform.machine()}",
+         "note": platform.release()},
+    ]  # fmt: skip
+    notes = {"torch": _torch_note}
+    for package in PACKAGES:
+        note = _guarded_text(notes[package]) if package in notes else ""
+        rows.append({"what": package, "version": _version(package), "note": note})
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _guarded_text(make: Callable[[], str]) -> str:
+    rows = _guarded(lambda: [{"text": make()}])
+    return rows[0].get("text", rows[0].get("error", ""))
+
+
+def _source_note() -> str:
+    return str(Path(__file__).resolve().parents[1])
+
+
+def _torch_note() -> str:
+    import torch
+
+    if torch.version.hip is not None:
+        return f"for ROCm {torch.version.hip}"
+    return "for the CPU" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+
+
+def _devices() -> list[Row]:
+    import torch
+
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "arch": torch.backends.cpu.get_cpu_capability(),
+        "units": f"{torch.get_num_threads()} threads",
+    }
+    return [cpu, *(_guarded(_gpus) if torch.cuda.is_available() else [])]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpus() -> list[Row]:
+    import torch
+
+    from ..device import device_info
+
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        facts = device_info(torch.device("cuda", index))
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        units = f"{facts.multiprocessors} {'CUs' if facts.vendor == 'amd' else 'SMs'}"
+        rows.append(
+            {"device": f"cuda:{index}", "name": facts.name, "arch": facts.arch,
+             "units": f"{units}, {memory:.0f} GiB"}
+        )  # fmt: skip
+    return rows
+
+
+def _components() -> list[Row]:
+    from .. import native
+
+    return [
+        {
+            "component": component.name,
+            "loaded": component.loaded,
+            "architectures": " ".join(component.record.get("architectures") or ()),
+            "built with": _build_note(component.record),
+            "reason": component.reason or "",
+        }
+        for component in native.components()
+    ]
+
+
+def _build_note(record: Any) -> str:
+    names = ("version", "git_revision", "compiler", "torch", "cuda")
+    return ", ".join(f"{name} {record[name]}" for name in names if record.get(name))
+
+
+def _backends() -> list[Row]:
+    from .. import registry
+
+    return [
+        {
+            "backend": backend.name,
+            "priority": backend.priority,
+            "backward": backend.backward is not None,
+            "reason": _guarded_text(lambda b=backend: b.available() or ""),  # type: ignore[misc]
+        }
+        for backend in registry.backends()
+    ]
+
+
+def _choices() -> list[Row]:
+    from .. import registry
+
+    rows = []
+    for name, problem in typical_problems():
+        verdicts = registry.why_not(problem)
+        others = [f"{v.backend}: {v.reason}" for v in verdicts if v.reason is not None]
+        rows.append(
+            {"problem": name, "backend": _chosen(problem), "why not the others": others}
+        )  # fmt: skip
+    return rows
+
+
+def _chosen(problem: Problem) -> str:
+    from .. import registry
+
+    try:
+        return registry.select(problem).name
+    except (RuntimeError, ValueError) as error:  # nothing serves, or a forced backend does not
+        return f"none: {_sentence(error)}"
+
+
+def typical_problems() -> list[tuple[str, Problem]]:
+    """A few calls as video models make them, (name, Problem), on every kind of device here."""
+    import torch
+
+    from ..device import device_info
+    from ..registry import Problem
+
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    kinds = {(facts.type, facts.arch): None for facts in map(device_info, devices)}
+    calls: list[tuple[str, Row]] = [
+        ("dense", {}),
+        ("STA, blocks of 384", {"q_block_size": 384, "kv_block_size": 384}),
+        ("VSA, blocks of 64", {"q_block_size": 64, "kv_block_size": 64}),
+        ("VSA, blocks of 64, INT8 scores",
+         {"q_block_size": 64, "kv_block_size": 64, "precision": "sage_fp16"}),
+    ]  # fmt: skip
+    problems = []
+    for device_type, arch in kinds:
+        for name, arguments in calls:
+            directions = ("forward", "backward") if "precision" not in arguments else ("forward",)
+            for direction in directions:
+                problem = Problem(
+                    direction, device_type, arch, torch.bfloat16, 128, 128, **arguments
+                )
+                problems.append((f"{arch}: {name}, {direction}", problem))
+    return problems
+
+
+def _environment() -> list[Row]:
+    return [
+        {**variable._asdict(), "value": os.environ.get(variable.name, "")}
+        for variable in VARIABLES
+        if variable.when == "run" or variable.name in os.environ
+    ]
+
+
+def render(facts: dict[str, list[Row]], console: Console | None = None) -> None:
+    """Prints the sections of :func:`collect` as tables."""
+    from rich.console import Console
+
+    console = console or Console()
+    for name, rows in facts.items():
+        console.print(_table(name, rows))
+
+
+def _table(title: str, rows: list[Row]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", expand=False)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(column, "")), _style(column)) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _style(column: str) -> str:
+    return {"error": "red", "reason": "yellow", "why not the others": "dim"}.get(column, "")
