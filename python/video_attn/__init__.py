@@ -1,4 +1,4 @@
-"""video_attn: any pattern x any precision x any device, for the attention of video diffusion models."""
+"""video_attn: block-sparse attention for video diffusion models, any pattern on any device."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  defines the operators
 from .block_mask import BlockMask
+from .quantize import QuantizationOptions, check_recipe, recipe_text
 from .registry import PRECISIONS, check_backend_name
 
 MAX_HEAD_DIM = 256
@@ -21,12 +22,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = ..., *, precision: str = ...,
     scale: float | None = ..., is_causal: bool = ..., return_lse: Literal[False] = ...,
     layout: str = ..., backend: str | None = ..., deterministic: bool = ...,
+    quantization: QuantizationOptions | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = ..., *, precision: str = ...,
     scale: float | None = ..., is_causal: bool = ..., return_lse: Literal[True],
     layout: str = ..., backend: str | None = ..., deterministic: bool = ...,
+    quantization: QuantizationOptions | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
@@ -41,47 +44,62 @@ def attention(
     layout: str = "bhsd",
     backend: str | None = None,
     deterministic: bool = False,
+    quantization: QuantizationOptions | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that ``mask`` keeps: softmax(scale * q k^T) v.
 
     Args:
         q: [B, Hq, Sq, D]; fp16, bf16 or fp32 (fp64 on the reference backend). D <= 256, any value.
-        k: [B, Hkv, Sk, D]. v: [B, Hkv, Sk, Dv]. Hq must be a multiple of Hkv (GQA): query head h reads key head
-            h // (Hq // Hkv). All three are read in place through their strides; the last stride must be 1.
+        k: [B, Hkv, Sk, D]. v: [B, Hkv, Sk, Dv]. Hq must be a multiple of Hkv (GQA): query head h
+            reads key head
+            h // (Hq // Hkv). All three are read in place through their strides; the last stride
+            must be 1.
         mask: which key blocks each query block sees; None for dense attention.
-        precision: "native" (the dtype of q, k, v, fp32 accumulation), or a quantized kernel: "sage_fp16" (INT8 QK,
+        precision: "native" (the dtype of q, k, v, fp32 accumulation), or a quantized kernel:
+            "sage_fp16" (INT8 QK,
             fp16 PV), "sage_fp8" (INT8 QK, FP8 PV), "fp8".
         scale: of the scores, a positive number; default 1/sqrt(D).
         is_causal: dense only; query i sees keys up to i + Sk - Sq (aligned at the bottom right).
         return_lse: also return the log-sum-exp of the scaled scores.
         layout: "bhsd", or "bshd" for tensors (and output) [B, S, H, D].
         backend: a name from ``video-attn info`` to force it; default the best that can serve.
-        deterministic: bitwise repeatable gradients, also asked for by ``torch.use_deterministic_algorithms``. The
+        deterministic: bitwise repeatable gradients, also asked for by
+            ``torch.use_deterministic_algorithms``. The
             forward pass always is.
+        quantization: the options of a quantized precision (granularity, smoothing, accumulation);
+            None for the defaults of ``QuantizationOptions``.
 
     Returns:
-        out [B, Hq, Sq, Dv] in the dtype of q, in q's memory order; with ``return_lse`` also lse, fp32 [B, Hq, Sq],
-        natural logarithm. A query row that sees no key, or lies past its block's valid length: output 0, lse -inf,
+        out [B, Hq, Sq, Dv] in the dtype of q, in q's memory order; with ``return_lse`` also lse,
+        fp32 [B, Hq, Sq],
+        natural logarithm. A query row that sees no key, or lies past its block's valid length:
+        output 0, lse -inf,
         gradients 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
-        RuntimeError: no backend, or not the one asked for, can serve; the message says why for each.
+        RuntimeError: no backend, or not the one asked for, can serve; the message says why for
+            each.
     """
     q, k, v = _to_bhsd(layout, q=q, k=k, v=v)
     _check_shapes(q, k, v)
     _check_options(precision, is_causal, return_lse, backend, deterministic)
+    _check_quantization(precision, quantization, q.shape[3])
     scale = _check_scale(scale, q.shape[3])
     if mask is not None:
         _check_mask(q, k, mask, is_causal)
-    if precision != "native" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if (
+        precision != "native"
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (q, k, v))
+    ):
         raise ValueError(
             f"precision {precision!r} has no backward pass, but q, k or v requires grad. Use "
             "precision='native' for training, or call under torch.no_grad()"
         )
     out, lse = torch.ops.video_attn.attention_forward(
-        q, k, v, *_mask_arguments(q, k, v, mask), scale, is_causal, precision,
-        deterministic or torch.are_deterministic_algorithms_enabled(), backend,
+        q, k, v, *_mask_arguments(q, k, v, mask), scale, is_causal,
+        recipe_text(precision, quantization), deterministic or torch.are_deterministic_algorithms_enabled(), backend,
     )  # fmt: skip
     if layout == "bshd":
         out = out.transpose(1, 2)
@@ -123,7 +141,9 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
         if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {x.shape[0]}")
+            raise ValueError(
+                f"{name} must have the batch size of q, {q.shape[0]}, got {x.shape[0]}"
+            )
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have the head_dim of q, {q.shape[3]}, got {k.shape[3]}")
     for name, expected, got in (
@@ -142,8 +162,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(
-                f"{name} must have stride 1 on its last dimension, got strides {tuple(x.stride())}; "
-                f"pass {name}.contiguous()"
+                f"{name} must have stride 1 on its last dimension, got strides "
+                f"{tuple(x.stride())}; pass {name}.contiguous()"
             )
 
 
@@ -163,6 +183,19 @@ def _check_options(
         check_backend_name(backend)
 
 
+def _check_quantization(
+    precision: str, quantization: QuantizationOptions | None, head_dim: int
+) -> None:
+    if quantization is not None and not isinstance(quantization, QuantizationOptions):
+        raise TypeError(
+            f"quantization must be a QuantizationOptions or None, got {type(quantization).__name__}"
+        )
+    if precision != "native":
+        check_recipe(precision, quantization or QuantizationOptions(), head_dim)
+    elif quantization is not None:
+        raise ValueError("quantization is for quantized precisions: it must be None with 'native'")
+
+
 def _check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
@@ -176,14 +209,17 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
 def _check_mask(q: Tensor, k: Tensor, mask: BlockMask, is_causal: bool) -> None:
     if not isinstance(mask, BlockMask):
         raise TypeError(
-            f"mask must be a video_attn.BlockMask or None, got {type(mask).__name__}; make one with "
-            "BlockMask.from_dense, BlockMask.from_flex or a pattern"
+            f"mask must be a video_attn.BlockMask or None, got {type(mask).__name__}; make one "
+            "with BlockMask.from_dense, BlockMask.from_flex or a pattern"
         )
     if is_causal:
         raise ValueError("is_causal is for dense attention: it must be False with a mask")
     if mask.device != q.device:
         raise ValueError(f"mask is on {mask.device}, but q is on {q.device}; use mask.to(q.device)")
-    for name, expected, got in (("q_len", q.shape[2], mask.q_len), ("kv_len", k.shape[2], mask.kv_len)):
+    for name, expected, got in (
+        ("q_len", q.shape[2], mask.q_len),
+        ("kv_len", k.shape[2], mask.kv_len),
+    ):
         if got != expected:
             raise ValueError(f"mask has {name} {got}, but the tensors have {expected} tokens")
     for name, x in (
@@ -194,4 +230,6 @@ def _check_mask(q: Tensor, k: Tensor, mask: BlockMask, is_causal: bool) -> None:
         if x is not None and x.shape[0] not in (1, q.shape[0]):
             raise ValueError(f"mask.{name} has batch {x.shape[0]}; allowed: 1 or {q.shape[0]}")
     if mask.kv_num_blocks.shape[1] not in (1, q.shape[1]):
-        raise ValueError(f"mask has {mask.kv_num_blocks.shape[1]} heads; allowed: 1 or {q.shape[1]}")
+        raise ValueError(
+            f"mask has {mask.kv_num_blocks.shape[1]} heads; allowed: 1 or {q.shape[1]}"
+        )

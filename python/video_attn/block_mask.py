@@ -1,7 +1,8 @@
-"""BlockMask: which key blocks a query block sees. The one thing that patterns make and kernels consume.
+"""BlockMask: which key blocks a query block sees. Patterns make it, kernels consume it.
 
-Field names follow ``torch.nn.attention.flex_attention.BlockMask``. There are no element masks inside a block: partial
-cover (ragged tiles, text padding, tails) is said by the number of valid tokens per slot, valid tokens first.
+Field names follow ``torch.nn.attention.flex_attention.BlockMask``. There are no element masks
+inside a block: partial cover (ragged tiles, text padding, tails) is said by the number of valid
+tokens per slot, valid tokens first.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a boolean matrix as (counts int32 [..., R], ascending column lists int32 [..., R, C], padded with 0).
+    """Rows of a boolean matrix [..., R, C] as (counts int32 [..., R], columns int32 [..., R, C]).
 
-    Runs on the device of ``keep`` with static shapes: no host sync.
+    Columns ascend and are padded with 0. Static shapes on the device of ``keep``: no host sync.
     """
     counts = keep.sum(-1, dtype=torch.int32)
     order = torch.argsort(keep, dim=-1, descending=True, stable=True).int()
@@ -28,7 +29,7 @@ def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """The boolean matrix [..., R, columns] of row lists; entries past a row's count are not looked at."""
+    """The boolean matrix [..., R, columns] of row lists; entries past a count are not looked at."""
     position = torch.arange(indices.shape[-1], device=indices.device)
     # An extra column takes what lies past the count, whatever it holds.
     target = torch.where(position < counts[..., None], indices, columns).long()
@@ -38,19 +39,21 @@ def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
-    """Block-sparse attention mask: for every query block, an ascending list of key blocks. Immutable.
+    """For every query block an ascending list of the key blocks it sees. Immutable.
 
     Args:
-        kv_num_blocks: int32 [B|1, H|1, Nq], length of each list. Dimensions of size 1 serve all batches or heads.
-        kv_indices: int32 [B|1, H|1, Nq, Kmax], ascending; what stands past a list's length is never read.
+        kv_num_blocks: int32 [B|1, H|1, Nq], length of each list. Dimensions of size 1 serve all
+            batches or heads.
+        kv_indices: int32 [B|1, H|1, Nq, Kmax], ascending; what stands past a list's length is never
+            read.
         q_block_size, kv_block_size: tokens per block slot, any positive number.
         q_len, kv_len: tokens of the sequences; Nq = ceil(q_len / q_block_size), likewise for keys.
-        q_block_lens, kv_block_lens: int32 [B|1, N], valid tokens of each slot (valid first), or None: all valid.
-            The last slot also ends where the sequence ends.
+        q_block_lens, kv_block_lens: int32 [B|1, N], valid tokens of each slot (valid first), or
+            None: all valid. The last slot also ends where the sequence ends.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit together. Values are not read here: the
-            lists may be on a GPU.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit together. Values are not
+            read here: the lists may be on a GPU.
     """
 
     kv_num_blocks: Tensor
@@ -74,23 +77,24 @@ class BlockMask:
         _check_tensor("kv_indices", self.kv_indices, 4, self.kv_num_blocks)
         if self.kv_num_blocks.shape[2] != self.num_q_blocks:
             raise ValueError(
-                f"kv_num_blocks has {self.kv_num_blocks.shape[2]} query blocks, but q_len {self.q_len} in "
-                f"blocks of {self.q_block_size} makes {self.num_q_blocks}"
+                f"kv_num_blocks has {self.kv_num_blocks.shape[2]} query blocks, but q_len "
+                f"{self.q_len} in blocks of {self.q_block_size} makes {self.num_q_blocks}"
             )
         if self.kv_indices.shape[:3] != self.kv_num_blocks.shape:
             raise ValueError(
                 f"kv_indices must be [B|1, H|1, Nq, Kmax] with the leading shape of kv_num_blocks "
                 f"{tuple(self.kv_num_blocks.shape)}, got {tuple(self.kv_indices.shape)}"
             )
-        for name, blocks in (("q_block_lens", self.num_q_blocks), ("kv_block_lens", self.num_kv_blocks)):
+        for name, blocks in (
+            ("q_block_lens", self.num_q_blocks),
+            ("kv_block_lens", self.num_kv_blocks),
+        ):
             lens = getattr(self, name)
             if lens is None:
                 continue
             _check_tensor(name, lens, 2, self.kv_num_blocks)
             if lens.shape[1] != blocks:
                 raise ValueError(f"{name} must be [B|1, {blocks}], got {tuple(lens.shape)}")
-
-    # -- construction -------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dense(
@@ -104,9 +108,11 @@ class BlockMask:
         q_len: int | None = None,
         kv_len: int | None = None,
     ) -> BlockMask:
-        """Mask from a boolean block matrix ``keep`` [B|1, H|1, Nq, Nk]; True means the key block is seen.
+        """Mask from a boolean block matrix ``keep`` [B|1, H|1, Nq, Nk]; True means the key block is
+        seen.
 
-        ``q_len`` and ``kv_len`` default to whole blocks. No host sync: Kmax is Nk; see :meth:`compact`.
+        ``q_len`` and ``kv_len`` default to whole blocks. No host sync: Kmax is Nk; see
+        :meth:`compact`.
         """
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
             raise TypeError(f"keep must be a bool tensor, got {getattr(keep, 'dtype', type(keep))}")
@@ -115,7 +121,8 @@ class BlockMask:
         kv_len = keep.shape[3] * kv_block_size if kv_len is None else kv_len
         if -(-kv_len // kv_block_size) != keep.shape[3]:
             raise ValueError(
-                f"kv_len {kv_len} in blocks of {kv_block_size} makes {-(-kv_len // kv_block_size)} key blocks, "
+                f"kv_len {kv_len} in blocks of {kv_block_size} makes "
+                f"{-(-kv_len // kv_block_size)} key blocks, "
                 f"but keep has {keep.shape[3]}"
             )
         q_len = keep.shape[2] * q_block_size if q_len is None else q_len
@@ -137,11 +144,21 @@ class BlockMask:
         q_block_lens: Tensor | None = None,
         kv_block_lens: Tensor | None = None,
     ) -> BlockMask:
-        """Mask from ascending lists ``kv_indices`` int32 [B|1, H|1, Nq, K]; without counts all K entries count."""
+        """Mask from ascending lists ``kv_indices`` int32 [B|1, H|1, Nq, K].
+
+        Without ``kv_num_blocks`` all K entries of every row count.
+        """
         if kv_num_blocks is None:
             kv_num_blocks = torch.full_like(kv_indices[..., 0], kv_indices.shape[-1])
         return cls(
-            kv_num_blocks, kv_indices, q_block_size, kv_block_size, q_len, kv_len, q_block_lens, kv_block_lens
+            kv_num_blocks,
+            kv_indices,
+            q_block_size,
+            kv_block_size,
+            q_len,
+            kv_len,
+            q_block_lens,
+            kv_block_lens,
         )
 
     @classmethod
@@ -149,7 +166,8 @@ class BlockMask:
         """Mask from a FlexAttention BlockMask.
 
         Raises:
-            ValueError: a partial block of ``mask`` that is not "the first m queries see the first n keys": token
+            ValueError: a partial block of ``mask`` that is not "the first m queries see the first n
+                keys": token
                 masks inside a block are what these kernels do not do.
         """
         from .flex_interop import from_flex
@@ -161,8 +179,6 @@ class BlockMask:
         from .flex_interop import to_flex
 
         return to_flex(self)
-
-    # -- shape --------------------------------------------------------------------------------------------------------
 
     @property
     def num_q_blocks(self) -> int:
@@ -183,12 +199,12 @@ class BlockMask:
         sizes += [x.shape[0] for x in (self.q_block_lens, self.kv_block_lens) if x is not None]
         return max(sizes)
 
-    # -- the transpose, for backward ----------------------------------------------------------------------------------
-
     def transposed(self) -> tuple[Tensor, Tensor]:
-        """(q_num_blocks int32 [B|1, H|1, Nk], q_indices int32 [B|1, H|1, Nk, Nq]): who sees each key block.
+        """(q_num_blocks int32 [B|1, H|1, Nk], q_indices int32 [B|1, H|1, Nk, Nq]): who sees each
+        key block.
 
-        Ascending, deterministic, built on the device without a host sync, and kept for the next call.
+        Ascending, deterministic, built on the device without a host sync, and kept for the next
+        call.
         """
         if self._transpose is not None:
             return self._transpose
@@ -205,8 +221,6 @@ class BlockMask:
     def q_indices(self) -> Tensor:
         return self.transposed()[1]
 
-    # -- other forms --------------------------------------------------------------------------------------------------
-
     def to_dense(self) -> Tensor:
         """Block matrix bool [B|1, H|1, Nq, Nk]."""
         return dense_from_lists(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
@@ -220,11 +234,11 @@ class BlockMask:
         return tokens & q_valid[:, None, :, None] & kv_valid[:, None, None, :]
 
     def q_lens(self) -> Tensor:
-        """Valid query tokens per block, int32 [B|1, Nq], the end of the sequence taken into account."""
+        """Valid query tokens per block, int32 [B|1, Nq], with the end of the sequence."""
         return _lens(self.q_block_lens, self.q_block_size, self.q_len, self.device)
 
     def kv_lens(self) -> Tensor:
-        """Valid key tokens per block, int32 [B|1, Nk], the end of the sequence taken into account."""
+        """Valid key tokens per block, int32 [B|1, Nk], with the end of the sequence."""
         return _lens(self.kv_block_lens, self.kv_block_size, self.kv_len, self.device)
 
     def refine(self, q_factor: int, kv_factor: int | None = None) -> BlockMask:
@@ -269,24 +283,26 @@ class BlockMask:
             name: None if getattr(self, name) is None else getattr(self, name).to(device)
             for name in ("kv_num_blocks", "kv_indices", "q_block_lens", "kv_block_lens")
         }
-        transpose = self._transpose and (self._transpose[0].to(device), self._transpose[1].to(device))
+        transpose = self._transpose and (
+            self._transpose[0].to(device),
+            self._transpose[1].to(device),
+        )
         return replace(self, **moved, _transpose=transpose)
 
-    # -- figures (each reads the mask back to the host) ---------------------------------------------------------------
-
     def attended_pairs(self) -> int:
-        """Query-key token pairs that are computed, summed over the mask's own batch and head dimensions."""
+        """Query-key token pairs kept, summed over the mask's own batch and head dimensions."""
         return int(self._pairs_per_head().sum())
 
     def density(self) -> float:
-        """Attended pairs over all pairs of valid queries and keys, in [0, 1]; 0 when there are none."""
+        """Attended pairs over all pairs of valid queries and keys; 0 when there are none."""
         possible = self.q_lens().long().sum(-1) * self.kv_lens().long().sum(-1)
         pairs = self._pairs_per_head()
         total = int(possible.expand(pairs.shape[0]).sum()) * pairs.shape[1]
         return float(pairs.sum()) / total if total else 0.0
 
     def flops(self, head_dim: int, *, batch: int | None = None, heads: int | None = None) -> int:
-        """Floating-point operations of the forward pass, 4 * D * pairs; the backward pass needs 2.5 times that.
+        """Floating-point operations of the forward pass, 4 * D * pairs; the backward pass needs 2.5
+        times that.
 
         Args:
             head_dim: D, or (D + Dv) / 2 where they differ.
@@ -310,11 +326,13 @@ class BlockMask:
 
     def __repr__(self) -> str:
         batch, heads, nq, kmax = self.kv_indices.shape
-        lens = [name for name in ("q_block_lens", "kv_block_lens") if getattr(self, name) is not None]
+        lens = [
+            name for name in ("q_block_lens", "kv_block_lens") if getattr(self, name) is not None
+        ]
         text = (
             f"BlockMask({self.q_len} x {self.kv_len} tokens, blocks {self.q_block_size} x "
-            f"{self.kv_block_size}, {nq} x {self.num_kv_blocks} blocks, batch {batch}, heads {heads}, "
-            f"up to {kmax} per row, {self.device}"
+            f"{self.kv_block_size}, {nq} x {self.num_kv_blocks} blocks, batch {batch}, "
+            f"heads {heads}, up to {kmax} per row, {self.device}"
         )
         if lens:
             text += ", " + " and ".join(lens)

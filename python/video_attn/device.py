@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -39,7 +39,7 @@ def device_info(device: torch.device | str) -> DeviceInfo:
     return _probe(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _probe(device: torch.device) -> DeviceInfo:
     if device.type == "cpu":
         return DeviceInfo("cpu", "cpu", "cpu", "CPU", torch.get_num_threads())

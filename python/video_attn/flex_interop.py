@@ -10,7 +10,7 @@ from .block_mask import BlockMask, dense_from_lists
 
 
 def to_flex(mask: BlockMask) -> flex_attention.BlockMask:
-    """The same mask as a FlexAttention BlockMask: whole blocks as full ones, the others with a mask_mod."""
+    """The same mask for FlexAttention: whole blocks as full ones, the others with a mask_mod."""
     keep = mask.to_dense()
     batch = max(mask.batch, keep.shape[0])
     keep = keep.expand(batch, -1, -1, -1)
@@ -68,9 +68,9 @@ def _flex_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
 def _lens_of_partial_blocks(
     mask: flex_attention.BlockMask, partial: Tensor, full: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(partial blocks with any pair, q lens, kv lens) of a mask whose partial blocks are cut by lengths only."""
+    """(partial blocks that keep a pair, q lens, kv lens) of a mask cut by lengths only."""
     (q_size, kv_size), (q_len, kv_len) = mask.BLOCK_SIZE, mask.seq_lengths
-    batch, heads, nq, nk = partial.shape
+    batch, _, nq, nk = partial.shape
     q_lens = _full_lens(batch, nq, q_size, q_len, partial.device)
     kv_lens = _full_lens(batch, nk, kv_size, kv_len, partial.device)
     q_seen, kv_seen = full.any(1).any(-1), full.any(1).any(-2)  # lengths fixed by a full block
@@ -89,9 +89,10 @@ def _lens_of_partial_blocks(
         )
         if not torch.equal(tokens, expected) or not agrees:
             raise ValueError(
-                f"mask: block (batch {b}, head {h}, query block {i}, key block {j}) keeps {int(tokens.sum())} of "
-                f"{tokens.numel()} pairs in a way that block lengths cannot say. Allowed: whole blocks, or the "
-                "first m queries x the first n keys with the same m for a query block and n for a key block"
+                f"mask: block (batch {b}, head {h}, query block {i}, key block {j}) keeps "
+                f"{int(tokens.sum())} of {tokens.numel()} pairs in a way that block lengths cannot "
+                "say. Allowed: whole blocks, or the first m queries x the first n keys with the "
+                "same m for a query block and the same n for a key block"
             )
         q_lens[b, i], kv_lens[b, j] = q_n, kv_n
         q_seen[b, i] = kv_seen[b, j] = True

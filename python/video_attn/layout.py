@@ -1,10 +1,11 @@
 """VideoLayout: how the tokens of a video lie in a sequence, and how they move to tile order.
 
-A video of T x H x W tokens (frames, rows, columns after patchifying) is usually stored in *raster order*. Block-sparse
-patterns want *tile order*: the grid is cut into tiles of t x h x w tokens, tiles follow each other in raster order, and
-so do the tokens inside a tile. Tiles at the border may be partial. In *padded* tile order every tile owns a slot of
-t*h*w positions, valid tokens first, so that one tile is one block of a :class:`~video_attn.block_mask.BlockMask`.
-Text tokens, if any, follow the video in slots of the same size.
+A video of T x H x W tokens (frames, rows, columns after patchifying) is usually stored in *raster
+order*. Block-sparse patterns want *tile order*: the grid is cut into tiles of t x h x w tokens,
+tiles follow each other in raster order, and so do the tokens inside a tile. Tiles at the border may
+be partial. In *padded* tile order every tile owns a slot of t*h*w positions, valid tokens first, so
+that one tile is one block of a :class:`~video_attn.block_mask.BlockMask`. Text tokens, if any,
+follow the video in slots of the same size.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class VideoLayout:
 
     Args:
         grid: (T, H, W) tokens of the video after patchifying.
-        tile: (t, h, w) tokens of one tile; larger than the grid on an axis means one tile on that axis.
+        tile: (t, h, w) tokens of one tile; larger than the grid on an axis means one tile on that
+            axis.
         text_length: text tokens in the same sequence (all of them, padding included).
-        text_first: True when the sequence is [text, video]; the tiled order is always [video, text].
+        text_first: the sequence is [text, video]; the tiled order is always [video, text].
 
     Raises:
         ValueError: a size is not a positive integer, or ``text_length`` is negative.
@@ -128,10 +130,10 @@ class VideoLayout:
         return _padded_slots(self, torch.device(device))
 
     def to_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
-        """Raster order to padded tile order: [..., sequence_length, ...] -> [..., padded_length, ...].
+        """Raster order to padded tile order: [.., sequence_length, D] -> [.., padded_length, D].
 
-        Padding is zero. Differentiable; one gather. Do it once per model, not once per layer, where the
-        model allows it.
+        Padding is zero. Differentiable; one gather. Do it once per model, not once per layer, where
+        the model allows it.
 
         Raises:
             ValueError: ``x`` does not have ``sequence_length`` tokens on ``dim``.
@@ -147,7 +149,7 @@ class VideoLayout:
         return _TakeTokens.apply(x, dim, to_raster, to_padded, False, self.is_ragged)
 
     def pad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
-        """Packed tile order (no padding, text last) to padded tile order; no copy when nothing is partial."""
+        """Packed tile order (text last) to padded tile order; no copy when no tile is partial."""
         self._check_length(x, dim, self.sequence_length, "sequence_length")
         if not self.is_ragged:
             return x
@@ -165,20 +167,27 @@ class VideoLayout:
     def _check_length(self, x: Tensor, dim: int, expected: int, name: str) -> None:
         if x.shape[dim] != expected:
             raise ValueError(
-                f"x has {x.shape[dim]} tokens on dim {dim}, but {name} of grid {self.grid} with tile "
-                f"{self.tile} and text_length {self.text_length} is {expected}"
+                f"x has {x.shape[dim]} tokens on dim {dim}, but {name} of grid {self.grid} with "
+                f"tile {self.tile} and text_length {self.text_length} is {expected}"
             )
 
 
 class _TakeTokens(torch.autograd.Function):
-    """out[i] = x[index[i]], zero where index[i] < 0; its gradient is the same gather by the inverse index.
+    """out[i] = x[index[i]], or zero where index[i] < 0; the gradient gathers by the inverse.
 
-    A gather in both directions keeps the backward deterministic, which a scatter-add on a GPU is not.
+    A gather in both directions keeps the backward deterministic, which a scatter-add on a GPU is
+    not.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, dim: int, index: Tensor, inverse: Tensor, has_holes: bool, inverse_has_holes: bool
+        ctx,
+        x: Tensor,
+        dim: int,
+        index: Tensor,
+        inverse: Tensor,
+        has_holes: bool,
+        inverse_has_holes: bool,
     ) -> Tensor:
         ctx.save_for_backward(index, inverse)
         ctx.dim, ctx.has_holes, ctx.inverse_has_holes = dim, has_holes, inverse_has_holes
@@ -217,7 +226,7 @@ def _block_lens(layout: VideoLayout, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def _tile_order(layout: VideoLayout, device: torch.device) -> Tensor:
     (grid_t, grid_h, grid_w), (tile_t, tile_h, tile_w) = layout.grid, layout.tile
-    tiles_t, tiles_h, tiles_w = layout.tile_grid
+    _, tiles_h, tiles_w = layout.tile_grid
     t, h, w = torch.meshgrid(
         torch.arange(grid_t), torch.arange(grid_h), torch.arange(grid_w), indexing="ij"
     )

@@ -1,7 +1,9 @@
 """The torch operators: schema, fake and autograd, the same for every backend.
 
-``video_attn::attention_forward`` and ``video_attn::attention_backward`` choose their backend inside, from the tensors
-they are given, so that ``torch.compile`` sees one opaque node and forward and backward may run on different backends.
+``video_attn::attention_forward`` and ``video_attn::attention_backward`` choose their backend
+inside, from the tensors
+they are given, so that ``torch.compile`` sees one opaque node and forward and backward may run on
+different backends.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from . import backends as _backends  # noqa: F401  fills the registry
 from .backends.outputs import empty_like_heads, empty_lse
 from .block_mask import BlockMask
 from .device import device_info
+from .quantize import QuantizationOptions, parse_recipe
 from .registry import Problem, select
 
 library = torch.library.Library("video_attn", "DEF")
@@ -26,8 +29,8 @@ library.define(
     "str precision, bool deterministic, str? backend) -> (Tensor out, Tensor lse)"
 )
 library.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_MASK}, float scale, bool is_causal, bool deterministic, str? backend) "
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor out, Tensor lse, {_MASK}, float scale, bool is_causal, bool deterministic, str? backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
@@ -52,6 +55,7 @@ def problem_of(
     *,
     is_causal: bool = False,
     precision: str = "native",
+    quantization: QuantizationOptions | None = None,
     deterministic: bool = False,
 ) -> Problem:
     """The Problem that a call with these tensors poses to the registry."""
@@ -66,19 +70,25 @@ def problem_of(
         kv_block_size=None if mask is None else mask.kv_block_size,
         is_causal=is_causal,
         precision=precision,
+        quantization=quantization,
         gqa=q.shape[1] != k.shape[1],
         deterministic=deterministic,
     )
 
 
 def _forward(q, k, v, *args):
-    *lists, scale, is_causal, precision, deterministic, backend = args
+    *lists, scale, is_causal, recipe, _, backend = args
     mask = _mask(q, k, tuple(lists))
     if q.shape[2] == 0 or k.shape[2] == 0 or q.shape[0] * q.shape[1] == 0:
         return empty_like_heads(q, v.shape[3]).zero_(), empty_lse(q).fill_(-torch.inf)
-    problem = problem_of("forward", q, k, v, mask, is_causal=is_causal, precision=precision)
+    precision, quantization = parse_recipe(recipe)
+    problem = problem_of(
+        "forward", q, k, v, mask,
+        is_causal=is_causal, precision=precision, quantization=quantization,
+    )  # fmt: skip
     run = select(problem, backend).forward
-    return run(q, k, v, mask, scale=scale, is_causal=is_causal, precision=precision)
+    options = {} if quantization is None else {"quantization": quantization}
+    return run(q, k, v, mask, scale=scale, is_causal=is_causal, precision=precision, **options)
 
 
 def _forward_fake(q, k, v, *args):

@@ -1,7 +1,9 @@
 """Which backend runs a problem, and why the others do not: Problem, Backend, select(), why_not().
 
-``supports(problem)`` is pure and needs no device, so the capabilities of every GPU can be tested on a CPU.
-Authority: ``backend=`` of a call, then :func:`use_backend`, then ``VIDEO_ATTN_BACKEND``, then priority. A backend that
+``supports(problem)`` is pure and needs no device, so the capabilities of every GPU can be tested on
+a CPU.
+Authority: ``backend=`` of a call, then :func:`use_backend`, then ``VIDEO_ATTN_BACKEND``, then
+    priority. A backend that
 was asked for by name and cannot serve raises; nothing falls back in silence.
 """
 
@@ -18,10 +20,12 @@ from typing import Any, Literal
 
 import torch
 
+from .quantize import QUANTIZED_PRECISIONS, QuantizationOptions
+
 logger = logging.getLogger("video_attn")
 
 BACKEND_VARIABLE = "VIDEO_ATTN_BACKEND"
-PRECISIONS = ("native", "sage_fp16", "sage_fp8", "fp8")
+PRECISIONS = ("native", *QUANTIZED_PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Problem:
         dtype: of q, k and v. head_dim: of q and k. head_dim_v: of v.
         q_block_size, kv_block_size: of the mask; None for dense attention.
         is_causal: dense causal attention. precision: one of ``PRECISIONS``.
-        gqa: several query heads share a key head. deterministic: bitwise repeatable gradients are asked for.
+        quantization: the options of a quantized precision; None for "native".
+        gqa: several query heads share a key head. deterministic: bitwise repeatable gradients are
+            asked for.
     """
 
     direction: Literal["forward", "backward"]
@@ -47,6 +53,7 @@ class Problem:
     kv_block_size: int | None = None
     is_causal: bool = False
     precision: str = "native"
+    quantization: QuantizationOptions | None = None
     gqa: bool = False
     deterministic: bool = False
 
@@ -61,10 +68,14 @@ class Backend:
 
     Args:
         name: as in ``backend=``. priority: among those that can serve, the highest runs.
-        available: None when the backend can run on this machine at all, else one sentence that says why not.
-        supports: None when it can serve the problem, else one sentence with the value and the limit.
-        forward: ``(q, k, v, mask, *, scale, is_causal, precision) -> (out, lse)``.
-        backward: ``(grad_out, grad_lse, q, k, v, out, lse, mask, *, scale, is_causal, deterministic) ->
+        available: None when the backend can run on this machine at all, else one sentence that says
+            why not.
+        supports: None when it can serve the problem, else one sentence with the value and the
+            limit.
+        forward: ``(q, k, v, mask, *, scale, is_causal, precision) -> (out, lse)``, and
+            ``quantization=`` too, with the options, when the precision is a quantized one.
+        backward: ``(grad_out, grad_lse, q, k, v, out, lse, mask, *, scale, is_causal,
+            deterministic) ->
             (dq, dk, dv)``, or None for a backend without one.
     """
 
@@ -143,7 +154,8 @@ def select(problem: Problem, explicit: str | None = None) -> Backend:
     """The backend that runs ``problem``.
 
     Raises:
-        ValueError: a forced backend does not exist. RuntimeError: the forced backend, or every backend, refuses; the
+        ValueError: a forced backend does not exist. RuntimeError: the forced backend, or every
+            backend, refuses; the
             message holds the whole table.
     """
     forced = forced_backend(explicit)

@@ -1,6 +1,7 @@
 """The definition, in plain torch: fp32 arithmetic, fp64 for fp64 inputs.
 
-One query block at a time: gather the listed valid keys, softmax, multiply. Slow, honest, and really sparse: keys that
+One query block at a time: gather the listed valid keys, softmax, multiply. Slow, honest, and really
+    sparse: keys that
 no list names are never read. It reads the lists on the host, so on a GPU it stops the stream.
 """
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..device import device_info
+from ..quantize import QuantizationOptions, fp8_dtype
+from ..quantized_reference import quantized_attention_reference
 from ..registry import Backend, Problem, register
 from .outputs import empty_like_heads, empty_lse
 
@@ -34,8 +38,8 @@ def _available() -> str | None:
 
 
 def _supports(problem: Problem) -> str | None:
-    if problem.precision != "native":
-        return f"precision {problem.precision!r} is not 'native'"
+    if problem.precision != "native" and problem.dtype == torch.float64:
+        return "quantized precisions take float16, bfloat16 and float32, not float64"
     return None
 
 
@@ -48,7 +52,14 @@ def _forward(
     scale: float,
     is_causal: bool,
     precision: str,
+    quantization: QuantizationOptions | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if precision != "native":
+        out, lse = quantized_attention_reference(
+            q, k, v, mask, precision=precision, options=quantization, scale=scale,
+            is_causal=is_causal, fp8=fp8_dtype(device_info(q.device).arch),
+        )  # fmt: skip
+        return empty_like_heads(q, v.shape[-1]).copy_(out), lse
     out, lse = empty_like_heads(q, v.shape[-1]).zero_(), empty_lse(q).fill_(-torch.inf)
     group = q.shape[1] // k.shape[1]
     for step in _steps(q, k, mask, is_causal):
@@ -56,7 +67,9 @@ def _forward(
         scores = _scores(q, k, step, scale, group)
         row_lse = scores.logsumexp(-1)
         weights = _weights(scores, row_lse)
-        out[b, h, step.rows] = (weights @ v[b, h // group, step.keys].to(scores.dtype)).to(out.dtype)
+        out[b, h, step.rows] = (weights @ v[b, h // group, step.keys].to(scores.dtype)).to(
+            out.dtype
+        )
         lse[b, h, step.rows] = row_lse
     return out, lse
 
@@ -87,7 +100,9 @@ def _backward(
         delta = (grad * out[b, h, rows].to(wide)).sum(-1)
         if grad_lse is not None:
             # lse depends on the scores by the same weights: d lse / d score = weight.
-            delta = delta - torch.where(lse[b, h, rows].isneginf(), 0, grad_lse[b, h, rows].to(wide))
+            delta = delta - torch.where(
+                lse[b, h, rows].isneginf(), 0, grad_lse[b, h, rows].to(wide)
+            )
         dv[b, h_kv, keys] += weights.mT @ grad
         dscores = weights * (grad @ v[b, h_kv, keys].to(wide).mT - delta[:, None]) * scale
         dq[b, h, rows] = dscores @ k[b, h_kv, keys].to(wide)
@@ -119,7 +134,9 @@ def _steps(q: Tensor, k: Tensor, mask: BlockMask | None, is_causal: bool) -> Ite
                 yield _Step(b, h, rows, keys, hidden)
 
 
-def _dense_rows(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _dense_rows(
+    q: Tensor, k: Tensor, is_causal: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     q_len, kv_len = q.shape[2], k.shape[2]
     keys = torch.arange(kv_len, device=q.device)
     for start in range(0, q_len, _DENSE_ROWS):
