@@ -1,0 +1,88 @@
+"""Set up before any test: the Triton interpreter where there is no GPU, threads, and poisoned allocations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Read when a kernel is defined, so it must be set before video_attn imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Forced backends of the outside would change what the tests run.
+os.environ.pop("VIDEO_ATTN_BACKEND", None)
+torch.set_num_threads(
+    max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
+
+PACKAGES = ("video_attn", "st_attn", "vsa", "radial_attn")
+_ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(
+                pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+            )
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The GPU of tests marked ``gpu``."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every torch.empty and the like called by the package holds NaN (integers: garbage): what is not written shows.
+
+    The outputs of native kernels are allocated in Python (backends/outputs.py), so they are poisoned too.
+    """
+    for owner, name in _ALLOCATORS:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return x
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return fill_with_poison(x) if caller.partition(".")[0] in PACKAGES else x
+
+    return poisoned
+
+
+def fill_with_poison(x: torch.Tensor) -> torch.Tensor:
+    """NaN in floating-point tensors, a large number in integers, True in booleans; in place."""
+    if x.dtype.itemsize == 1 and x.is_floating_point():
+        x.view(torch.uint8).fill_(0x7F)  # NaN of the float8 types
+    elif x.is_floating_point():
+        x.fill_(torch.nan)
+    elif x.dtype == torch.bool:
+        x.fill_(True)
+    else:
+        x.fill_(torch.iinfo(x.dtype).max // 3)
+    return x
+
+
+@pytest.fixture
+def deterministic_algorithms() -> Iterator[None]:
+    """torch.use_deterministic_algorithms(True) during a test."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
