@@ -1,4 +1,4 @@
-"""Set up before any test: the Triton interpreter where there is no GPU, threads, and poisoned allocations."""
+"""Before any test: the Triton interpreter where there is no GPU, threads, poisoned allocations."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ def gpu() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every torch.empty and the like called by the package holds NaN (integers: garbage): what is not written shows.
-
-    The outputs of native kernels are allocated in Python (backends/outputs.py), so they are poisoned too.
+    """What the package gets from torch.empty and the like is NaN (integers: garbage), so that
+    anything left unwritten is seen.
     """
     for owner, name in _ALLOCATORS:
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

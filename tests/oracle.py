@@ -1,10 +1,12 @@
-"""What attention must compute: masked softmax in fp64, straight from the definitions, and the rule of tolerance.
+"""What attention must compute: masked softmax in fp64 from the definitions; and the tolerance rule.
 
-Token masks are made here from token coordinates and sets, never from a BlockMask or a layout of the package: the
-code under test cannot agree with itself. A token mask is bool [B|1, H|1, Sq, Sk], True where a query sees a key.
+Token masks are made here from token coordinates and sets, never from a BlockMask or a layout of the
+package: the code under test cannot agree with itself. A token mask is bool [B|1, H|1, Sq, Sk], True
+where a query sees a key.
 
-The rule (FlashAttention's): the error of a kernel against fp64 may be at most twice the error of plain torch in the
-kernel's dtype, plus a few roundings of the result; both as the largest and as the root mean square error.
+The rule (FlashAttention's): the error of a kernel against fp64 may be at most twice the error of
+plain torch in the kernel's dtype, plus a few roundings of the result; both as the largest and as
+the root mean square error.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Result(NamedTuple):
 
 
 class Question(Protocol):
-    """What must be answered: q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv], all finite. A None gradient: unused."""
+    """What must be answered. All values are finite; a gradient that is None is not asked for."""
 
     q: Tensor
     k: Tensor
@@ -56,7 +58,7 @@ class Case:
     grad_lse: Tensor | None = None
 
 
-# -- token masks from the definitions ---------------------------------------------------------------------------------
+# -- token masks from the definitions --------------------------------------------------------------
 
 
 def dense_tokens(q_len: int, kv_len: int) -> Tensor:
@@ -65,7 +67,7 @@ def dense_tokens(q_len: int, kv_len: int) -> Tensor:
 
 
 def causal_tokens(q_len: int, kv_len: int) -> Tensor:
-    """Query i sees keys 0 .. i + kv_len - q_len: the last query sees all keys (bottom-right aligned)."""
+    """Query i sees keys 0 .. i + kv_len - q_len: the last query sees every key."""
     rows = [[j <= i + kv_len - q_len for j in range(kv_len)] for i in range(q_len)]
     return torch.tensor(rows, dtype=torch.bool).view(1, 1, q_len, kv_len)
 
@@ -77,9 +79,9 @@ def listed_tokens(
     q_block_lens: Sequence[Sequence[int]] | None = None,
     kv_block_lens: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """``lists[b][h][i]`` is the set of key blocks that query block i sees; lens are ``[b][block]`` valid tokens.
+    """``lists[b][h][i]``: the key blocks that query block i sees; lens: valid tokens ``[b][block]``.
 
-    Any of the leading lists may have one entry that serves every batch (or head).
+    A leading list of one entry serves every batch (or head).
     """
     (q_size, kv_size), (q_len, kv_len) = block_sizes, lengths
     sizes = [len(x) for x in (lists, q_block_lens, kv_block_lens) if x is not None]
@@ -140,10 +142,11 @@ def sliding_tile_tokens(
     text_length: int = 0,
     valid_text: int | None = None,
 ) -> Tensor:
-    """Sliding tile attention over [video tokens at ``coordinates``, text]: bool [1, len(windows), S, S].
+    """Sliding tile attention over [video tokens at ``coordinates``, text], one window per head.
 
-    On an axis of n tiles, a query in tile c sees the tiles [lo, lo + w) with lo = clamp(c - w//2, 0, n - w), w clipped
-    to n. The first ``valid_text`` text tokens are seen by all and see everything; later ones neither see nor are seen.
+    On an axis of n tiles, a query in tile c sees the tiles [lo, lo + w), where
+    lo = clamp(c - w//2, 0, n - w) and w is clipped to n. The first ``valid_text`` text tokens are
+    seen by all and see everything; later ones neither see nor are seen.
     """
     valid_text = text_length if valid_text is None else valid_text
     video = torch.tensor([(-1, -1, -1) if c is None else c for c in coordinates]).view(-1, 3)
@@ -170,9 +173,10 @@ def selected_tile_tokens(
     kv_tiles: Sequence[int],
     selected: Sequence[Sequence[Sequence[set[int]]]],
 ) -> Tensor:
-    """Video sparse attention: query token i sees key token j if ``selected[b][h][q_tiles[i]]`` holds ``kv_tiles[j]``.
+    """Video sparse attention: a query sees the keys of the tiles selected for its own tile.
 
-    ``q_tiles`` and ``kv_tiles`` give the tile number of every token, -1 for padding.
+    ``q_tiles`` and ``kv_tiles`` give the tile number of every token, -1 for padding;
+    ``selected[b][h][i]`` is the set of key tiles of query tile i.
     """
     count = 1 + max(
         [*kv_tiles, *(j for heads in selected for rows in heads for row in rows for j in row)]
@@ -189,13 +193,13 @@ def selected_tile_tokens(
     return tokens & (q_tile >= 0)[:, None] & (kv_tile >= 0)[None, :]
 
 
-# -- the definition ---------------------------------------------------------------------------------------------------
+# -- the definition --------------------------------------------------------------------------------
 
 
 def attention_oracle(
     q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) in fp64, differentiable by autograd; a query that sees nothing gives 0 and -inf."""
+    """(out, lse) in fp64, differentiable; a query that sees nothing gives 0 and -inf."""
     q, k, v, scale = _prepared(q.double(), k.double(), v.double(), scale)
     scores, sees = _masked_scores(q, k, token_mask.to(q.device), scale)
     weights = scores.softmax(-1).masked_fill(~sees, 0.0)
@@ -205,10 +209,11 @@ def attention_oracle(
 def attention_plain(
     q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same in the dtype of q, as torch computes it: products in that dtype, softmax in fp32 or wider.
+    """The same in the dtype of q as torch computes it: products in that dtype, softmax in fp32.
 
-    Differentiable. Its backward pass starts from the stored out and lse, as every fused one does, torch's own too:
-    where a gradient is a small difference, autograd through the softmax would round less, or not at all.
+    Differentiable. Its backward pass starts from the stored out and lse, as every fused one does,
+    torch's own too: where a gradient is a small difference, autograd through the softmax would
+    round less, or not at all.
     """
     q, k, v, scale = _prepared(q, k, v, scale)
     return _PlainAttention.apply(q, k, v, token_mask.to(q.device), scale)
@@ -257,7 +262,7 @@ def _masked_scores(q: Tensor, k: Tensor, token_mask: Tensor, scale: float) -> tu
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their dtype with fp32 accumulation; a 16-bit product of torch's CPU can take a hundred times as long."""
+    """a @ b in their dtype, accumulated in fp32; torch's own 16-bit CPU product can be very slow."""
     if a.dtype.itemsize == 2:
         return (a.float() @ b.float()).to(a.dtype)
     return a @ b
@@ -268,7 +273,7 @@ def answer(
     question: Question,
     dtype: torch.dtype | None = None,
 ) -> Result:
-    """``attention(q, k, v, token_mask, scale)`` and its gradients by autograd, in ``dtype`` (default: of q)."""
+    """``attention(q, k, v, token_mask, scale)`` and its gradients in ``dtype`` (default: of q)."""
     dtype = question.q.dtype if dtype is None else dtype
     needs_grad = question.grad_out is not None or question.grad_lse is not None
     q, k, v = (
@@ -287,14 +292,14 @@ def answer(
     return Result(out.detach(), lse.detach(), *grads)
 
 
-# -- the rule ---------------------------------------------------------------------------------------------------------
+# -- the rule --------------------------------------------------------------------------------------
 
 
 def check_against_oracle(result: Result, question: Question, label: str = "") -> None:
-    """Raises AssertionError, with the numbers, unless every given part of ``result`` obeys the rule.
+    """Raises AssertionError, with the numbers, unless all that ``result`` holds obeys the rule.
 
-    Also: shapes and dtypes; nothing is NaN; out, dq of a query that sees nothing are exactly 0 and its lse -inf; dk,
-    dv of a key that nobody sees are exactly 0.
+    Also: shapes and dtypes; nothing is NaN; out, dq of a query that sees nothing are exactly 0 and
+    its lse -inf; dk, dv of a key that nobody sees are exactly 0.
     """
     exact = answer(attention_oracle, question, torch.float64)
     plain = answer(attention_plain, question)
@@ -310,10 +315,11 @@ def check_against_oracle(result: Result, question: Question, label: str = "") ->
 def check_close(
     name: str, got: Tensor, exact: Tensor, plain: Tensor, lse: Tensor | None = None
 ) -> None:
-    """The rule for one tensor: error of ``got`` <= 2 x (error of ``plain`` + rounding), both against fp64 ``exact``.
+    """The rule for one tensor: error of ``got`` <= 2 x (error of ``plain`` + rounding).
 
-    ``lse``: of the softmax behind the tensor. Weights are made as exp(score - lse), and an fp32 lse of size 20 gives
-    them a relative error of up to 20 * 2**-24: that rounding is allowed even where torch was lucky.
+    ``lse``: of the softmax behind the tensor. Weights are made as exp(score - lse), and an fp32 lse
+    of size 20 gives them a relative error of up to 20 * 2**-24: that rounding is allowed even where
+    torch was lucky.
     """
     assert got.shape == exact.shape, (
         f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -343,16 +349,15 @@ def check_close(
         allowed = RULE_FACTOR * (plain_error + allowance)
         if error > allowed:
             raise AssertionError(
-                f"{name}: {norm} error {error:.3e} > allowed {allowed:.3e} = {RULE_FACTOR:g} x (torch's error "
-                f"{plain_error:.3e} + rounding {allowance:.3e}); {_worst(errors, got, exact)}"
+                f"{name}: {norm} error {error:.3e} > allowed {allowed:.3e} = {RULE_FACTOR:g} x "
+                f"(torch's error {plain_error:.3e} + rounding {allowance:.3e}); "
+                f"{_worst(errors, got, exact)}"
             )
 
 
 def _rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """What adding and taking away 0.3 in ``dtype`` loses, per value: the atol of the rule, from the data itself."""
-    if (
-        dtype == torch.float64
-    ):  # no wider type to compare with: the error is that of another order of summation
+    """What adding and taking away 0.3 in ``dtype`` loses, per value: the atol, from the data."""
+    if dtype == torch.float64:  # no wider type to compare with: another order of summation
         return 1e-13 * (1 + exact.abs().amax()).expand_as(exact)
     near = exact.to(dtype)
     return (near + 0.3 - 0.3 - near).double().abs()
@@ -364,7 +369,8 @@ def _root_mean_square(x: Tensor) -> Tensor:
 
 def _worst(errors: Tensor, got: Tensor, exact: Tensor) -> str:
     at = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
-    return f"worst at {list(at)} of {list(got.shape)}: got {float(got[at]):.6g}, exact {float(exact[at]):.6g}"
+    where = f"worst at {list(at)} of {list(got.shape)}"
+    return f"{where}: got {float(got[at]):.6g}, exact {float(exact[at]):.6g}"
 
 
 def _check_nothing_from_nothing(result: Result, question: Question, label: str) -> None:

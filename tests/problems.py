@@ -1,8 +1,10 @@
 """Seeded random attention problems: what a kernel is given, and what it must answer.
 
-A :class:`Problem` is a description with a readable name; ``build`` makes its tensors. The kernel is given NaN wherever
-it has no business to read: keys that no query sees, query and gradient rows past their block's valid length, and the
-memory around strided views. The oracle is given the same values without the poison.
+A :class:`Problem` is a description with a readable name; ``build`` makes its tensors. The kernel is
+given NaN wherever
+it has no business to read: keys that no query sees, query and gradient rows past their block's
+valid length, and the memory around strided views. The oracle is given the same values without the
+poison.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ class Problem:
     """One random problem; everything about it follows from these fields.
 
     Args:
-        kind: "lists" (random block lists); "sliding" and "selected" (windows of tiles, chosen tiles of a video with
-            text in padded tile order); "dense"; "causal".
+        kind: "lists" (random block lists); "sliding" and "selected" (windows of tiles, chosen tiles
+            of a video with text in padded tile order); "dense"; "causal".
         lens: of the blocks of "lists": "none", "shared" or "per-batch".
         mask_batch, mask_heads: the mask has its own lists per batch, per head; else one for all.
         memory: how q, k and v lie in memory, one of ``MEMORIES``.
@@ -148,14 +150,14 @@ def run_attention(built: Built, backend: str | None = None, **options: Any) -> o
 
 
 def require_backend(name: str) -> None:
-    """Fails, and does not skip, where a backend that the tests are for is absent or cannot run on this machine."""
+    """Fails, and does not skip, where the backend is absent or cannot run on this machine."""
     found = {b.name: b for b in backends()}
     assert name in found, f"backend {name!r} is not in the registry, only {', '.join(found)}"
     reason = found[name].available()
     assert reason is None, f"backend {name!r} cannot run here: {reason}"
 
 
-# -- the generator ----------------------------------------------------------------------------------------------------
+# -- the generator ---------------------------------------------------------------------------------
 
 
 def random_problems(
@@ -167,7 +169,7 @@ def random_problems(
     max_heads: int = 8,
     head_dims: Sequence[tuple[int, int]] = HEAD_DIMS,
 ) -> list[Problem]:
-    """``count`` problems. Each property is dealt from its own shuffled deck, so every value comes up equally often."""
+    """``count`` problems, each property dealt from its own deck: all values come up equally often."""
     rng = random.Random(seed)
     decks = {
         name: _deck(rng, values)
@@ -245,7 +247,7 @@ def _describe_video(
     }  # fmt: skip
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
 
 
 def _build(problem: Problem, device: torch.device, dtype: torch.dtype) -> Built:
@@ -293,14 +295,15 @@ def _build(problem: Problem, device: torch.device, dtype: torch.dtype) -> Built:
         inputs = [x.transpose(1, 2) for x in inputs]
         kernel_grads = (kernel_grads[0].transpose(1, 2), kernel_grads[1])
     return Built(
-        problem, *(clean[n].to(device) for n in "qkv"), token_mask.to(device), scale, grad_out.to(device),
-        grad_lse.to(device) if problem.with_lse_grad else None, None if mask is None else mask.to(device),
+        problem, *(clean[n].to(device) for n in "qkv"), token_mask.to(device), scale,
+        grad_out.to(device), grad_lse.to(device) if problem.with_lse_grad else None,
+        None if mask is None else mask.to(device),
         tuple(inputs), tuple(x.to(device) for x in kernel_grads), options,
     )  # fmt: skip
 
 
 def _unseen_keys(token_mask: Tensor, problem: Problem) -> Tensor:
-    """bool [B, Hkv, Sk]: keys that no query of their group sees; heads that share memory share this."""
+    """bool [B, Hkv, Sk]: keys that no query of their group sees; equal for heads in one memory."""
     unseen = ~token_mask.any(-2).unflatten(1, (problem.kv_heads, problem.group)).any(2)
     if problem.memory == "expanded":
         unseen = unseen.all(1, keepdim=True).expand_as(unseen)
@@ -308,7 +311,7 @@ def _unseen_keys(token_mask: Tensor, problem: Problem) -> Tensor:
 
 
 def place(tensors: dict[str, Tensor], memory: str, device: torch.device | str) -> list[Tensor]:
-    """The tensors [B, H, S, D] at the strides of ``memory`` (one of ``MEMORIES``); all slack around them is NaN."""
+    """The tensors [B, H, S, D] at the strides of ``memory``; all slack around them is NaN."""
     if memory == "fused":
         heads = [x.shape[1] for x in tensors.values()]
         whole = torch.cat(list(tensors.values()), 1).transpose(1, 2).contiguous().to(device)
@@ -342,7 +345,7 @@ def _place_one(x: Tensor, memory: str, device: torch.device | str) -> Tensor:
     raise ValueError(f"memory must be one of {MEMORIES}, got {memory!r}")
 
 
-# -- masks: what the oracle sees, and the BlockMask that should say the same ------------------------------------------
+# -- masks: what the oracle sees, and the BlockMask that should say the same -----------------------
 
 
 def _masks(problem: Problem, rng: random.Random) -> tuple[Tensor, BlockMask | None, Tensor]:
@@ -391,7 +394,7 @@ def _list_masks(problem: Problem, rng: random.Random) -> tuple[Tensor, BlockMask
 
 
 def list_tensors(lists: Lists, num_kv_blocks: int, spare: int = 0) -> tuple[Tensor, Tensor]:
-    """(counts int32 [B,H,Nq], indices int32 [B,H,Nq,K]); past its count a list holds a block that it must not see."""
+    """(counts int32 [B,H,Nq], indices int32 [B,H,Nq,K]); past its count, a block not to be seen."""
     width = max(1, max(len(row) for heads in lists for rows in heads for row in rows)) + spare
 
     def padded(row: set[int]) -> list[int]:
