@@ -2,7 +2,7 @@
 #   make demo    make a virtual environment, install, and show sparse attention on a video
 #   make test    the same, and run the tests
 # Both reuse the environment they find. pip's own settings apply, so on a machine without a GPU
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#   PIP_EXTRA_INDEX_URL=<the CPU index of PyTorch> make demo
 # fetches the small CPU build of torch instead of the one with CUDA.
 
 PYTHON ?= python3

@@ -279,15 +279,22 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
-        moved = {
-            name: None if getattr(self, name) is None else getattr(self, name).to(device)
-            for name in ("kv_num_blocks", "kv_indices", "q_block_lens", "kv_block_lens")
-        }
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
         transpose = self._transpose and (
             self._transpose[0].to(device),
             self._transpose[1].to(device),
         )
-        return replace(self, **moved, _transpose=transpose)
+        return replace(
+            self,
+            kv_num_blocks=self.kv_num_blocks.to(device),
+            kv_indices=self.kv_indices.to(device),
+            q_block_lens=moved(self.q_block_lens),
+            kv_block_lens=moved(self.kv_block_lens),
+            _transpose=transpose,
+        )
 
     def attended_pairs(self) -> int:
         """Query-key token pairs kept, summed over the mask's own batch and head dimensions."""

@@ -48,7 +48,7 @@ def from_flex(mask: flex_attention.BlockMask) -> BlockMask:
     nq, nk = -(-q_len // q_size), -(-kv_len // kv_size)
     partial = dense_from_lists(mask.kv_num_blocks, mask.kv_indices, nk)[..., :nq, :]
     full = torch.zeros_like(partial)
-    if mask.full_kv_num_blocks is not None:
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         full = dense_from_lists(mask.full_kv_num_blocks, mask.full_kv_indices, nk)[..., :nq, :]
     if mask.mask_mod is flex_attention.noop_mask:
         full, partial = full | partial, torch.zeros_like(partial)

@@ -11,14 +11,18 @@ follow the video in slots of the same size.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .static_cache import canonical_device, static_cache
+
 Triple = tuple[int, int, int]
+LayoutKey = tuple[Triple, Triple, int, bool]
 
 
 def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> Triple:
@@ -40,7 +44,9 @@ def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> 
     good = [p for p in parts if isinstance(p, int) and not isinstance(p, bool) and p >= minimum]
     if len(parts) != 3 or len(good) != 3:
         raise ValueError(f"{name} must be three integers >= {minimum} (T, H, W), got {value!r}")
-    return good[0], good[1], good[2]
+    # A size that torch.compile takes for dynamic becomes a constant: these decide lists and shapes.
+    t, h, w = map(operator.index, good)
+    return t, h, w
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,12 @@ class VideoLayout:
             raise TypeError(f"text_length must be an int, got {self.text_length!r}")
         if self.text_length < 0:
             raise ValueError(f"text_length must be >= 0, got {self.text_length}")
+        object.__setattr__(self, "text_length", operator.index(self.text_length))
+
+    @property
+    def key(self) -> LayoutKey:
+        """The plain values that make this layout, ``VideoLayout(*key)``: a key for caches."""
+        return self.grid, self.tile, self.text_length, self.text_first
 
     @property
     def video_length(self) -> int:
@@ -119,15 +131,15 @@ class VideoLayout:
 
     def block_lens(self, device: torch.device | str = "cpu") -> Tensor:
         """Valid tokens of each slot, int32 [num_blocks]; text slots count all text tokens."""
-        return _block_lens(self, torch.device(device))
+        return _block_lens(self.key, canonical_device(device))
 
     def tile_order(self, device: torch.device | str = "cpu") -> Tensor:
         """int64 [sequence_length]: the raster position of the i-th token in packed tile order."""
-        return _tile_order(self, torch.device(device))
+        return _tile_order(self.key, canonical_device(device))
 
     def padded_slots(self, device: torch.device | str = "cpu") -> Tensor:
         """int64 [sequence_length]: the padded position of the i-th token in packed tile order."""
-        return _padded_slots(self, torch.device(device))
+        return _padded_slots(self.key, canonical_device(device))
 
     def to_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Raster order to padded tile order: [.., sequence_length, D] -> [.., padded_length, D].
@@ -139,13 +151,13 @@ class VideoLayout:
             ValueError: ``x`` does not have ``sequence_length`` tokens on ``dim``.
         """
         self._check_length(x, dim, self.sequence_length, "sequence_length")
-        to_padded, to_raster = _permutations(self, x.device)
+        to_padded, to_raster = _permutations(self.key, x.device)
         return _TakeTokens.apply(x, dim, to_padded, to_raster, self.is_ragged, False)
 
     def from_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Padded tile order back to raster order: the inverse of :meth:`to_tiles`."""
         self._check_length(x, dim, self.padded_length, "padded_length")
-        to_padded, to_raster = _permutations(self, x.device)
+        to_padded, to_raster = _permutations(self.key, x.device)
         return _TakeTokens.apply(x, dim, to_raster, to_padded, False, self.is_ragged)
 
     def pad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
@@ -153,7 +165,7 @@ class VideoLayout:
         self._check_length(x, dim, self.sequence_length, "sequence_length")
         if not self.is_ragged:
             return x
-        slots, inverse = _slot_permutations(self, x.device)
+        slots, inverse = _slot_permutations(self.key, x.device)
         return _TakeTokens.apply(x, dim, inverse, slots, True, False)
 
     def unpad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
@@ -161,7 +173,7 @@ class VideoLayout:
         self._check_length(x, dim, self.padded_length, "padded_length")
         if not self.is_ragged:
             return x
-        slots, inverse = _slot_permutations(self, x.device)
+        slots, inverse = _slot_permutations(self.key, x.device)
         return _TakeTokens.apply(x, dim, slots, inverse, False, True)
 
     def _check_length(self, x: Tensor, dim: int, expected: int, name: str) -> None:
@@ -181,7 +193,7 @@ class _TakeTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         dim: int,
         index: Tensor,
@@ -194,7 +206,7 @@ class _TakeTokens(torch.autograd.Function):
         return _take(x, dim, index, has_holes)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         index, inverse = ctx.saved_tensors
         grad_x = _TakeTokens.apply(
             grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes
@@ -211,8 +223,9 @@ def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:
     return out.masked_fill_((index < 0).view(shape), 0)
 
 
-@lru_cache(maxsize=64)
-def _block_lens(layout: VideoLayout, device: torch.device) -> Tensor:
+@static_cache()
+def _block_lens(key: LayoutKey, device: torch.device) -> Tensor:
+    layout = VideoLayout(*key)
     sizes = [
         (torch.arange(n, dtype=torch.int32) * size).neg_().add_(length).clamp_(max=size)
         for n, size, length in zip(layout.tile_grid, layout.tile, layout.grid, strict=True)
@@ -223,8 +236,9 @@ def _block_lens(layout: VideoLayout, device: torch.device) -> Tensor:
     return torch.cat([video, text]).to(device)
 
 
-@lru_cache(maxsize=64)
-def _tile_order(layout: VideoLayout, device: torch.device) -> Tensor:
+@static_cache()
+def _tile_order(key: LayoutKey, device: torch.device) -> Tensor:
+    layout = VideoLayout(*key)
     (grid_t, grid_h, grid_w), (tile_t, tile_h, tile_w) = layout.grid, layout.tile
     _, tiles_h, tiles_w = layout.tile_grid
     t, h, w = torch.meshgrid(
@@ -242,9 +256,10 @@ def _tile_order(layout: VideoLayout, device: torch.device) -> Tensor:
     return order.to(device)
 
 
-@lru_cache(maxsize=64)
-def _padded_slots(layout: VideoLayout, device: torch.device) -> Tensor:
-    lens = _block_lens(layout, torch.device("cpu")).long()
+@static_cache()
+def _padded_slots(key: LayoutKey, device: torch.device) -> Tensor:
+    layout = VideoLayout(*key)
+    lens = _block_lens(key, torch.device("cpu")).long()
     starts = torch.arange(layout.num_blocks) * layout.tile_volume
     before = lens.cumsum(0) - lens
     slots = torch.repeat_interleave(starts - before, lens) + torch.arange(layout.sequence_length)
@@ -258,17 +273,17 @@ def _inverse(positions: Tensor, size: int) -> Tensor:
     return inverse
 
 
-@lru_cache(maxsize=64)
-def _slot_permutations(layout: VideoLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+@static_cache()
+def _slot_permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(padded position of a packed token, packed token at a padded position or -1)."""
-    slots = _padded_slots(layout, torch.device("cpu"))
-    return slots.to(device), _inverse(slots, layout.padded_length).to(device)
+    slots = _padded_slots(key, torch.device("cpu"))
+    return slots.to(device), _inverse(slots, VideoLayout(*key).padded_length).to(device)
 
 
-@lru_cache(maxsize=64)
-def _permutations(layout: VideoLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+@static_cache()
+def _permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(raster token at a padded position or -1, padded position of a raster token)."""
-    cpu = torch.device("cpu")
+    layout, cpu = VideoLayout(*key), torch.device("cpu")
     to_raster = torch.empty(layout.sequence_length, dtype=torch.int64)
-    to_raster[_tile_order(layout, cpu)] = _padded_slots(layout, cpu)
+    to_raster[_tile_order(key, cpu)] = _padded_slots(key, cpu)
     return _inverse(to_raster, layout.padded_length).to(device), to_raster.to(device)

@@ -8,6 +8,8 @@ different backends.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,8 @@ library.define(
 )
 library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, {_MASK}, float scale, bool is_causal, bool deterministic, str? backend) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)"
+    f"Tensor out, Tensor lse, {_MASK}, float scale, bool is_causal, bool deterministic, "
+    "str? backend) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
@@ -76,7 +78,7 @@ def problem_of(
     )
 
 
-def _forward(q, k, v, *args):
+def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *lists, scale, is_causal, recipe, _, backend = args
     mask = _mask(q, k, tuple(lists))
     if q.shape[2] == 0 or k.shape[2] == 0 or q.shape[0] * q.shape[1] == 0:
@@ -91,11 +93,20 @@ def _forward(q, k, v, *args):
     return run(q, k, v, mask, scale=scale, is_causal=is_causal, precision=precision, **options)
 
 
-def _forward_fake(q, k, v, *args):
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return empty_like_heads(q, v.shape[3]), empty_lse(q)
 
 
-def _backward(grad_out, grad_lse, q, k, v, out, lse, *args):
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:
     *lists, scale, is_causal, deterministic, backend = args
     mask = _mask(q, k, tuple(lists))
     if q.shape[2] == 0 or k.shape[2] == 0 or q.shape[0] * q.shape[1] == 0:
@@ -103,7 +114,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *args):
     problem = problem_of(
         "backward", q, k, v, mask, is_causal=is_causal, deterministic=deterministic
     )
-    run = select(problem, backend).backward
+    run: Any = select(problem, backend).backward  # select() refuses a backend without one
     if grad_out.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes
         grad_out = grad_out.contiguous()
     return run(
@@ -112,11 +123,13 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, *args):
     )  # fmt: skip
 
 
-def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, *args):
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     return tuple(empty_like_heads(x, x.shape[3]) for x in (q, k, v))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *lists = inputs[:11]
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, *lists[:6])
@@ -129,7 +142,7 @@ def _setup_context(ctx, inputs, output):
         )
 
 
-def _autograd(ctx, grad_out, grad_lse):
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *lists = ctx.saved_tensors
     grads = torch.ops.video_attn.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.block_sizes,

@@ -107,9 +107,10 @@ def _backward(
         dscores = weights * (grad @ v[b, h_kv, keys].to(wide).mT - delta[:, None]) * scale
         dq[b, h, rows] = dscores @ k[b, h_kv, keys].to(wide)
         dk[b, h_kv, keys] += dscores.mT @ q[b, h, rows].to(wide)
-    return tuple(
+    dq, dk, dv = (
         empty_like_heads(x, x.shape[-1]).copy_(dx) for x, dx in ((q, dq), (k, dk), (v, dv))
     )
+    return dq, dk, dv
 
 
 def _scores(q: Tensor, k: Tensor, step: _Step, scale: float, group: int) -> Tensor:
