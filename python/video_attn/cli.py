@@ -56,23 +56,28 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code.
 
-    0 is success, 1 something that failed while running, 2 a wrong command line (argparse raises
-    SystemExit for it), 130 an interrupt from the keyboard.
+    0 is success, 1 something that failed while running, 2 a wrong command line (for which argparse
+    raises SystemExit), 130 an interrupt from the keyboard.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
     try:
         return cast("Callable[[argparse.Namespace], int]", args.run)(args)
     except UsageError as error:
-        args.parser.error(str(error))
+        args.parser.print_usage(sys.stderr)
+        return _failure(args, error, 2)
     except BrokenPipeError:  # the reader went away, as `video-attn info | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, RuntimeError) as error:  # a file, a codec, a backend that cannot serve
-        print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+        return _failure(args, error, 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _failure(args: argparse.Namespace, error: Exception, code: int) -> int:
+    print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

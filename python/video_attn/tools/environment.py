@@ -1,4 +1,4 @@
-"""Every environment variable that means something here. One that is not in this table does not exist."""
+"""Every environment variable that means something here; one that is missing does not exist."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VARIABLES = (
         "VIDEO_ATTN_CUDA_ARCHS", "build", "as 80,90a", "each component's own list",
         "CUDA architectures to compile for",
     ),
-    Variable("CXX", "build", "a path or name", "CMake's choice", "the C++ compiler (gcc 11 or newer)"),
+    Variable("CXX", "build", "a program", "CMake's choice", "the C++ compiler, gcc 11 or newer"),
     Variable("CUDACXX", "build", "a path", "nvcc of CUDA_HOME", "the CUDA compiler"),
     Variable("CUDA_HOME", "build", "a path", "where nvcc on PATH is", "the CUDA toolkit"),
     Variable(

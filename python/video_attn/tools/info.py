@@ -1,7 +1,8 @@
 """``video-attn info``: what is here, what it can run, and why the rest cannot.
 
-It is what a person runs when something is wrong, so it never raises: what cannot be found out is shown as the error it
-gave. For the same reason nothing but the standard library is imported before it is needed.
+It is what a person runs when something is wrong, so it never raises: what cannot be found out is
+shown as the error it gave. For the same reason nothing but the standard library is imported before
+it is needed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .environment import VARIABLES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..registry import Problem
+    from ..registry import Problem, Verdict
 
+Direction = Literal["forward", "backward"]
 Row = dict[str, Any]
 PACKAGES = ("torch", "triton", "numpy", "av", "matplotlib", "rich", "diffusers")
 
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, list[Row]]:
-    """Every fact as plain rows, section by section; a section that fails is one row ``{"error": ...}``."""
+    """Every fact as plain rows, section by section; one that fails is a row ``{"error": ...}``."""
     sections: dict[str, Callable[[], list[Row]]] = {
         "versions": _versions,
         "devices": _devices,
@@ -92,7 +94,7 @@ def _version(package: str) -> str:
 
 def _guarded_text(make: Callable[[], str]) -> str:
     rows = _guarded(lambda: [{"text": make()}])
-    return rows[0].get("text", rows[0].get("error", ""))
+    return str(rows[0].get("text", rows[0].get("error", "")))
 
 
 def _source_note() -> str:
@@ -187,18 +189,20 @@ def _choices() -> list[Row]:
         verdicts = registry.why_not(problem)
         others = [f"{v.backend}: {v.reason}" for v in verdicts if v.reason is not None]
         rows.append(
-            {"problem": name, "backend": _chosen(problem), "why not the others": others}
-        )  # fmt: skip
+            {"problem": name, "backend": _chosen(problem, verdicts), "why not the others": others}
+        )
     return rows
 
 
-def _chosen(problem: Problem) -> str:
+def _chosen(problem: Problem, verdicts: list[Verdict]) -> str:
     from .. import registry
 
     try:
-        return registry.select(problem).name
-    except (RuntimeError, ValueError) as error:  # nothing serves, or a forced backend does not
+        if registry.forced_backend() is not None:
+            return registry.select(problem).name + " (forced)"
+    except (RuntimeError, ValueError) as error:
         return f"none: {_sentence(error)}"
+    return next((verdict.backend for verdict in verdicts if verdict.chosen), "none")
 
 
 def typical_problems() -> list[tuple[str, Problem]]:
@@ -222,7 +226,9 @@ def typical_problems() -> list[tuple[str, Problem]]:
     problems = []
     for device_type, arch in kinds:
         for name, arguments in calls:
-            directions = ("forward", "backward") if "precision" not in arguments else ("forward",)
+            directions: tuple[Direction, ...] = ("forward", "backward")
+            if "precision" in arguments:  # quantized kernels have no backward pass
+                directions = ("forward",)
             for direction in directions:
                 problem = Problem(
                     direction, device_type, arch, torch.bfloat16, 128, 128, **arguments

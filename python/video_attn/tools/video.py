@@ -1,48 +1,52 @@
-"""Clips: read a video file, make a clip from a photograph, write one. Frames are uint8 RGB [T, H, W, 3]."""
+"""Clips: read one from a video, make one from a photograph, write one. uint8 RGB [T, H, W, 3]."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import UsageError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Clip = NDArray[np.uint8]
-SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
 def read_clip(path: Path, frames: int, size: tuple[int, int], seconds: float) -> Clip:
-    """``frames`` frames, evenly spread over the first ``seconds`` of a video, cropped and scaled to ``size``.
+    """``frames`` frames, evenly spread over the first ``seconds`` of a video or over all of it.
 
-    A video shorter than ``seconds`` is used to its end.
+    They are cropped and scaled to ``size`` (height, width).
 
     Raises:
         UsageError: not a video, or fewer than ``frames`` frames in it.
     """
     import av
-    from PIL import Image
 
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UsageError(f"{path} has no video stream; give a video file")
-            images = [frame.to_image() for frame in _first_seconds(container, seconds)]
+            images = [_fill(f.to_image(), size) for f in _first_seconds(container, seconds)]
     except av.FFmpegError as error:
-        raise UsageError(f"{path} cannot be read as a video ({error}); give a video file") from error
+        raise UsageError(
+            f"{path} cannot be read as a video ({error}); give another file"
+        ) from error
     if len(images) < frames:
         raise UsageError(
-            f"the first {seconds:g} s of {path} have {len(images)} frames, fewer than --frames {frames}; "
-            "ask for fewer frames or more seconds"
+            f"the first {seconds:g} s of {path} have {len(images)} frames, and --frames asks for "
+            f"{frames}; ask for fewer frames or more --seconds"
         )
     picked = np.linspace(0, len(images) - 1, frames).round().astype(int)
-    return np.stack([np.asarray(_fill(images[i], size, Image.Resampling.BICUBIC)) for i in picked])
+    return np.stack([images[i] for i in picked])
 
 
-def _first_seconds(container, seconds: float) -> Iterator:  # type: ignore[no-untyped-def, type-arg]
+def _first_seconds(container: Any, seconds: float) -> Iterator[Any]:
     """Decoded frames whose time lies in the first ``seconds``; time counts from the first frame."""
     start = None
     for index, frame in enumerate(container.decode(video=0)):
@@ -53,38 +57,38 @@ def _first_seconds(container, seconds: float) -> Iterator:  # type: ignore[no-un
         yield frame
 
 
-def _fill(image, size: tuple[int, int], resample):  # type: ignore[no-untyped-def]
+def _fill(image: Image, size: tuple[int, int]) -> Clip:
     """The image scaled to cover ``size`` (height, width), its middle kept."""
     from PIL import ImageOps
 
     height, width = size
-    return ImageOps.fit(image.convert("RGB"), (width, height), method=resample)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height)))
 
 
-def photograph(path: Path | None = None):  # type: ignore[no-untyped-def]
-    """A PIL image: the file at ``path``, or the portrait that comes with matplotlib (a public-domain photograph).
+def photograph(path: Path | None = None) -> Image:
+    """The image at ``path``, or the public-domain portrait that comes with matplotlib.
 
     Raises:
         UsageError: ``path`` is not an image.
     """
-    from PIL import Image, UnidentifiedImageError
+    import PIL.Image
 
     if path is None:
         from matplotlib.cbook import get_sample_data
 
         path = Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
     try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, IsADirectoryError) as error:
+        return PIL.Image.open(path).convert("RGB")
+    except (PIL.UnidentifiedImageError, IsADirectoryError) as error:
         raise UsageError(f"{path} cannot be read as an image; give a PNG or JPEG file") from error
 
 
-def pan_and_zoom(image, frames: int, size: tuple[int, int]) -> Clip:  # type: ignore[no-untyped-def]
+def pan_and_zoom(image: Image, frames: int, size: tuple[int, int]) -> Clip:
     """A clip from a photograph: the camera starts close, drifts across, and draws back.
 
-    ``size`` is (height, width). The picture moves about 1 % of its width from frame to frame at 16 frames.
+    ``size`` is (height, width).
     """
-    from PIL import Image
+    from PIL.Image import Resampling
 
     height, width = size
     widest = min(image.width, image.height * width / height)
@@ -95,12 +99,12 @@ def pan_and_zoom(image, frames: int, size: tuple[int, int]) -> Clip:  # type: ig
         left = (image.width - crop_width) * (0.35 + 0.30 * moment)
         top = (image.height - crop_height) * (0.10 + 0.12 * moment)
         box = (left, top, left + crop_width, top + crop_height)
-        clip.append(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box)))
+        clip.append(np.asarray(image.resize((width, height), Resampling.BICUBIC, box=box)))
     return np.stack(clip)
 
 
 def write_clip(path: Path, clip: Clip, fps: float) -> None:
-    """Writes ``clip`` as H.264; one row or column of pixels is dropped where a side is odd, as the format wants.
+    """Writes ``clip`` as H.264, whose sides are even: an odd side loses one row of pixels.
 
     Raises:
         OSError: the file cannot be written, or this PyAV has no H.264 encoder.

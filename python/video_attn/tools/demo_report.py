@@ -1,0 +1,224 @@
+"""What the demo shows: a progress bar, the table, the picture of the maps, the comparison clip."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..device import device_info
+from .demo_measure import Outcome, Result
+from .demo_patterns import Settings
+from .tokens import Tokens, clip_of
+from .video import Clip, write_clip
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+GAP, LABEL_HEIGHT = 8, 26  # pixels, in the comparison clip
+
+
+def opening(clip: Clip, tokens: Tokens, settings: Settings, source: str) -> str:
+    """What is about to be measured, in two lines."""
+    frames, height, width, _ = clip.shape
+    device = device_info(tokens.q.device)
+    grid, tile = _text(tokens.grid), _text(settings.tile)
+    return (
+        f"A clip of {frames} frames, {width} × {height} pixels, {source}.\n"
+        f"{tokens.q.shape[2]:,} tokens ({grid}), {tokens.q.shape[1]} heads of "
+        f"{tokens.q.shape[3]}, tiles of {tile}, {_dtype(tokens)}, on {device.name}."
+    )
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar that goes away when it is done; yields the function that moves it."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+               TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda done, total, what: progress.update(
+            task, completed=done, total=total, description=what
+        )
+
+
+def table(outcome: Outcome) -> Table:
+    """The results, one pattern per row."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("attention")
+    for column in ("pairs", "weight kept", "time", "speed-up", "error"):
+        table.add_column(column, justify="right")
+    table.add_column("backend")
+    for result in outcome.results:
+        speedup = outcome.baseline.median / result.median
+        table.add_row(
+            result.title, f"{result.density:.1%}", f"{result.kept_weight:.1%}",
+            _milliseconds(result.median), Text(f"{speedup:.2f}×", "bold"),
+            "–" if result is outcome.baseline else _percent(result.error), result.backend,
+        )  # fmt: skip
+    return table
+
+
+def explanations(outcome: Outcome) -> list[str]:
+    """What the columns mean and why the backends are those they are, line by line."""
+    repeats = len(outcome.baseline.seconds)
+    lines = [
+        "pairs: query-key pairs that are computed. weight kept: what dense attention's softmax "
+        "gives to those pairs.",
+        f"time: one forward call, median of {repeats} interleaved runs, on q, k, v that are in "
+        "the pattern's order already; VSA's includes the choice of its blocks.",
+        f"Tile order for q, k, v, and back, takes {_milliseconds(outcome.ordering_seconds)}: a "
+        "model does it once, not in every layer.",
+        f"error: distance of the output from {outcome.baseline.title}, relative (L2).",
+    ]
+    for kind, verdicts in outcome.verdicts.items():
+        chosen = next((v.backend for v in verdicts if v.chosen), "none")
+        refused = [f"{v.backend}: {v.reason}" for v in verdicts if v.reason is not None]
+        why = f"; {'; '.join(refused)}" if refused else ""
+        lines.append(f"{kind}: {chosen} is the first backend in order that can serve{why}.")
+    return lines
+
+
+def write_results(path: Path, tokens: Tokens, outcome: Outcome) -> None:
+    """The table as JSON, with machine and versions."""
+    device = device_info(tokens.q.device)
+    rows = [
+        {
+            "name": result.name,
+            "attention": result.title,
+            "density": result.density,
+            "kept_weight": result.kept_weight,
+            "seconds": result.seconds,
+            "median_seconds": result.median,
+            "speedup": outcome.baseline.median / result.median,
+            "relative_error": result.error,
+            "backend": result.backend,
+        }
+        for result in outcome.results
+    ]
+    record = {
+        "machine": {
+            "device": device.name, "arch": device.arch, "units": device.multiprocessors,
+            "system": platform.platform(),
+        },
+        "versions": {
+            "video_attn": __version__, "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "tokens": {"grid": tokens.grid, "shape": list(tokens.q.shape), "dtype": _dtype(tokens)},
+        "ordering_seconds": outcome.ordering_seconds,
+        "results": rows,
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def draw_maps(path: Path, tokens: Tokens, outcome: Outcome) -> None:
+    """The picture: what dense attention looks at, what patterns keep of it, what comes out."""
+    from . import plot_style as style
+
+    sparse = [result for result in outcome.results if result.kept is not None]
+    panels = len(sparse) + 1
+    figure = style.new_figure(3.55 * panels + 0.4, 7.0)
+    style.headline(
+        figure,
+        "What dense attention looks at, and what is kept of it",
+        f"{tokens.q.shape[2]:,} tokens of a video clip; a point is a block of queries (down) and a "
+        "block of keys (across), its colour the softmax weight between them",
+    )
+    axes = figure.subplots(
+        2, panels, squeeze=False,
+        gridspec_kw={"left": 0.03, "right": 0.985, "top": 0.85, "bottom": 0.07, "hspace": 0.16,
+                     "wspace": 0.08, "height_ratios": (1.3, 1)},
+    )  # fmt: skip
+    for column, result in enumerate([outcome.baseline, *sparse]):
+        _draw_map(axes[0, column], result, sparse[0])
+        frame = clip_of(result.out, tokens)[tokens.grid[0] // 2]
+        style.bare(axes[1, column], _outcome_line(result, outcome))
+        axes[1, column].imshow(frame, interpolation="nearest")
+        for ax in axes[:, column]:
+            ax.set_anchor("NW")
+    style.footer(
+        figure, "Below: a frame of the output, each patch averaged with those it attends to."
+    )
+    style.save([style.pixels(figure)], path, fps=1)
+
+
+def _draw_map(axes: Any, result: Result, first_sparse: Result) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    from . import plot_style as style
+
+    weights = result.weights if result.weights is not None else first_sparse.weights
+    assert weights is not None
+    image = weights[0].numpy()  # the first head
+    uniform = 1 / image.shape[1]
+    if result.kept is not None:
+        image = np.where(result.kept[0].numpy(), image, np.nan)
+    colors = colormaps["viridis"].with_extremes(bad=style.PAPER)
+    axes.imshow(
+        image,
+        cmap=colors,
+        norm=LogNorm(uniform / 100, uniform * 100, clip=True),
+        interpolation="nearest",
+    )
+    style.bare(axes, result.title, weight="bold")
+
+
+def _outcome_line(result: Result, outcome: Outcome) -> str:
+    if result is outcome.baseline:
+        return f"all pairs, {_milliseconds(result.median)}"
+    speedup = outcome.baseline.median / result.median
+    error = _percent(result.error)
+    return f"{result.density:.0%} of the pairs, {speedup:.1f}× the speed, error {error}"
+
+
+def write_comparison(path: Path, clip: Clip, tokens: Tokens, outcome: Outcome, fps: float) -> None:
+    """The clip beside the outputs of dense attention and of each pattern, labelled."""
+    shown = [outcome.baseline, *(r for r in outcome.results if r.kept is not None)]
+    panels = [_labelled(clip, "the clip")]
+    panels += [_labelled(clip_of(result.out, tokens), result.title) for result in shown]
+    gap = np.full((*panels[0].shape[:2], GAP, 3), 255, np.uint8)
+    parts = [part for panel in panels for part in (panel, gap)][:-1]
+    write_clip(path, np.concatenate(parts, axis=2), fps)
+
+
+def _labelled(clip: Clip, text: str) -> Clip:
+    from PIL import Image, ImageDraw, ImageFont
+
+    label = Image.new("RGB", (clip.shape[2], LABEL_HEIGHT), "white")
+    font = ImageFont.load_default(size=14)
+    ImageDraw.Draw(label).text((0, LABEL_HEIGHT // 2), text, "black", font, anchor="lm")
+    strip = np.broadcast_to(np.asarray(label), (len(clip), LABEL_HEIGHT, clip.shape[2], 3))
+    return np.concatenate([strip, clip], axis=1)
+
+
+def _milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if value >= 1e-3 else f"{100 * value:.0e}%"
+
+
+def _text(sizes: tuple[int, ...]) -> str:
+    return " × ".join(map(str, sizes))
+
+
+def _dtype(tokens: Tokens) -> str:
+    return str(tokens.q.dtype).removeprefix("torch.")

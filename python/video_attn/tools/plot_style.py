@@ -1,0 +1,138 @@
+"""What the pictures share: colours, type, sizes on the command line, and files by extension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from . import UsageError
+from .video import write_clip
+
+# Okabe and Ito's colours: told apart by people with any kind of colour vision.
+QUERY, SEEN, MIXED = "#D55E00", "#0072B2", "#E69F00"
+SEEN_BEFORE, MIXED_PALE, EMPTY = "#8CC4E8", "#FBE6BF", "#E9ECEF"
+INK, INK_PALE, PAPER = "#1F2933", "#5F6B77", "#FFFFFF"
+DPI = 100
+STILLS, FILMS = (".png",), (".gif", ".mp4")
+
+Frame = NDArray[np.uint8]
+Triple = tuple[int, int, int]
+
+
+def rgb(color: str) -> tuple[int, int, int]:
+    """A colour as it stands in the pixels of a picture."""
+    red, green, blue = (round(255 * part) for part in to_rgb(color))
+    return red, green, blue
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure, in inches; it needs no display and no pyplot."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def headline(figure: Figure, title: str, subtitle: str) -> None:
+    """A title and, under it, a line that says what one sees."""
+    height = figure.get_figheight()
+    figure.text(0.035, 1 - 0.34 / height, title, size=15, weight="bold", color=INK, va="center")
+    figure.text(0.035, 1 - 0.64 / height, subtitle, size=10.5, color=INK_PALE, va="center")
+
+
+def footer(figure: Figure, text: str) -> None:
+    """A line at the bottom: what follows from the picture."""
+    height = figure.get_figheight()
+    figure.text(0.035, 0.24 / height, text, size=10.5, color=INK, va="center")
+
+
+def bare(axes: Axes, title: str, weight: str = "normal") -> None:
+    """Axes without ticks and frame, with a small title at the left."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(title, size=10.5, color=INK, loc="left", pad=7, weight=weight)
+
+
+def legend(figure: Figure, entries: Sequence[tuple[str, str]], left: float | None = None) -> None:
+    """Coloured patches with names, in a row at the bottom: from ``left``, or at the right."""
+    side: Literal["center left", "center right"]
+    side, x = ("center right", 0.98) if left is None else ("center left", left)
+    handles = [Patch(facecolor=color, label=label) for color, label in entries]
+    figure.legend(
+        handles=handles, loc=side, bbox_to_anchor=(x, 0.24 / figure.get_figheight()),
+        ncols=len(handles),
+        frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1.0, handleheight=1.0,
+        columnspacing=1.4, borderaxespad=0.0, borderpad=0.0,
+    )  # fmt: skip
+
+
+def grid_lines(axes: Axes, columns: NDArray, rows: NDArray, width: float) -> None:
+    """White lines at cell borders ``columns`` and ``rows`` of an image."""
+    top, bottom, left, right = (x - 0.5 for x in (rows[0], rows[-1], columns[0], columns[-1]))
+    axes.vlines(columns - 0.5, top, bottom, colors=PAPER, linewidths=width)
+    axes.hlines(rows - 0.5, left, right, colors=PAPER, linewidths=width)
+
+
+def pixels(figure: Figure) -> Frame:
+    """The drawn figure, uint8 [height, width, 3]."""
+    figure.canvas.draw()
+    buffer = figure.canvas.buffer_rgba()  # type: ignore[attr-defined]
+    return np.asarray(buffer)[..., :3].copy()
+
+
+def as_volume(size: tuple[int, ...], name: str, like: tuple[int, ...]) -> Triple:
+    """``size`` with its time axis, 1 for a picture; it must have as many axes as the grid ``like``.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if len(size) != len(like):
+        text, grid = "x".join(map(str, size)), "x".join(map(str, like))
+        raise UsageError(
+            f"{name} {text} and --grid {grid} differ in axes; give both as HxW or TxHxW"
+        )
+    return (1, *size) if len(size) == 2 else size  # type: ignore[return-value]
+
+
+def save(frames: Sequence[Frame], path: Path, fps: float, hold: float = 2.0) -> None:
+    """Writes a film (.gif, .mp4) that holds its last frame for ``hold`` seconds, or that frame."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".png":
+        Image.fromarray(frames[-1]).save(path, optimize=True)
+    elif path.suffix.lower() == ".gif":
+        palette = _palette(frames[-1])
+        images = [
+            Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+            for frame in frames
+        ]
+        durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * hold)]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    else:
+        still = [frames[-1]] * round(hold * fps)
+        write_clip(path, np.stack([*frames, *still]), fps)
+
+
+def _palette(frame: Frame) -> Any:
+    """An image whose palette is the frequent colours of ``frame``: flat areas keep theirs exactly.
+
+    One palette serves the whole film, so that nothing flickers.
+    """
+    from PIL import Image
+
+    colors, counts = np.unique(frame.reshape(-1, 3), axis=0, return_counts=True)
+    frequent = colors[np.argsort(-counts, kind="stable")[:128]]
+    image = Image.new("P", (1, 1))
+    image.putpalette(frequent.tobytes())
+    return image
