@@ -6,6 +6,7 @@ and not into compiling the same kernels again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -56,17 +56,17 @@ def walk(ways: Sequence[str]) -> Iterator[str]:
 
 def test_walk_takes_every_pair_once():
     steps = list(walk("abcde"))
-    assert sorted(zip(steps, steps[1:], strict=False)) == [(x, y) for x in "abcde" for y in "abcde"]
+    assert sorted(itertools.pairwise(steps)) == [(x, y) for x in "abcde" for y in "abcde"]
 
 
 class Environment:
-    """A virtual environment with one setuptools, which borrows everything else from ours."""
+    """A virtual environment with its own setuptools and pip, which borrows the rest from ours."""
 
-    def __init__(self, folder: Path, setuptools: str) -> None:
+    def __init__(self, folder: Path, installers: Sequence[str]) -> None:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         self.python = folder / "bin" / "python"
         self.site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
-        self.run("-m", "pip", "install", "-q", f"setuptools=={setuptools}")
+        self.run("-m", "pip", "install", "-q", "--upgrade", *installers)
         borrowed = folder / "borrowed"
         borrowed.mkdir()
         own = (
@@ -86,10 +86,11 @@ class Environment:
     def run(self, *arguments: str, cwd: Path | None = None) -> str:
         # cmake and ninja may stand beside our own Python, which this environment does not see.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+        surroundings = {key: os.environ[key] for key in os.environ if key != "PYTHONPATH"}
         done = subprocess.run(
             [self.python, *arguments],
             cwd=cwd,
-            env={**os.environ, "PATH": path, "VIDEO_ATTN_BUILD_EXT": "auto"},
+            env={**surroundings, "PATH": path, "VIDEO_ATTN_BUILD_EXT": "auto"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -114,9 +115,11 @@ def tree(tmp_path_factory):
     return tree
 
 
-@pytest.fixture(scope="module", params=["77.0.3", "80.9.0", version("setuptools")])
+@pytest.fixture(scope="module", params=["setuptools==77.0.3", "setuptools==80.9.0", "newest"])
 def environment(request, tmp_path_factory):
-    return Environment(tmp_path_factory.mktemp("environment") / "venv", request.param)
+    """Two older versions of setuptools with the pip that Python brings, and the newest of both."""
+    installers = ["setuptools", "pip"] if request.param == "newest" else [request.param]
+    return Environment(tmp_path_factory.mktemp("environment") / "venv", installers)
 
 
 def check_installed(environment: Environment, tree: Path, way: str) -> None:
