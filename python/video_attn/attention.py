@@ -81,11 +81,11 @@ def attention(
         RuntimeError: no backend, or not the one asked for, can serve; the message says why for
             each.
     """
-    q, k, v = _to_bhsd(layout, q=q, k=k, v=v)
-    _check_shapes(q, k, v)
+    q, k, v = as_bhsd(layout, q=q, k=k, v=v)
+    check_shapes(q, k, v)
     _check_options(precision, is_causal, return_lse, backend, deterministic)
     _check_quantization(precision, quantization, q.shape[3])
-    scale = _check_scale(scale, q.shape[3])
+    scale = check_scale(scale, q.shape[3])
     if mask is not None:
         _check_mask(q, k, mask, is_causal)
     if (
@@ -99,7 +99,8 @@ def attention(
         )
     out, lse = torch.ops.video_attn.attention_forward(
         q, k, v, *_mask_arguments(q, k, v, mask), scale, is_causal,
-        recipe_text(precision, quantization), deterministic or torch.are_deterministic_algorithms_enabled(), backend,
+        recipe_text(precision, quantization),
+        deterministic or torch.are_deterministic_algorithms_enabled(), backend,
     )  # fmt: skip
     if layout == "bshd":
         out = out.transpose(1, 2)
@@ -118,7 +119,7 @@ def _mask_arguments(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> 
     )  # fmt: skip
 
 
-def _to_bhsd(layout: str, **tensors: Tensor) -> list[Tensor]:
+def as_bhsd(layout: str, **tensors: Tensor) -> list[Tensor]:
     if layout not in ("bhsd", "bshd"):
         raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
     for name, x in tensors.items():
@@ -132,7 +133,7 @@ def _to_bhsd(layout: str, **tensors: Tensor) -> list[Tensor]:
     return list(tensors.values())
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dtype not in _DTYPES:
         raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -196,7 +197,7 @@ def _check_quantization(
         raise ValueError("quantization is for quantized precisions: it must be None with 'native'")
 
 
-def _check_scale(scale: float | None, head_dim: int) -> float:
+def check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):

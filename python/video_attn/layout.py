@@ -32,21 +32,19 @@ def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> 
         TypeError: ``value`` is none of these. ValueError: not three integers >= ``minimum``.
     """
     if isinstance(value, str):
-        parts: list[object] = [int(p) if p.strip().isdigit() else p for p in value.split("x")]
-    elif isinstance(value, bool):
-        raise TypeError(f"{name} must be three integers, got {value!r}")
-    elif isinstance(value, int):
-        parts = [value] * 3
+        parts: Sequence[object] = [int(p) if p.strip().isdigit() else p for p in value.split("x")]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        parts = (value,) * 3
     elif isinstance(value, Sequence):
-        parts = list(value)
+        parts = value
     else:
         raise TypeError(f"{name} must be a string like '30x48x80' or three integers, got {value!r}")
-    good = [p for p in parts if isinstance(p, int) and not isinstance(p, bool) and p >= minimum]
-    if len(parts) != 3 or len(good) != 3:
-        raise ValueError(f"{name} must be three integers >= {minimum} (T, H, W), got {value!r}")
-    # A size that torch.compile takes for dynamic becomes a constant: these decide lists and shapes.
-    t, h, w = map(operator.index, good)
-    return t, h, w
+    if len(parts) == 3:
+        t, h, w = parts
+        if type(t) is type(h) is type(w) is int and t >= minimum and h >= minimum and w >= minimum:
+            # torch.compile may take an int for dynamic; index() makes it a constant again.
+            return operator.index(t), operator.index(h), operator.index(w)
+    raise ValueError(f"{name} must be three integers >= {minimum} (T, H, W), got {value!r}")
 
 
 @dataclass(frozen=True)

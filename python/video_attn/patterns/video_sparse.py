@@ -1,0 +1,80 @@
+"""Video sparse attention (VSA): each tile of queries sees the k tiles of keys that score highest.
+
+The scores are those of the block means, so this mask depends on data and changes in every layer;
+its shapes do not, so a CUDA graph can hold it. After P. Zhang et al., "VSA: Faster Video Diffusion
+with Trainable Sparse Attention", 2025.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..layout import VideoLayout
+
+_MAX_DENOMINATOR = 10**6
+
+
+@torch.compiler.assume_constant_result
+def kept_blocks(ratio: float, num_blocks: int) -> int:
+    """Key blocks to keep per query block: ``ratio * num_blocks`` rounded up, from 1 to all.
+
+    Computed on the fraction that was meant (the simplest within 1e-12 of the float, denominators up
+    to a million), not on the float's last bits: 0.29 of 100 is 29, 0.1 of 96 is 10, and 1 - 0.7 of
+    100 is 30. Rounding up keeps at least the ratio that was asked for.
+
+    Raises:
+        TypeError: ``ratio`` is not a number. ValueError: it is not in (0, 1], or no blocks.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Fraction)):
+        raise TypeError(f"top_k_ratio must be a number, got {ratio!r}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"top_k_ratio must be in (0, 1]: the share of key tiles kept; got {ratio}")
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
+    exact = ratio if isinstance(ratio, Fraction) else Fraction(ratio)
+    meant = exact.limit_denominator(_MAX_DENOMINATOR)
+    if abs(meant - exact) > Fraction(1, 10**12):
+        meant = exact
+    return max(1, math.ceil(meant * num_blocks))
+
+
+def selected_tiles_mask(
+    selected: Tensor,
+    layout: VideoLayout,
+    *,
+    text_blocks: int | None = None,
+    block_lens: Tensor | None = None,
+) -> BlockMask:
+    """The mask where each video tile sees the video tiles ``selected`` for it, and the text.
+
+    Args:
+        selected: int32 [B, H, num_tiles, k], ascending tile numbers.
+        layout: of queries and keys alike, in padded tile order, text last.
+        text_blocks: text blocks that every query sees (default all); queries in text blocks see
+            everything.
+        block_lens: int32 [B|1, num_blocks], valid tokens of each block; None: all are full.
+    """
+    size, length = layout.tile_volume, layout.padded_length
+    if layout.num_text_blocks == 0:
+        return BlockMask.from_indices(
+            selected, size, size, q_len=length, kv_len=length,
+            q_block_lens=block_lens, kv_block_lens=block_lens,
+        )  # fmt: skip
+    tiles, (*leading, _, kept) = layout.num_tiles, selected.shape
+    text_blocks = layout.num_text_blocks if text_blocks is None else text_blocks
+    every = torch.arange(tiles + text_blocks, dtype=torch.int32, device=selected.device)
+    text = every[tiles:].expand(*leading, tiles, -1)
+    unused = every.new_zeros(()).expand(*leading, tiles, tiles - kept)
+    video_rows = torch.cat([selected, text, unused], -1)
+    text_rows = every.expand(*leading, layout.num_text_blocks, -1)
+    counts = every.new_full((*leading, layout.num_blocks), kept + text_blocks)
+    counts[..., tiles:] = tiles + text_blocks
+    return BlockMask.from_indices(
+        torch.cat([video_rows, text_rows], 2), size, size, q_len=length, kv_len=length,
+        kv_num_blocks=counts, q_block_lens=block_lens, kv_block_lens=block_lens,
+    )  # fmt: skip
