@@ -30,7 +30,7 @@ help:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or newer is needed, $(PYTHON) is older; choose one: make PYTHON=python3.11"; exit 1; }
+	  { echo "Python 3.10 or newer is needed, $(PYTHON) is not; choose one: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first and alone: the package is compiled for the torch that is there.
@@ -39,8 +39,10 @@ $(VENV)/.dependencies: constraints-dev.txt pyproject.toml | $(BIN)/python
 	$(PIP) setuptools cmake ninja
 	@touch $@
 
-# Editable: changed Python files need no new install, changed native sources do.
+# Editable: changed Python files need no new install, changed native sources do. The compile runs
+# first and by itself, because pip hides what it builds.
 $(INSTALLED): $(VENV)/.dependencies $(BUILD_FILES) $(NATIVE_SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
 	$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
 
@@ -74,7 +76,7 @@ build: $(VENV)/.dependencies
 clean:
 	rm -rf build dist python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f python/video_attn/_*.so python/video_attn/_*.json $(INSTALLED)
-	find python tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)
