@@ -1,0 +1,148 @@
+"""Rewrite the generated tables of README.md and docs/backends.md: python tools/readme_tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Backends come from the
+registry, variables from the table that `video-attn info` prints, figures from benchmarks/results.
+A test fails when a file does not hold what this script would write.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from video_attn import ops  # noqa: F401  fills the registry
+from video_attn.registry import PRECISIONS, Backend, Problem, backends
+from video_attn.tools.environment import VARIABLES
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("README.md", "docs/backends.md")
+MACHINES = {
+    "CPU": ("cpu", "cpu"),
+    "NVIDIA A100 (sm_80)": ("cuda", "sm_80"),
+    "NVIDIA A10, RTX 30 (sm_86)": ("cuda", "sm_86"),
+    "NVIDIA L4, L40, RTX 40 (sm_89)": ("cuda", "sm_89"),
+    "NVIDIA H100, H200 (sm_90)": ("cuda", "sm_90"),
+    "NVIDIA B200 (sm_100)": ("cuda", "sm_100"),
+    "NVIDIA RTX 50 (sm_120)": ("cuda", "sm_120"),
+    "AMD MI200 (gfx90a)": ("cuda", "gfx90a"),
+    "AMD MI300 (gfx942)": ("cuda", "gfx942"),
+    "AMD MI350 (gfx950)": ("cuda", "gfx950"),
+    "AMD RX 7900 (gfx1100)": ("cuda", "gfx1100"),
+    "AMD RX 9070 (gfx1201)": ("cuda", "gfx1201"),
+}
+TYPICAL = Problem(
+    "forward", "cpu", "cpu", torch.bfloat16, 128, 128, q_block_size=64, kv_block_size=64
+)
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def backends_table() -> str:
+    """Which backend runs on which machine, with all components built."""
+    work = {
+        "forward": TYPICAL,
+        "backward": replace(TYPICAL, direction="backward"),
+        **{f"`{p}`": replace(TYPICAL, precision=p) for p in PRECISIONS if p != "native"},
+    }
+    rows = []
+    for machine, (device_type, arch) in MACHINES.items():
+        problems = [replace(p, device_type=device_type, arch=arch) for p in work.values()]
+        rows.append([machine, *(_first_that_serves(problem) for problem in problems)])
+    return markdown(["machine", *work], rows)
+
+
+def _first_that_serves(problem: Problem) -> str:
+    return next((b.name for b in backends() if _refusal(b, problem) is None), "–")
+
+
+def _refusal(backend: Backend, problem: Problem) -> str | None:
+    """Why not, on a machine where the backend is available."""
+    if problem.direction == "backward" and backend.backward is None:
+        return "has no backward pass"
+    return backend.supports(problem)
+
+
+def features_table() -> str:
+    """What each backend can do, on the first machine of the list that it knows."""
+    homes = {backend: _home(backend) for backend in backends()}
+    names = [f"{backend.name} ({home.arch})" for backend, home in homes.items()]
+    rows = []
+    for feature, change in _features().items():
+        refusals = [_refusal(b, replace(home, **change)) for b, home in homes.items()]
+        rows.append([feature, *("yes" if r is None else f"no: {r}" for r in refusals)])
+    return markdown(["", *names], rows)
+
+
+def _home(backend: Backend) -> Problem:
+    for device_type, arch in MACHINES.values():
+        problem = replace(TYPICAL, device_type=device_type, arch=arch)
+        if backend.supports(problem) is None:
+            return problem
+    raise ValueError(f"backend {backend.name} serves no machine of the list")
+
+
+def _features() -> dict[str, dict[str, object]]:
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return {
+        **{str(d).removeprefix("torch."): {"dtype": d} for d in dtypes},
+        **{f"head_dim {d}": {"head_dim": d, "head_dim_v": d} for d in (8, 40, 64, 128, 256)},
+        "head_dim 128, value head_dim 64": {"head_dim_v": 64},
+        **{f"blocks of {n}": {"q_block_size": n, "kv_block_size": n} for n in (8, 100, 128, 384)},
+        "query blocks of 128, key blocks of 64": {"q_block_size": 128},
+        "dense": {"q_block_size": None, "kv_block_size": None},
+        "dense, causal": {"q_block_size": None, "kv_block_size": None, "is_causal": True},
+        "grouped queries (GQA)": {"gqa": True},
+        "backward": {"direction": "backward"},
+        "backward, deterministic": {"direction": "backward", "deterministic": True},
+        **{f"precision {p}": {"precision": p} for p in PRECISIONS if p != "native"},
+    }
+
+
+def environment_table() -> str:
+    """Every environment variable."""
+    rows = [[f"`{v.name}`", v.when, v.values, v.default, v.effect] for v in VARIABLES]
+    return markdown(["variable", "read at", "values", "default", "effect"], rows)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A GitHub table, aligned so that it can be read as text."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
+    padded.insert(1, ["-" * w for w in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "backends": backends_table,
+    "features": features_table,
+    "environment": environment_table,
+}
+
+
+def updated(text: str) -> str:
+    """``text`` with every table as it should be now.
+
+    Raises:
+        KeyError: a marker names a table that nobody makes.
+    """
+    return _TABLE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def main() -> int:
+    """Rewrites the files and names those that changed."""
+    for name in FILES:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = updated(old)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print("updated", name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
