@@ -151,6 +151,17 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any,
     return *grads, *[None] * 13
 
 
+def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Nothing to keep: there is no second derivative."""
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "attention has no second derivative: its gradients cannot be differentiated again "
+        "(create_graph=True and then backward through dq, dk or dv)"
+    )
+
+
 for _name, _run, _fake in (
     ("attention_forward", _forward, _forward_fake),
     ("attention_backward", _backward, _backward_fake),
@@ -160,4 +171,11 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"video_attn::{_name}", _fake, lib=library)
 torch.library.register_autograd(
     "video_attn::attention_forward", _autograd, setup_context=_setup_context, lib=library
+)
+# Without this, torch would only warn, and give wrong second derivatives.
+torch.library.register_autograd(
+    "video_attn::attention_backward",
+    _no_second_derivative,
+    setup_context=_setup_no_context,
+    lib=library,
 )
