@@ -16,9 +16,9 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Forced backends of the outside would change what the tests run.
 os.environ.pop("VIDEO_ATTN_BACKEND", None)
-torch.set_num_threads(
-    max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-)
+if "OMP_NUM_THREADS" not in os.environ:  # parallel test processes share the cores
+    _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes))
 
 PACKAGES = ("video_attn", "st_attn", "vsa", "radial_attn")
 _ALLOCATORS = (

@@ -79,7 +79,7 @@ def listed_tokens(
     q_block_lens: Sequence[Sequence[int]] | None = None,
     kv_block_lens: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """``lists[b][h][i]``: the key blocks that query block i sees; lens: valid tokens ``[b][block]``.
+    """``lists[b][h][i]``: key blocks that query block i sees; lens: valid tokens ``[b][block]``.
 
     A leading list of one entry serves every batch (or head).
     """
@@ -262,7 +262,7 @@ def _masked_scores(q: Tensor, k: Tensor, token_mask: Tensor, scale: float) -> tu
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their dtype, accumulated in fp32; torch's own 16-bit CPU product can be very slow."""
+    """a @ b in their dtype, accumulated in fp32; torch's 16-bit CPU product can be very slow."""
     if a.dtype.itemsize == 2:
         return (a.float() @ b.float()).to(a.dtype)
     return a @ b
@@ -295,14 +295,24 @@ def answer(
 # -- the rule --------------------------------------------------------------------------------------
 
 
-def check_against_oracle(result: Result, question: Question, label: str = "") -> None:
+def expected_answers(question: Question) -> tuple[Result, Result]:
+    """(the truth in fp64, plain torch in the question's dtype)."""
+    return answer(attention_oracle, question, torch.float64), answer(attention_plain, question)
+
+
+def check_against_oracle(
+    result: Result,
+    question: Question,
+    label: str = "",
+    expected: tuple[Result, Result] | None = None,
+) -> None:
     """Raises AssertionError, with the numbers, unless all that ``result`` holds obeys the rule.
 
     Also: shapes and dtypes; nothing is NaN; out, dq of a query that sees nothing are exactly 0 and
-    its lse -inf; dk, dv of a key that nobody sees are exactly 0.
+    its lse -inf; dk, dv of a key that nobody sees are exactly 0. ``expected``: the
+    :func:`expected_answers`, where a test has them already.
     """
-    exact = answer(attention_oracle, question, torch.float64)
-    plain = answer(attention_plain, question)
+    exact, plain = expected_answers(question) if expected is None else expected
     _check_nothing_from_nothing(result, question, label)
     for name, got, true, torchs in zip(Result._fields, result, exact, plain, strict=True):
         if got is not None:

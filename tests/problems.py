@@ -169,7 +169,7 @@ def random_problems(
     max_heads: int = 8,
     head_dims: Sequence[tuple[int, int]] = HEAD_DIMS,
 ) -> list[Problem]:
-    """``count`` problems, each property dealt from its own deck: all values come up equally often."""
+    """``count`` problems; each property is dealt from its own deck: all values come up alike."""
     rng = random.Random(seed)
     decks = {
         name: _deck(rng, values)

@@ -1,0 +1,344 @@
+"""What holds for attention() beside its values: repeatability, strides, huge offsets, gradients.
+
+Every test runs on every backend of this machine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from conftest import HAS_GPU
+from problems import Built, Problem, list_tensors, random_problems, require_backend, run_attention
+from torch import Tensor
+
+from video_attn import BlockMask, attention
+
+CPU = torch.device("cpu")
+ON_CPU = [("reference", CPU), ("cpu", CPU)]
+if not HAS_GPU:  # with one, Triton kernels do not take CPU tensors
+    ON_CPU.append(("triton", CPU))
+BACKENDS = [pytest.param(*b, id=b[0]) for b in ON_CPU]
+BACKENDS.append(
+    pytest.param("triton", torch.device("cuda"), id="triton-gpu", marks=pytest.mark.gpu)
+)
+everywhere = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+
+SMALL = Problem(
+    index=0, seed=11, kind="lists", dtype=torch.float32, batch=2, kv_heads=1, group=2, head_dim=40,
+    head_dim_v=24, memory="bhsd", logits="normal", with_lse_grad=True, q_len=75, kv_len=90,
+    q_block_size=16, kv_block_size=32, lens="per-batch", mask_heads=True, density=0.6,
+)  # fmt: skip
+FEW = random_problems(8, seed=77, dtypes=(torch.float16, torch.float32), max_len=140, max_heads=2)
+
+
+def build(problem: Problem, backend: str, device: torch.device) -> Built:
+    require_backend(backend)
+    return problem.build(device)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def assert_same_bits(first: oracle.Result, second: oracle.Result, label: str) -> None:
+    for name, a, b in zip(oracle.Result._fields, first, second, strict=True):
+        different = int((bits(a) != bits(b)).sum())
+        assert different == 0, f"{label} {name}: {different} bytes differ of {bits(a).numel()}"
+
+
+# -- repeatability ---------------------------------------------------------------------------------
+
+
+@everywhere
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "default"])
+@pytest.mark.parametrize("problem", FEW, ids=str)
+def test_the_same_call_gives_the_same_bits(problem, deterministic, backend, device):
+    """All backends of today promise it for both directions, asked for or not."""
+    built = build(problem, backend, device)
+    first = run_attention(built, backend, deterministic=deterministic)
+    second = run_attention(built, backend, deterministic=deterministic)
+    assert_same_bits(first, second, f"{backend} {problem}")
+
+
+@pytest.mark.parametrize("problem", FEW, ids=str)
+def test_cpu_threads_do_not_change_a_bit(problem):
+    built, threads = build(problem, "cpu", CPU), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run_attention(built, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_bits(results[0], results[1], "1 thread against 2")
+    assert_same_bits(results[0], results[2], "1 thread against 3")
+
+
+@everywhere
+def test_memory_layout_does_not_change_a_bit(backend, device):
+    """The same numbers at other strides go through the same arithmetic."""
+    expected = run_attention(build(SMALL, backend, device), backend)
+    for memory in ("bshd", "bshd-api", "offset", "slack"):
+        built = build(replace(SMALL, memory=memory), backend, device)
+        assert_same_bits(expected, run_attention(built, backend), memory)
+
+
+@everywhere
+def test_deterministic_algorithms_of_torch(backend, device, deterministic_algorithms):
+    """torch then also fills at::empty in native code with NaN, which Python cannot poison."""
+    built = build(SMALL, backend, device)
+    oracle.check_against_oracle(run_attention(built, backend), built, backend)
+
+
+# -- strides and offsets ---------------------------------------------------------------------------
+
+
+@everywhere
+@pytest.mark.parametrize("memory", ["bhsd", "bshd", "slack"])
+def test_out_has_the_memory_order_of_q(memory, backend, device):
+    built = build(replace(SMALL, memory=memory, kv_heads=2), backend, device)
+    q, k, v = (x.detach().requires_grad_() for x in built.kernel_inputs)
+    out = attention(q, k, v, built.mask, backend=backend)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for name, x, like in (("out", out, q), *zip(("dq", "dk", "dv"), grads, (q, k, v), strict=True)):
+        heads_first = x.stride(1) > x.stride(2)
+        assert heads_first == (memory != "bshd"), f"{name} has strides {x.stride()}"
+        assert x.shape[:3] == like.shape[:3] and x.dtype == like.dtype
+
+
+@everywhere
+def test_inputs_are_not_written(backend, device):
+    built = build(SMALL, backend, device)
+    tensors = [*built.kernel_inputs, *built.kernel_grads, built.mask.kv_indices]
+    before = [bits(x).clone() for x in tensors]
+    run_attention(built, backend)
+    assert all(torch.equal(b, bits(x)) for b, x in zip(before, tensors, strict=True))
+
+
+@everywhere
+@pytest.mark.parametrize("axis", ["batch", "heads", "tokens", "start"])
+def test_offsets_past_two_billion_elements(axis, backend, device):
+    """Strides so wide that the last element lies more than 2**31 elements from the first.
+
+    The storage is never filled, so the system gives memory only for the few pages that are touched.
+    """
+    require_backend(backend)
+    shape, far = {"batch": 2, "heads": 2, "tokens": 48}, 2**31 + 2**20
+    strides = {"batch": 2 * 48 * 8 * 3, "heads": 48 * 8 * 3, "tokens": 8 * 3}
+    start = far if axis == "start" else 0
+    if axis != "start":
+        strides[axis] = far // (shape[axis] - 1)
+    size = start + sum((shape[a] - 1) * strides[a] for a in shape) + 3 * 8
+    storage = torch.empty(size, dtype=torch.float16, device=device)
+    generator = torch.Generator().manual_seed(3)
+    clean = [torch.randn(2, 2, 48, 8, generator=generator).half().to(device) for _ in range(4)]
+    q, k, v = (
+        storage.as_strided(x.shape, (*strides.values(), 1), start + 8 * i).copy_(x)
+        for i, x in enumerate(clean[:3])
+    )
+    assert max(x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+               for x in (q, k, v)) > 2**31  # fmt: skip
+    lists = [[[{0, 2}, {1}, {0, 1, 2}]]]
+    counts, indices = (x.to(device) for x in list_tensors(lists, 3))
+    mask = BlockMask.from_indices(indices, 16, 16, q_len=48, kv_len=48, kv_num_blocks=counts)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = attention(q, k, v, mask, backend=backend, return_lse=True)
+    grads = torch.autograd.grad(out, (q, k, v), clean[3])
+    case = oracle.Case(*clean[:3], oracle.listed_tokens(lists, (16, 16), (48, 48)), None, clean[3])
+    result = oracle.Result(out.detach(), lse.detach(), *grads)
+    oracle.check_against_oracle(result, case, f"{backend} {axis}")
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def answer_with_grad_out(built: Built, backend: str, grad_out: Tensor) -> oracle.Result:
+    changed = replace(
+        built,
+        grad_out=grad_out.contiguous(),
+        grad_lse=None,
+        kernel_grads=(grad_out, built.kernel_grads[1]),
+        problem=replace(built.problem, with_lse_grad=False),
+    )
+    result = run_attention(changed, backend)
+    oracle.check_against_oracle(result, changed, backend)
+    return result
+
+
+@everywhere
+def test_grad_out_of_any_strides(backend, device):
+    built = build(SMALL, backend, device)
+    g = built.grad_out
+    answer_with_grad_out(built, backend, torch.tensor(0.7, device=device).expand(g.shape))
+    answer_with_grad_out(built, backend, g[:, :1, :1].expand(g.shape))
+    answer_with_grad_out(built, backend, g.mT.contiguous().mT)
+    answer_with_grad_out(built, backend, torch.cat([g, g], -1)[..., ::2])
+    answer_with_grad_out(built, backend, g.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0))
+
+
+@everywhere
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qv"])
+def test_gradients_of_only_some_inputs(wanted, backend, device):
+    built = build(SMALL, backend, device)
+    everything = run_attention(built, backend)
+    given = dict(zip("qkv", (x.detach() for x in built.kernel_inputs), strict=True))
+    for name in wanted:
+        given[name].requires_grad_()
+    outputs = attention(
+        *given.values(), built.mask, return_lse=True, backend=backend, **built.kernel_options
+    )
+    torch.autograd.backward(outputs, built.kernel_grads)
+    for name, x in given.items():
+        if name in wanted:
+            assert torch.equal(bits(x.grad), bits(getattr(everything, f"d{name}"))), name
+        else:
+            assert x.grad is None
+
+
+@everywhere
+def test_lse_alone_has_gradients(backend, device):
+    built = build(SMALL, backend, device)
+    q, k, v = (x.detach().requires_grad_() for x in built.kernel_inputs)
+    _, lse = attention(q, k, v, built.mask, return_lse=True, backend=backend)
+    dq, dk, dv = torch.autograd.grad(lse, (q, k, v), built.kernel_grads[1])
+    assert (dv == 0).all(), "lse does not depend on v"
+    question = replace(built, grad_out=None)
+    oracle.check_against_oracle(oracle.Result(lse=None, out=None, dq=dq, dk=dk), question, backend)
+
+
+@everywhere
+def test_no_grad_and_inference_mode(backend, device):
+    built = build(SMALL, backend, device)
+    expected = run_attention(built, backend).out
+    q, k, v = (x.detach().requires_grad_() for x in built.kernel_inputs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = attention(q, k, v, built.mask, backend=backend)
+        assert not out.requires_grad
+        assert torch.equal(bits(out), bits(expected))
+
+
+@everywhere
+def test_one_mask_serves_many_calls(backend, device):
+    """The transpose that the first backward keeps is right for the second, and for other tensors."""
+    built = build(SMALL, backend, device)
+    first, second = run_attention(built, backend), run_attention(built, backend)
+    assert_same_bits(first, second, backend)
+    generator = torch.Generator().manual_seed(5)
+    others = [
+        torch.randn(x.shape, generator=generator).to(device) for x in (built.q, built.k, built.v)
+    ]
+    case = oracle.Case(*others, built.token_mask, built.scale, built.grad_out)
+    q, k, v = (x.detach().requires_grad_() for x in others)
+    out, lse = attention(q, k, v, built.mask, backend=backend, return_lse=True)
+    grads = torch.autograd.grad(out, (q, k, v), built.grad_out)
+    oracle.check_against_oracle(oracle.Result(out.detach(), lse.detach(), *grads), case, backend)
+
+
+def test_second_order_gradients_are_refused():
+    """The backward operator has none: without an error the result would be silently wrong."""
+    built = build(SMALL, "reference", CPU)
+    q, k, v = (x.detach().requires_grad_() for x in (built.q, built.k, built.v))
+    out = attention(q, k, v, built.mask, backend="reference")
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense", "causal"])
+def test_gradcheck_in_fp64(kind):
+    """Numerical differentiation of the reference, lse included."""
+    torch.manual_seed(2)
+    q, k, v = (
+        torch.randn(2, h, n, d, dtype=torch.float64, requires_grad=True)
+        for h, n, d in ((2, 5, 3), (1, 7, 3), (1, 7, 2))
+    )
+    mask = None
+    if kind == "sparse":
+        counts, indices = list_tensors([[[{0, 3}, {1, 2}, {2}]]], 4)
+        lens = torch.tensor([[2, 1, 2, 1]], dtype=torch.int32)
+        mask = BlockMask.from_indices(
+            indices, 2, 2, q_len=5, kv_len=7, kv_num_blocks=counts, kv_block_lens=lens
+        )
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attention(
+            q, k, v, mask, return_lse=True, is_causal=kind == "causal", backend="reference"
+        )
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+# -- empty and extreme -----------------------------------------------------------------------------
+
+
+@everywhere
+def test_empty_tensors(backend, device):
+    """No batch, no queries, no keys: zeros, -inf, and gradients of the right shape."""
+    require_backend(backend)
+    for batch, q_len, kv_len in ((0, 4, 4), (2, 0, 4), (2, 4, 0)):
+        q, k, v = (
+            torch.ones(batch, 2, n, 8, device=device, requires_grad=True)
+            for n in (q_len, kv_len, kv_len)
+        )
+        out, lse = attention(q, k, v, return_lse=True, backend=backend)
+        assert out.shape == q.shape and not out.any()
+        assert lse.shape == q.shape[:3] and lse.isneginf().all()
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(
+            g.shape == x.shape and not g.any() for g, x in zip(grads, (q, k, v), strict=True)
+        )
+
+
+@everywhere
+def test_all_lists_empty(backend, device):
+    require_backend(backend)
+    keep = torch.zeros(1, 1, 2, 3, dtype=torch.bool, device=device)
+    mask = BlockMask.from_dense(keep, 16, 16)
+    q, k, v = (
+        torch.full((1, 2, n, 8), torch.nan, device=device, requires_grad=True) for n in (32, 48, 48)
+    )
+    out, lse = attention(q, k, v, mask, return_lse=True, backend=backend)
+    assert not out.any() and lse.isneginf().all()
+    for grad in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+        assert not grad.any()
+
+
+@everywhere
+def test_huge_scores_do_not_overflow(backend, device):
+    """Scores of thousands: exp would overflow without the running maximum; lse is still exact."""
+    require_backend(backend)
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(1, 1, 40, 16, generator=generator).to(device) for _ in range(3))
+    q, k = q * 60, k * 60
+    out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend=backend)
+    tokens = oracle.dense_tokens(40, 40)
+    oracle.check_against_oracle(oracle.Result(out, lse), oracle.Case(q, k, v, tokens, 1.0), backend)
+    assert float(lse.abs().max()) > 1e4
+
+
+@everywhere
+def test_nan_and_infinity_stay_in_their_rows(backend, device):
+    """A NaN query spoils its own row only; the kernel neither hides nor spreads it."""
+    built = build(replace(SMALL, lens="none", mask_heads=False), backend, device)
+    clean = attention(built.q, built.k, built.v, built.mask, backend=backend)
+    sees = built.token_mask.any(-1).expand(2, 2, -1)
+    row = int(sees[1, 1].nonzero()[3])
+    q = built.q.clone()
+    q[1, 1, row] = torch.nan
+    out = attention(q, built.k, built.v, built.mask, backend=backend)
+    assert out[1, 1, row].isnan().all()
+    out[1, 1, row] = clean[1, 1, row]
+    assert torch.equal(out, clean)
+
+
+@everywhere
+def test_default_scale_is_one_over_sqrt_of_head_dim(backend, device):
+    built = build(SMALL, backend, device)
+    scale = 1 / math.sqrt(SMALL.head_dim)
+    given = attention(built.q, built.k, built.v, built.mask, scale=scale, backend=backend)
+    assert torch.equal(given, attention(built.q, built.k, built.v, built.mask, backend=backend))
