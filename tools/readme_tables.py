@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+
 from video_attn import ops  # noqa: F401  fills the registry
 from video_attn.registry import PRECISIONS, Backend, Problem, backends
 from video_attn.tools.environment import VARIABLES
@@ -84,7 +86,7 @@ def _home(backend: Backend) -> Problem:
     raise ValueError(f"backend {backend.name} serves no machine of the list")
 
 
-def _features() -> dict[str, dict[str, object]]:
+def _features() -> dict[str, dict[str, Any]]:
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     return {
         **{str(d).removeprefix("torch."): {"dtype": d} for d in dtypes},

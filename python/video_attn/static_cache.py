@@ -37,7 +37,7 @@ def static_cache(
         kept: OrderedDict[tuple[Any, ...], tuple[Tensor, ...]] = OrderedDict()
         lock = threading.Lock()
 
-        @torch.compiler.assume_constant_result
+        @constant_when_compiled
         def lookup(*key: Any) -> tuple[Tensor, ...]:
             with lock:
                 tensors = kept.get(key)
@@ -68,6 +68,16 @@ def static_cache(
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:
     return sum(x.nbytes for x in tensors)
+
+
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, without importing the compiler.
+
+    That function sets this mark, but imports all of torch._dynamo first, which takes longer than
+    the rest of ``import video_attn``.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def canonical_device(device: torch.device | str) -> torch.device:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..layout import VideoLayout
+from ..static_cache import constant_when_compiled
 
 _MAX_DENOMINATOR = 10**6
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def kept_blocks(ratio: float, num_blocks: int) -> int:
     """Key blocks to keep per query block: ``ratio * num_blocks`` rounded up, from 1 to all.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import problem_of
-from ..registry import Problem, Verdict, select, why_not
+from ..registry import Problem, forced_backend, select, why_not
 from .demo_patterns import PATTERNS, Call, Settings, block_weights, kept_weight
 from .tokens import Tokens
 
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
     """All results, the baseline first, and why the backends are those they are."""
 
     results: list[Result]
-    verdicts: dict[str, list[Verdict]]  # by the kind of call: "dense" or "blocks of 64"
+    backend_reasons: list[str]  # one sentence for each kind of call
     ordering_seconds: float  # q, k, v to tile order and the output back
 
     @property
@@ -93,7 +93,7 @@ def compare(
         _result(name, call, tokens, outs[name], exact, seconds[name], weights.get(call.order_name))
         for name, call in calls.items()
     ]
-    return Outcome(results, _verdicts(tokens, calls), _ordering_seconds(tokens, calls))
+    return Outcome(results, _backend_reasons(tokens, calls), _ordering_seconds(tokens, calls))
 
 
 def _timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
@@ -128,12 +128,24 @@ def _problem(tokens: Tokens, call: Call) -> Problem:
     return problem_of("forward", tokens.q, tokens.k, tokens.v, call.mask)
 
 
-def _verdicts(tokens: Tokens, calls: dict[str, Call]) -> dict[str, list[Verdict]]:
+def _backend_reasons(tokens: Tokens, calls: dict[str, Call]) -> list[str]:
     kinds = {}
     for call in calls.values():
         kind = "dense" if call.mask is None else f"blocks of {call.mask.kv_block_size}"
-        kinds[kind] = why_not(_problem(tokens, call))
-    return kinds
+        kinds[kind] = _why(_problem(tokens, call))
+    return [f"{kind}: {why}." for kind, why in kinds.items()]
+
+
+def _why(problem: Problem) -> str:
+    """Why the backend of ``problem`` is the one that it is."""
+    forced = forced_backend()
+    if forced is not None:
+        name, source = forced
+        return f"{name}, asked for by {source}"
+    verdicts = why_not(problem)
+    refused = [f"{v.backend}: {v.reason}" for v in verdicts if v.reason is not None]
+    chosen = next(v.backend for v in verdicts if v.chosen)
+    return "; ".join([f"{chosen} is the first in order that can serve", *refused])
 
 
 def _ordering_seconds(tokens: Tokens, calls: dict[str, Call]) -> float:

@@ -85,12 +85,7 @@ def explanations(outcome: Outcome) -> list[str]:
         "model does it once, not in every layer.",
         f"error: distance of the output from {outcome.baseline.title}, relative (L2).",
     ]
-    for kind, verdicts in outcome.verdicts.items():
-        chosen = next((v.backend for v in verdicts if v.chosen), "none")
-        refused = [f"{v.backend}: {v.reason}" for v in verdicts if v.reason is not None]
-        why = f"; {'; '.join(refused)}" if refused else ""
-        lines.append(f"{kind}: {chosen} is the first backend in order that can serve{why}.")
-    return lines
+    return [*lines, *outcome.backend_reasons]
 
 
 def write_results(path: Path, tokens: Tokens, outcome: Outcome) -> None:

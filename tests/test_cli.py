@@ -1,0 +1,235 @@
+"""The command line: commands, exit codes, `video-attn info` on whole and broken installs, imports."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from video_attn import cli, native, registry
+from video_attn.tools import UsageError, info
+from video_attn.tools.environment import VARIABLES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(words) == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(command.summary)}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: video-attn {name}")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "nonsense"),
+        (["info", "--jso"], "--jso"),
+        (["demo", "--repeats", "0"], "--repeats"),
+        (["demo", "--size", "64"], "HxW"),
+        (["demo", "--top-k-ratio", "1.5"], "--top-k-ratio"),
+        (["demo", "--seconds", "soon"], "--seconds"),
+        (["plot", "nonsense"], "nonsense"),
+        (["plot", "sta", "--grid", "10x0"], "--grid"),
+        (["plot", "sta", "--out", "sta.txt"], ".gif"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_command_lines(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("give less"), 2),
+        (RuntimeError("no backend can serve"), 1),
+        (OSError("disk full"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=["usage", "runtime", "system", "keyboard"],
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert cli.main(["info"]) == code
+    message = capsys.readouterr().err
+    assert str(error) in message
+    assert "Traceback" not in message
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m video_attn.cli info --json | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1)  # 0: the pipe took it all before head went away
+
+
+# -- info -----------------------------------------------------------------------------------------
+
+
+def test_info_shows_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output_of(capsys, "info")
+    for component in native.NAMES:
+        assert component in text
+    for backend in registry.backends():
+        assert backend.name in text
+    assert torch.__version__.partition("+")[0] in text
+    assert "error" not in text
+
+
+def test_info_agrees_with_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(output_of(capsys, "info", "--json"))
+    assert list(facts) == [
+        "versions", "devices", "components", "backends", "choices", "environment",
+    ]  # fmt: skip
+    assert [row["backend"] for row in facts["backends"]] == [b.name for b in registry.backends()]
+    problems = dict(info.typical_problems())
+    assert [row["problem"] for row in facts["choices"]] == list(problems)
+    for row in facts["choices"]:
+        verdicts = registry.why_not(problems[row["problem"]])
+        assert row["backend"] == next((v.backend for v in verdicts if v.chosen), "none")
+        refused = [v for v in verdicts if v.reason is not None]
+        assert len(row["why not the others"]) == len(refused)
+        for verdict, line in zip(refused, row["why not the others"], strict=True):
+            assert line == f"{verdict.backend}: {verdict.reason}"
+
+
+def test_info_says_what_a_forced_backend_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(registry.BACKEND_VARIABLE, "reference")
+    facts = json.loads(output_of(capsys, "info", "--json"))
+    assert {row["backend"] for row in facts["choices"]} == {"reference (forced)"}
+    monkeypatch.setenv(registry.BACKEND_VARIABLE, "warp_drive")
+    facts = json.loads(output_of(capsys, "info", "--json"))
+    assert all("warp_drive" in row["backend"] for row in facts["choices"])
+    values = {row["name"]: row["value"] for row in facts["environment"]}
+    assert values[registry.BACKEND_VARIABLE] == "warp_drive"
+
+
+@pytest.mark.parametrize(
+    ("broken", "section"),
+    [
+        ("video_attn.native.components", "components"),
+        ("video_attn.registry.backends", "backends"),
+        ("video_attn.registry.why_not", "choices"),
+        ("torch.cuda.is_available", "devices"),
+        ("video_attn.tools.info.platform.python_version", "versions"),
+    ],
+)
+def test_info_never_fails(
+    broken: str,
+    section: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: object) -> None:
+        raise ImportError("libnothing.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(broken, fail)
+    facts = json.loads(output_of(capsys, "info", "--json"))
+    assert "libnothing.so.1" in json.dumps(facts[section])
+    healthy = {"versions", "devices", "components", "backends", "choices"} - {section}
+    if broken == "torch.cuda.is_available":
+        healthy.discard("choices")  # it asks for the devices too
+    if broken == "video_attn.registry.backends":
+        healthy.discard("choices")
+    for name in healthy:
+        assert "libnothing" not in json.dumps(facts[name])
+    assert "libnothing.so.1" in output_of(capsys, "info")
+
+
+def test_info_without_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    text = output_of(capsys, "info")
+    assert json.loads(text[text.index("{") :])["backends"]
+
+
+# -- environment variables ------------------------------------------------------------------------
+
+
+def test_every_variable_is_in_the_table() -> None:
+    """Whatever the sources read stands in the table, and nothing else does."""
+    read = set()
+    for folder, suffixes in (("python", (".py",)), ("tools", (".py",)), ("csrc", (".cpp", ".h"))):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in suffixes and path.name != "environment.py":
+                text = path.read_text(encoding="utf-8")
+                read |= set(re.findall(r"(?:environ(?:ment)?\.get\(|getenv\()\s*\"(\w+)\"", text))
+                read |= set(re.findall(r"environ\[\"(\w+)\"\]", text))
+                read |= set(re.findall(r"_VARIABLE = \"(\w+)\"", text))
+    listed = {variable.name for variable in VARIABLES}
+    foreign = {"TRITON_INTERPRET", "OMP_NUM_THREADS"}  # read by Triton and by torch
+    assert read - listed == set(), "read, but not in tools/environment.py"
+    assert listed - read - foreign == set(), "in tools/environment.py, but read by nobody"
+
+
+# -- imports --------------------------------------------------------------------------------------
+
+
+def modules_after(*imports: str) -> set[str]:
+    """Top-level modules that ``imports`` load beyond those of torch, in a fresh interpreter."""
+    code = (
+        "import json, sys, torch; before = set(sys.modules); "
+        + "; ".join(imports)
+        + "; assert not torch.cuda.is_initialized()"
+        + "; print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+HEAVY = {"triton", "matplotlib", "rich", "av", "PIL", "pydantic", "diffusers", "transformers"}
+
+
+def test_import_is_light() -> None:
+    """``import video_attn`` loads no Triton and no picture library, and touches no GPU."""
+    assert modules_after("import video_attn") & HEAVY == set()
+
+
+def test_the_command_line_imports_only_what_it_runs() -> None:
+    plain = "import video_attn.cli as c"
+    assert modules_after(plain) & HEAVY == set()
+    help_ = "import contextlib\nwith contextlib.suppress(SystemExit): c.main(['--help'])"
+    assert modules_after(plain, f"exec({help_!r})") & HEAVY == set()
+    assert modules_after(plain, "c.main(['info', '--json'])") & {"matplotlib", "av", "PIL"} == set()
