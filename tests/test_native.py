@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +141,31 @@ def test_built_component_of_this_tree_fits_the_running_torch():
     assert found.loaded, found.reason
     assert found.record["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert "DEFAULT" in found.record["architectures"]
+
+
+def test_no_instruction_of_a_better_cpu_outside_its_kernels():
+    """Otherwise the library would die of an illegal instruction on an older machine."""
+    found, disassembler = native.component("cpu"), shutil.which("objdump")
+    if not found.loaded or "AVX512" not in found.record["architectures"] or not disassembler:
+        pytest.skip("needs objdump and a CPU component for x86")
+    library = Path(native.__file__).parent / "_cpu.so"
+    listing = subprocess.run(
+        [disassembler, "-d", "--demangle", "--no-show-raw-insn", library],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    counted = {"AVX512": 0, "AVX2": 0, "": 0}  # functions with vector instructions, by namespace
+    leaked = set()
+    for function in listing.split("\n\n"):
+        name, _, body = function.partition("\n")
+        if re.search(r":\tv[a-z]", body):
+            capability = next(known for known in counted if known in name)
+            counted[capability] += 1
+            if not capability or (capability == "AVX2" and "%zmm" in body):
+                leaked.add(name)
+    assert counted["AVX512"] and counted["AVX2"], "the search finds what it looks for"
+    assert not leaked
 
 
 def test_import_loads_no_component():
