@@ -1,0 +1,92 @@
+"""Sample arguments for every operator of the package, for torch.library.opcheck.
+
+Who adds an operator adds a generator here: test_ops.py fails for an operator without samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from problems import Built, Problem, require_backend
+
+Arguments = tuple[Any, ...]
+
+_SPARSE = Problem(
+    index=0, seed=5, kind="lists", dtype=torch.float32, batch=2, kv_heads=1, group=2, head_dim=16,
+    head_dim_v=8, memory="bhsd", logits="normal", with_lse_grad=True, q_len=24, kv_len=40,
+    q_block_size=8, kv_block_size=16, lens="per-batch", mask_heads=True, density=0.6,
+)  # fmt: skip
+_DENSE = Problem(
+    index=1, seed=6, kind="dense", dtype=torch.float32, batch=1, kv_heads=2, group=1, head_dim=8,
+    head_dim_v=8, memory="bshd", logits="normal", with_lse_grad=True, q_len=9, kv_len=9,
+)  # fmt: skip
+
+
+def _mask_arguments(built: Built) -> Arguments:
+    if built.mask is None:
+        return (*[None] * 6, 0, 0)
+    m = built.mask
+    return (
+        m.kv_num_blocks, m.kv_indices, *m.transposed(), m.q_block_lens, m.kv_block_lens,
+        m.q_block_size, m.kv_block_size,
+    )  # fmt: skip
+
+
+def attention_forward() -> Iterator[Arguments]:
+    for built, causal in ((_SPARSE.build(), False), (_DENSE.build(), True)):
+        for requires_grad in (False, True):
+            q, k, v = (x.clone().requires_grad_(requires_grad) for x in (built.q, built.k, built.v))
+            yield (q, k, v, *_mask_arguments(built), 0.3, causal, "native", False, None)
+        # The sparse lists without their transpose, as forward-only calls pass them.
+        kv_lists, lens = _mask_arguments(built)[:2], _mask_arguments(built)[4:]
+        inputs = (built.q, built.k, built.v)
+        yield (*inputs, *kv_lists, None, None, *lens, 0.3, causal, "native", True, "reference")
+
+
+def attention_backward() -> Iterator[Arguments]:
+    for built in (_SPARSE.build(), _DENSE.build()):
+        inputs = (built.q, built.k, built.v)
+        mask = _mask_arguments(built)
+        out, lse = torch.ops.video_attn.attention_forward(
+            *inputs, *mask, 0.3, False, "native", False, "reference"
+        )
+        for grad_lse in (None, built.grad_lse):
+            yield (built.grad_out, grad_lse, *inputs, out, lse, *mask, 0.3, False, True, None)
+
+
+def cpu_attention_forward() -> Iterator[Arguments]:
+    require_backend("cpu")
+    for built, causal in ((_SPARSE.build(), False), (_DENSE.build(), True)):
+        kv_lists, lens = _mask_arguments(built)[:2], _mask_arguments(built)[4:]
+        out, lse = torch.empty_like(built.grad_out), torch.empty_like(built.grad_lse)
+        yield (built.q, built.k, built.v, *kv_lists, *lens, 0.3, causal, out, lse)
+
+
+def cpu_attention_backward() -> Iterator[Arguments]:
+    require_backend("cpu")
+    for built in (_SPARSE.build(), _DENSE.build()):
+        inputs, mask = (built.q, built.k, built.v), _mask_arguments(built)
+        out, lse = torch.ops.video_attn.attention_forward(
+            *inputs, *mask, 0.3, False, "native", False, "reference"
+        )
+        grads = [torch.empty_like(x) for x in inputs]
+        for grad_lse in (None, built.grad_lse):
+            yield (
+                built.grad_out, grad_lse, *inputs, out, lse, *mask[2:], 0.3, False, *grads,
+            )  # fmt: skip
+
+
+def cpu_description() -> Iterator[Arguments]:
+    require_backend("cpu")
+    yield ()
+
+
+SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
+    "attention_forward": attention_forward,
+    "attention_backward": attention_backward,
+    "cpu_attention_forward": cpu_attention_forward,
+    "cpu_attention_backward": cpu_attention_backward,
+    "cpu_description": cpu_description,
+}
