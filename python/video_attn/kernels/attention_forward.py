@@ -1,0 +1,155 @@
+"""Attention forward: softmax(scale * q k^T) v over the listed keys, and its log-sum-exp."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, Lists, Side, head_args, problem_args, side_args
+from .launch_tables import LaunchRow
+from .step_lists import plan_steps
+from .tiles import (
+    causal_steps,
+    lens_of_batch,
+    listed_steps,
+    load_tile,
+    own_tile,
+    program_tile,
+    step_at,
+    step_rows,
+    store_tile,
+    tile_rows,
+)
+
+
+@triton.jit
+def _scores(b_q, b_k):
+    """q k^T of one step, not yet scaled, fp32 [BM, BN]."""
+    return tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+
+
+@triton.jit
+def _add_values(b_acc, b_p, b_v):
+    """acc + p v of one step, fp32 [BM, BDV]."""
+    return tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def _online_softmax(b_s, b_m, b_l, scale_log2, MASKED: tl.constexpr):
+    """Folds the scores of a step in: weights, new maximum, new sum, factor for earlier sums.
+
+    The scale is positive, so it may be applied after the maximum: one multiply-add per score.
+    """
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+    b_pivot = b_m_new
+    if MASKED:  # rows that have seen no key yet: any finite pivot gives weights 0
+        b_pivot = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    b_p = tl.exp2(b_s * scale_log2 - b_pivot[:, None])
+    b_alpha = tl.exp2(b_m - b_pivot)
+    return b_p, b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_alpha
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q, k, v, out, lse, full, counts, lists, q_lens, kv_lens,
+    stride_q_b, stride_q_h, stride_q_s, stride_k_b, stride_k_h, stride_k_s,
+    stride_v_b, stride_v_h, stride_v_s, stride_out_b, stride_out_h, stride_out_s,
+    stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
+    stride_q_lens_b, stride_kv_lens_b,
+    HQ, q_len, kv_len, n_tiles, scale_log2,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_j exp(s_ij - lse_i) v_j, lse_i = log sum_j exp(s_ij), s = scale q k^T.
+
+    One program per query tile; online softmax in base 2.
+    """
+    i_tile, i_b, i_h = program_tile(n_tiles, HQ)
+    p_q_lens = lens_of_batch(q_lens, i_b, stride_q_lens_b)
+    p_kv_lens = lens_of_batch(kv_lens, i_b, stride_kv_lens_b)
+    i_slot, start, n_rows, n_valid = own_tile(i_tile, q_len, p_q_lens, Q_SLOT, BM)
+    p_list = lists
+    n_listed = 0
+    if MODE == "dense":
+        n_full, n_steps = causal_steps(start, n_rows, q_len, kv_len, BN, IS_CAUSAL)
+    else:
+        p_list, n_listed, n_full, n_steps = listed_steps(
+            full, counts, lists, i_b, i_h, i_slot, kv_len, p_kv_lens,
+            stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
+            KV_SLOT, BN, MODE,
+        )  # fmt: skip
+    if n_valid <= 0:
+        n_full = 0
+        n_steps = 0
+
+    o_m = tile_rows(BM, WIDE)
+    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
+    m_m = o_m < n_valid
+    p_q = q + i_b * stride_q_b + i_h * stride_q_h + start * stride_q_s
+    p_k = k + i_b * stride_k_b + (i_h // G) * stride_k_h
+    p_v = v + i_b * stride_v_b + (i_h // G) * stride_v_h
+    last_key = (start + o_m).to(tl.int32) + (kv_len - q_len)  # that a causal row sees
+    b_q = load_tile(p_q, o_m, m_m, o_d, stride_q_s, D, True)  # [BM, BD]
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BDV], tl.float32)
+
+    for MASKED in tl.static_range(1 + HAS_PARTIAL):  # the full steps, then the others
+        i_begin, i_end = 0, n_full
+        if MASKED:
+            i_begin, i_end = n_full, n_steps
+        i_step = step_at(i_begin, i_end, p_list, 0, 0, n_full, MODE)
+        for i in range(i_begin, i_end):
+            start_n, o_n, m_n = step_rows(
+                i_step, p_list, n_listed, kv_len, p_kv_lens, KV_SLOT, BN, MODE, WIDE, MASKED
+            )
+            # Known one step ahead, so that the keys need not wait for their address.
+            i_step = step_at(i + 1, i_end, p_list, 0, 0, n_full, MODE)
+            p_n = p_k + start_n * stride_k_s
+            b_k = load_tile(p_n, o_n, m_n, o_d, stride_k_s, D, MASKED)  # [BN, BD]
+            b_s = _scores(b_q, b_k)
+            if MASKED:
+                m_s = m_n[None, :]
+                if IS_CAUSAL:
+                    m_s = m_s & ((start_n + o_n).to(tl.int32)[None, :] <= last_key[:, None])
+                b_s = tl.where(m_s, b_s, float("-inf"))
+            b_p, b_m, b_l, b_alpha = _online_softmax(b_s, b_m, b_l, scale_log2, MASKED)
+            p_n = p_v + start_n * stride_v_s
+            b_v = load_tile(p_n, o_n, m_n, o_dv, stride_v_s, DV, MASKED)  # [BN, BDV]
+            b_acc = _add_values(b_acc * b_alpha[:, None], b_p, b_v)
+
+    # A row that saw nothing, or is not valid, has sum 0. NaN is not 0 and stays.
+    m_seen = m_m & (b_l != 0.0)
+    b_l = tl.where(m_seen, b_l, 1.0)
+    b_out = tl.where(m_seen[:, None], b_acc / b_l[:, None], 0.0)
+    b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * 0.6931471805599453, float("-inf"))
+    p_out = out + i_b * stride_out_b + i_h * stride_out_h + start * stride_out_s
+    store_tile(p_out, b_out, o_m, o_m < n_rows, o_dv, stride_out_s, DV)
+    tl.store(lse + (i_b * HQ + i_h) * q_len + start + o_m, b_lse, mask=o_m < n_rows)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: Lists | None,
+    q_side: Side,
+    kv_side: Side,
+    *,
+    scale: float,
+    is_causal: bool,
+    row: LaunchRow,
+) -> list[Launch]:
+    """The launches that fill ``out`` [B, HQ, Sq, DV] and ``lse`` fp32 [B, HQ, Sq], contiguous.
+
+    ``lists`` holds, per query slot, the key slots it sees; None for dense attention.
+    """
+    steps = plan_steps(lists, q_side, kv_side, is_causal, row)
+    args = head_args(q=q, k=k, v=v, out=out) | {"lse": lse, "HQ": q.shape[1]}
+    args |= problem_args(q, k, v, scale, is_causal)
+    args |= side_args("q", steps.own) | side_args("kv", steps.other)
+    return steps.launches(attention_fwd_kernel, q.shape[0] * q.shape[1], args)

@@ -1,0 +1,120 @@
+"""A kernel launch as data: the same description runs on a GPU or is compiled without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Side(NamedTuple):
+    """One side of attention, queries or keys: ``length`` tokens in slots of ``slot`` tokens.
+
+    ``lens`` int32 [B|1, slots] gives the valid tokens of each slot; None means all.
+    """
+
+    slot: int
+    length: int
+    lens: Tensor | None = None
+
+    def tiles(self, rows: int) -> int:
+        """Tiles of ``rows`` rows; a tile does not cross from one slot to the next."""
+        return -(-self.length // self.slot) * -(-self.slot // rows)
+
+
+class Lists(NamedTuple):
+    """Ascending lists of slots: counts int32 [B|1, H|1, R], indices int32 [B|1, H|1, R, max]."""
+
+    counts: Tensor
+    indices: Tensor
+
+
+class Saved(NamedTuple):
+    """What a backward pass starts from: the forward pass, and the gradients of its results."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Args:
+        kernel: the ``triton.jit`` function. grid: number of programs, in one dimension.
+        args: by name, constexprs too.
+        options: ``num_warps``, ``num_stages`` and what the vendor's compiler takes besides.
+    """
+
+    kernel: Any
+    grid: int
+    args: Mapping[str, Any]
+    options: Mapping[str, int]
+
+    def keywords(self) -> dict[str, Any]:
+        """All keywords of the launch."""
+        # Said here because Triton's default changes between versions, and with it the rounding.
+        return {**self.args, **self.options, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        if self.grid > 0:
+            self.kernel[(self.grid,)](**self.keywords())
+
+
+def padded(size: int) -> int:
+    """The smallest power of two >= ``size`` that the matrix units take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def named_strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
+    """Kernel arguments of a tensor: itself, and the strides of its first axes, each by its letter.
+
+    A stride is 0 where the size is 1: that one serves every index. None gives strides 0.
+    """
+    args: dict[str, Any] = {name: x}
+    for i, axis in enumerate(axes):
+        args[f"stride_{name}_{axis}"] = 0 if x is None or x.shape[i] == 1 else x.stride(i)
+    return args
+
+
+def head_args(**tensors: Tensor) -> dict[str, Any]:
+    """Kernel arguments of [B, H, S, D] tensors."""
+    args: dict[str, Any] = {}
+    for name, x in tensors.items():
+        args |= named_strides(name, x, "bhs")
+    return args
+
+
+def lens_args(name: str, lens: Tensor | None) -> dict[str, Any]:
+    """Kernel arguments of valid lengths, int32 [B|1, slots] or None."""
+    if lens is not None and lens.stride(1) != 1:
+        lens = lens.contiguous()
+    return named_strides(name, lens, "b")
+
+
+def side_args(name: str, side: Side) -> dict[str, Any]:
+    """Kernel arguments of the side called ``name``, "q" or "kv"."""
+    args = {f"{name}_len": side.length, f"{name.upper()}_SLOT": side.slot}
+    return args | lens_args(f"{name}_lens", side.lens)
+
+
+def problem_args(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> dict[str, Any]:
+    """Kernel arguments that forward, dq and dkv have in common."""
+    args: dict[str, Any] = {"D": q.shape[3], "DV": v.shape[3]}
+    args |= {"BD": padded(q.shape[3]), "BDV": padded(v.shape[3])}
+    args |= {"G": q.shape[1] // k.shape[1], "IS_CAUSAL": is_causal}
+    return args | {"scale_log2": scale * math.log2(math.e)}
+
+
+def wide_rows(rows: int, args: Mapping[str, Any]) -> bool:
+    """Whether offsets inside a tile of ``rows`` rows of a [B, H, S, D] argument need 64 bits."""
+    tensors = [x for x in args.values() if isinstance(x, Tensor) and x.dim() == 4]
+    return any(abs(x.stride(2)) * rows + x.shape[3] >= 2**31 for x in tensors)
