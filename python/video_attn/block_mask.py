@@ -208,8 +208,11 @@ class BlockMask:
         """
         if self._transpose is not None:
             return self._transpose
-        transpose = lists_from_dense(self.to_dense().transpose(-1, -2))
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return lists_from_dense(self.to_dense().transpose(-1, -2))
+        with torch.inference_mode(False):  # a training step may come later, and autograd saves it
+            transpose = lists_from_dense(self.to_dense().transpose(-1, -2))
+        if type(transpose[0]) is type(self.kv_num_blocks):  # never a fake tensor for a real mask
             object.__setattr__(self, "_transpose", transpose)
         return transpose
 
