@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -19,6 +20,10 @@ os.environ.pop("VIDEO_ATTN_BACKEND", None)
 if "OMP_NUM_THREADS" not in os.environ:  # parallel test processes share the cores
     _processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes))
+
+# The same examples in every run: a failure is found again, and a green run means the same twice.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 PACKAGES = ("video_attn", "st_attn", "vsa", "radial_attn")
 _ALLOCATORS = (
