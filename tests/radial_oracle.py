@@ -137,3 +137,28 @@ def published_block_mask(definition: Definition) -> Tensor:
                     if hot / (nonzero + 1e-9) > 0.6 and max(at) < blocks:
                         grid[at] = True
     return grid
+
+
+def frame_scenes(
+    boundaries: list[int], frames: int, compression: int = 4, patch: int = 1, padding: int = 0
+) -> list[set[int]]:
+    """The scenes of each latent frame, pixel frame by pixel frame.
+
+    The VAE makes latent 0 of pixel frame 0 and every further latent of ``compression`` frames;
+    ``padding`` latents stand before them, and ``patch`` latents make a frame of tokens. Frames
+    after the last boundary are of the last scene, and padding is of the first frame's.
+    """
+    scenes: list[set[int]] = [set() for _ in range(frames)]
+    latents = frames * patch - padding
+    for pixel in range(1 + (latents - 1) * compression):
+        scene = max(k for k, start in enumerate(boundaries[:-1]) if start <= pixel)
+        latent = 0 if pixel == 0 else (pixel - 1) // compression + 1
+        scenes[(latent + padding) // patch].add(scene)
+    return scenes
+
+
+def allowed_pairs(scenes: list[set[int]], adjacency: list[list[bool]]) -> list[list[bool]]:
+    """Which frame may see which: when some scene of the one may see some scene of the other."""
+    return [
+        [any(adjacency[a][b] for a in rows for b in keys) for keys in scenes] for rows in scenes
+    ]

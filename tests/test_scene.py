@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from radial_oracle import Definition, block_mask
+from radial_oracle import Definition, allowed_pairs, block_mask, frame_scenes
 
 from radial_attn.attn_mask import SceneAwareMaskMap
 from video_attn import VideoLayout
@@ -17,30 +17,6 @@ from video_attn.patterns.scene import Scenes
 # The example of the documentation: 49 pixel frames are 13 latent ones.
 BOUNDARIES = [0, 15, 30, 45]
 ADJACENCY = [[True, True, False], [True, True, True], [False, True, True]]
-
-
-def frame_scenes(
-    boundaries: list[int], frames: int, compression: int = 4, patch: int = 1, padding: int = 0
-) -> list[set[int]]:
-    """The scenes of each latent frame, pixel frame by pixel frame.
-
-    The VAE makes latent 0 of pixel frame 0 and every further latent of ``compression`` frames;
-    ``padding`` latents stand before them, and ``patch`` latents make a frame of tokens. Frames
-    after the last boundary are of the last scene, and padding is of the first frame's.
-    """
-    scenes: list[set[int]] = [set() for _ in range(frames)]
-    latents = frames * patch - padding
-    for pixel in range(1 + (latents - 1) * compression):
-        scene = max(k for k, start in enumerate(boundaries[:-1]) if start <= pixel)
-        latent = 0 if pixel == 0 else (pixel - 1) // compression + 1
-        scenes[(latent + padding) // patch].add(scene)
-    return scenes
-
-
-def allowed_pairs(scenes: list[set[int]], adjacency: list[list[bool]]) -> list[list[bool]]:
-    return [
-        [any(adjacency[a][b] for a in rows for b in keys) for keys in scenes] for rows in scenes
-    ]
 
 
 @pytest.mark.parametrize("straddle, starts", [

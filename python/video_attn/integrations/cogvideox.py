@@ -16,7 +16,7 @@ from ..attention import attention
 from ..block_mask import BlockMask
 from ..layout import VideoLayout
 from ..patterns.scene import Scenes
-from .sdpa import ReplacedSdpa
+from .sdpa import call_with_attention
 
 TRANSFORMER = "CogVideoXTransformer3DModel"
 MODEL_TYPE = "cogvideox"
@@ -63,14 +63,7 @@ class CogVideoXSparseAttnProcessor2_0:  # noqa: N801  the name that people know
         arguments = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
         if self.mask is None and self.precision == "native" and self.backend is None:
             return self.inner(*arguments)
-        with ReplacedSdpa(self._attend) as sdpa:
-            video, text = self.inner(*arguments)
-        if not sdpa.reached:
-            raise RuntimeError(
-                f"{type(self.inner).__name__} did not call scaled_dot_product_attention, so its "
-                "attention was not replaced; set a processor that does, or the 'native' backend"
-            )
-        return video, text
+        return call_with_attention(self._attend, self.inner, *arguments)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return attention(
@@ -132,6 +125,8 @@ def layout_of_call(transformer: Any, inputs: dict[str, Any]) -> VideoLayout:
 
 def fit_scenes(pipe: Any, num_frames: int | None, scenes: Scenes) -> Scenes:
     """``scenes`` with the times that this model gives to its frames of tokens."""
+    if not isinstance(scenes, Scenes):
+        raise TypeError(f"scenes must be a Scenes or None, got {type(scenes).__name__}")
     config = pipe.transformer.config
     num_frames = config.sample_frames if num_frames is None else num_frames
     compression, patch = pipe.vae_scale_factor_temporal, config.patch_size_t or 1

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..block_mask import BlockMask
-from ..device import device_info
+from ..ops import problem_of
 from ..patterns.radial import RadialRule
 from ..patterns.scene import Scenes
-from ..registry import PRECISIONS, Problem, check_backend_name, select
+from ..quantize import parse_recipe
+from ..registry import PRECISIONS, check_backend_name, select
 from . import cogvideox
 from .plan import MaskPlan
 from .schedule import Choice, Schedule
@@ -77,6 +78,8 @@ def apply(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if backend is not None:
         check_backend_name(backend)
+    if not isinstance(fuse_qkv, bool):
+        raise TypeError(f"fuse_qkv must be True or False, got {fuse_qkv!r}")
     plan = MaskPlan(
         model.layout_of(pipe, height, width, num_frames),
         RadialRule.for_model(model.MODEL_TYPE) if rule is None else rule,
@@ -159,19 +162,18 @@ class AppliedAttention:
         """
         if not sparse and self.precision == "native" and self.backend is None:
             return "the pipeline's own"
-        device = self._pipe._execution_device
-        config = self._transformer.config
-        block_size = self.plan.block_size if sparse else None
-        problem = Problem(
-            direction="forward",
-            device_type=device.type,
-            arch=device_info(device).arch,
-            dtype=self._transformer.dtype,
-            head_dim=config.attention_head_dim,
-            head_dim_v=config.attention_head_dim,
-            q_block_size=block_size,
-            kv_block_size=block_size,
-            precision=self.precision,
+        masks = self.plan.layer_masks("cpu")
+        mask = next((mask for mask in masks if mask is not None), None) if sparse else None
+        if sparse and mask is None:
+            return "none: no layer is sparse"
+        precision, quantization = parse_recipe(self.precision)
+        head_dim = self._transformer.config.attention_head_dim
+        like = torch.empty(
+            1, 1, 0, head_dim,
+            dtype=self._transformer.dtype, device=self._pipe._execution_device,
+        )  # fmt: skip
+        problem = problem_of(
+            "forward", like, like, like, mask, precision=precision, quantization=quantization
         )
         return select(problem, self.backend).name
 

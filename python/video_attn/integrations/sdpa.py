@@ -9,7 +9,7 @@ through it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,20 +17,37 @@ from torch.overrides import TorchFunctionMode
 
 # (query, key, value [B, H, S, D], scale or None) -> [B, Hq, Sq, Dv]
 Attend = Callable[[Tensor, Tensor, Tensor, "float | None"], Tensor]
+Result = TypeVar("Result")
 
 
-class ReplacedSdpa(TorchFunctionMode):
-    """Inside this context ``scaled_dot_product_attention`` is ``attend``.
+def call_with_attention(attend: Attend, function: Callable[..., Result], *arguments: Any) -> Result:
+    """``function(*arguments)``, whose ``scaled_dot_product_attention`` is ``attend``.
 
-    Raises, where it is called:
-        ValueError: a call that asks for more than attention over all keys (attn_mask, dropout,
-            is_causal): it is refused, not ignored.
+    Raises:
+        ValueError: it asks for more than attention over all keys (attn_mask, dropout, is_causal):
+            that is refused, not ignored. RuntimeError: it never calls it.
     """
+    reached = []
 
+    def noted(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        reached.append(True)
+        return attend(query, key, value, scale)
+
+    with _ReplacedSdpa(noted):
+        result = function(*arguments)
+    if not reached:
+        raise RuntimeError(
+            f"{getattr(function, '__name__', type(function).__name__)} did not call "
+            "scaled_dot_product_attention, so its attention was not replaced; it needs a processor "
+            "that does"
+        )
+    return result
+
+
+class _ReplacedSdpa(TorchFunctionMode):
     def __init__(self, attend: Attend) -> None:
         super().__init__()
         self.attend = attend
-        self.reached = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -38,7 +55,6 @@ class ReplacedSdpa(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        self.reached = True
         return self._call(*args, **kwargs)
 
     def _call(

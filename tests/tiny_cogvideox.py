@@ -1,0 +1,99 @@
+"""A CogVideoX pipeline of some hundred thousand random weights, made offline in a moment.
+
+All components are the real classes of diffusers and transformers, so saving, loading, text
+encoding, guidance, denoising and decoding are the real code.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+TEXT = 16  # tokens of a prompt
+HEIGHT, WIDTH, FRAMES = 64, 80, 17  # 5 latent frames of 4 x 5 tokens
+
+
+def tiny_pipeline(
+    *, rotary: bool = False, patch_t: int | None = None, layers: int = 3, weights: int = 0
+) -> CogVideoXPipeline:
+    """A pipeline as 2b (default), 5b (``rotary``) or 1.5 (``rotary``, ``patch_t=2``) has it."""
+    tokenizer = _tokenizer()
+    torch.manual_seed(weights)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=layers,
+        sample_width=WIDTH // 8,
+        sample_height=HEIGHT // 8,
+        sample_frames=FRAMES,
+        patch_size=2,
+        patch_size_t=patch_t,
+        patch_bias=patch_t is None,
+        temporal_compression_ratio=4,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=rotary,
+    )
+    # Random projections make attention almost uniform; sharper ones make the mask matter.
+    for block in transformer.transformer_blocks:
+        torch.nn.init.constant_(block.attn1.norm_q.weight, 3.0)
+    vae = AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    config = T5Config(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        feed_forward_proj="relu", pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    pipe = CogVideoXPipeline(
+        tokenizer, T5EncoderModel(config).eval(), vae.eval(), transformer.eval(),
+        CogVideoXDDIMScheduler(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def render(pipe: CogVideoXPipeline, *, steps: int = 4, **options: Any) -> np.ndarray:
+    """The frames of a short video, floats [F, H, W, 3], the same for the same pipeline."""
+    arguments: dict[str, Any] = {
+        "prompt": "a cat walks",
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": FRAMES,
+        "num_inference_steps": steps,
+        "max_sequence_length": TEXT,
+        "generator": torch.Generator("cpu").manual_seed(7),
+        "output_type": "np",
+    }
+    return pipe(**(arguments | options)).frames[0]
+
+
+def _tokenizer() -> T5Tokenizer:
+    """Letters, the space mark, and the special tokens."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = [(letter, -6.0) for letter in string.ascii_lowercase + string.punctuation]
+    return T5Tokenizer(vocab=special + letters, extra_ids=0)
