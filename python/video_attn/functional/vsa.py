@@ -1,0 +1,248 @@
+"""Video sparse attention for models: select tiles by block means, attend exactly, add the means.
+
+Definition. With q_m, k_m, v_m the means over the valid tokens of each tile:
+
+- scores = scale * q_m k_m^T, in fp32 from means in the dtype of q (the public kernel rounds the
+  scores to bf16 as well, so its choice can differ where scores are nearly equal);
+- coarse = softmax(scores) v_m: each tile weighs equally, whatever its number of valid tokens;
+- sparse = exact attention over the tokens of the k tiles with the highest scores;
+- out = sparse + gate * coarse, the coarse value of a tile being added to all its tokens.
+
+Gradients go through means, coarse branch, gate and sparse branch; the selection has none. A NaN
+score counts as -inf: exactly k tiles are kept, and NaN in the data still shows in the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import attention, check_scale
+from ..block_mask import BlockMask
+from ..block_ops import block_mean, select_top_k
+from ..layout import Triple
+from ..patterns.valid_text import (
+    TextLength,
+    block_lens,
+    check_text_length,
+    listed_text_blocks,
+)
+from ..patterns.video_sparse import kept_blocks, selected_tiles_mask
+from ..quantize import QuantizationOptions
+from .video import TOKEN_DIM, video_layout
+
+Gate = Tensor | float | None
+VSA_TILE: Triple = (4, 4, 4)
+
+
+def video_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: str | Sequence[int],
+    *,
+    top_k: int | None = None,
+    top_k_ratio: float | None = None,
+    gate: Gate = None,
+    tile: Sequence[int] = VSA_TILE,
+    text_length: TextLength = None,
+    text_first: bool = False,
+    layout: str = "bhsd",
+    scale: float | None = None,
+    precision: str = "native",
+    backend: str | None = None,
+    deterministic: bool = False,
+    quantization: QuantizationOptions | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, BlockMask]:
+    """Video sparse attention over a video in raster order, with or without text in the sequence.
+
+    ``out = sparse + gate * coarse``; see the module for the definition. Differentiable. Text takes
+    no part in means and selection: valid text is seen by all queries, and text queries see
+    everything, exactly; they have no coarse branch. Ratio 1 with gate 0 is dense attention.
+
+    Args:
+        q: [B, Hq, S, D], S = T*H*W + text tokens. k: [B, Hkv, S, D]. v: [B, Hkv, S, Dv].
+        grid: tokens (T, H, W) of the video after patchifying, or "TxHxW"; any sizes.
+        top_k: video tiles that each query tile sees, 1 to all.
+        top_k_ratio: the same as a share of all tiles, in (0, 1], rounded up to whole tiles; see
+            :func:`kept_blocks`. Exactly one of the two must be given.
+        gate: weight of the coarse branch. None adds it as it is. 0 leaves it out. A number, or a
+            floating-point tensor that broadcasts to the output: elementwise [B, Hq, S, Dv], per
+            head [Hq, 1, 1], ...; in raster order, and as ``layout`` says. Entries at text tokens
+            gate nothing.
+        tile: tokens (t, h, w) of a tile; tiles at the border may be partial.
+        text_length: valid text tokens, the first ones of the text: an int, one per batch item, or
+            an integer tensor [B] on the device of q. Default: all S - T*H*W. What lies past them is
+            never read; its output is 0.
+        text_first: the sequence is [text, video] instead of [video, text].
+        layout: "bhsd", or "bshd" for q, k, v, gate and output [B, S, H, D].
+        scale, precision, backend, deterministic, quantization: as in
+            :func:`video_attn.attention`; ``scale`` holds for both branches, ``precision`` for the
+            sparse one.
+        return_mask: also return the :class:`BlockMask` of the sparse branch, for its density or to
+            attend again.
+
+    Returns:
+        [B, Hq, S, Dv] (or as ``layout`` says) in the dtype of q; with ``return_mask``, (out, mask).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
+        RuntimeError: no backend can serve; the message says why for each.
+    """
+    video = video_layout(q, k, v, grid, tile, text_first, layout)
+    dim = TOKEN_DIM[layout]
+    top_k = _check_top_k(top_k, top_k_ratio, video.num_tiles)
+    gate = check_gate(gate, (*q.shape[:3], v.shape[3]), q)
+    if not isinstance(return_mask, bool):
+        raise TypeError(f"return_mask must be True or False, got {return_mask!r}")
+    valid = check_text_length(text_length, video, q.shape[0])
+    if isinstance(gate, Tensor) and gate.shape[dim] != 1:
+        gate = video.to_tiles(gate, dim)
+    inputs: list[Any] = [video.to_tiles(x, dim) for x in (q, k, v)] + [gate]
+    if layout == "bshd":
+        inputs = [x.transpose(1, 2) if isinstance(x, Tensor) else x for x in inputs]
+    q, k, v, gate = inputs
+    scale = check_scale(scale, q.shape[3])
+    lens = block_lens(valid, video, q.device)
+    tile_lens = None if lens is None else lens[:, : video.num_tiles]
+    length = video.num_tiles * video.tile_volume
+    selected, coarse = compress_and_select(
+        q[:, :, :length], k[:, :, :length], v[:, :, :length], tile_lens, tile_lens,
+        block_size=video.tile_volume, top_k=top_k, scale=scale, gate=gate,
+    )  # fmt: skip
+    mask = selected_tiles_mask(
+        selected, video, text_blocks=listed_text_blocks(valid, video), block_lens=lens
+    )
+    out = attention(
+        q, k, v, mask, scale=scale, precision=precision, backend=backend,
+        deterministic=deterministic, quantization=quantization,
+    )  # fmt: skip
+    if coarse is not None:
+        out = add_coarse(out, coarse, gate, video.tile_volume)
+    out = video.from_tiles(out.transpose(1, 2) if layout == "bshd" else out, dim)
+    return (out, mask) if return_mask else out
+
+
+def compress_and_select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    *,
+    block_size: int,
+    top_k: int,
+    scale: float,
+    gate: Gate,
+) -> tuple[Tensor, Tensor | None]:
+    """(selected int32 [B, Hq, Nq, top_k], coarse [B, Hq, Nq, Dv] or None where the gate is 0).
+
+    q [B, Hq, Nq*block_size, D], k and v likewise, padded blocks; lens int32 [B|1, N] or None.
+    """
+    no_coarse = isinstance(gate, float) and gate == 0
+    # Autocast would round the scores to half precision.
+    with (
+        torch.autocast(q.device.type, enabled=False),
+        torch.set_grad_enabled(torch.is_grad_enabled() and not no_coarse),
+    ):
+        q_mean = block_mean(q, q_lens, block_size)
+        k_mean = block_mean(k, kv_lens, block_size)
+        scores = _scores(q_mean, k_mean, scale)
+        selected = select_top_k(scores.detach(), top_k, kv_lens)
+        if no_coarse:
+            return selected, None
+        if kv_lens is not None:  # an empty tile is not there; finite, for there may be no other
+            empty = (kv_lens == 0)[:, None, None, :]
+            scores = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
+        v_mean = block_mean(v, kv_lens, block_size)
+        coarse = _per_kv_head(scores.softmax(-1), v_mean).to(v.dtype)
+    return selected, coarse
+
+
+def add_coarse(out: Tensor, coarse: Tensor, gate: Gate, block_size: int) -> Tensor:
+    """out + gate * coarse, each row of ``coarse`` [B, H, N, Dv] going to all tokens of its block.
+
+    The blocks are the first N of ``out`` [B, H, S, Dv]; what follows is text. The coarse rows are
+    broadcast, never repeated in memory. ``out`` is overwritten where no gradient needs it.
+    """
+    blocks = coarse.shape[2]
+    length = blocks * block_size
+    video, spread = out[:, :, :length].unflatten(2, (blocks, block_size)), coarse[:, :, :, None]
+    if isinstance(gate, Tensor):
+        one_for_all = gate.shape[2] == 1
+        weight = gate if one_for_all else gate[:, :, :length]
+        weight = weight.unflatten(2, (1, 1) if one_for_all else (blocks, block_size))
+    else:
+        weight = None
+        spread = spread if gate is None else spread * gate
+    if not out.requires_grad:  # the attention operator saves its output only for a backward pass
+        video.add_(spread) if weight is None else video.addcmul_(spread, weight)
+        return out
+    video = video + spread if weight is None else torch.addcmul(video, spread, weight)
+    video = video.flatten(2, 3)
+    return video if length == out.shape[2] else torch.cat([video, out[:, :, length:]], 2)
+
+
+def check_gate(gate: object, shape: Sequence[int], like: Tensor, name: str = "gate") -> Gate:
+    """None, a finite number as float, or a tensor of 4 dimensions that broadcasts to ``shape``.
+
+    Raises:
+        TypeError: another type or dtype. ValueError: another shape or device, or not finite.
+    """
+    if gate is None:
+        return None
+    if not isinstance(gate, Tensor):
+        if isinstance(gate, bool) or not isinstance(gate, (int, float)):
+            raise TypeError(f"{name} must be None, a number or a Tensor, got {gate!r}")
+        if not math.isfinite(gate):
+            raise ValueError(f"{name} must be finite, got {gate}")
+        return float(gate)
+    if not gate.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {gate.dtype}")
+    if gate.device != like.device:
+        raise ValueError(f"{name} must be on the device of q, {like.device}, got {gate.device}")
+    sizes = (1,) * (len(shape) - gate.dim()) + tuple(gate.shape)
+    if len(sizes) != len(shape) or any(n not in (1, m) for n, m in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to the output {tuple(shape)}, got shape {tuple(gate.shape)}"
+        )
+    return gate.reshape(sizes).to(like.dtype)
+
+
+def _check_top_k(top_k: int | None, top_k_ratio: float | None, tiles: int) -> int:
+    if (top_k is None) == (top_k_ratio is None):
+        raise ValueError(
+            f"top_k or top_k_ratio must be given, and not both; got {top_k!r} and {top_k_ratio!r}"
+        )
+    if top_k is None:
+        return kept_blocks(top_k_ratio, tiles)
+    return check_count(top_k, tiles, "top_k")
+
+
+def check_count(top_k: object, blocks: int, name: str) -> int:
+    """``top_k`` if it is an int from 1 to ``blocks``.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"{name} must be an int, got {top_k!r}")
+    if not 1 <= top_k <= blocks:
+        raise ValueError(f"{name} must be 1 to {blocks}, the number of key blocks; got {top_k}")
+    return top_k
+
+
+def _scores(q_mean: Tensor, k_mean: Tensor, scale: float) -> Tensor:
+    wide = torch.float64 if q_mean.dtype == torch.float64 else torch.float32
+    return _per_kv_head(q_mean.to(wide) * scale, k_mean.mT)
+
+
+def _per_kv_head(left: Tensor, right: Tensor) -> Tensor:
+    """left [B, Hq, N, M] @ right [B, Hkv, M, P], each head of ``right`` serving its query heads."""
+    grouped = left.unflatten(1, (right.shape[1], -1)) @ right[:, :, None].to(left.dtype)
+    return grouped.flatten(1, 2)
