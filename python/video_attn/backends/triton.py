@@ -5,7 +5,6 @@ Importing this file imports no triton: the kernels are loaded by the first call 
 
 from __future__ import annotations
 
-import contextlib
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..device import device_info
-from ..kernels.launch import Launch, Lists, Saved, Side
+from ..kernels.launch import Launch, Lists, Saved, Side, run_launches
 from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch
 from ..registry import Backend, Problem, register
 from .outputs import empty_like_heads, empty_lse
@@ -63,7 +62,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
     row = _row("forward", q, v, mask)
-    _run(q, forward_launches(q, k, v, out, lse, mask, scale=scale, is_causal=is_causal, row=row))
+    launches = forward_launches(q, k, v, out, lse, mask, scale=scale, is_causal=is_causal, row=row)
+    run_launches(launches, q.device)
     return out, lse
 
 
@@ -103,11 +103,12 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (q, k, v))
+    saved = Saved(q, k, v, out, lse, grad_out, grad_lse)
     launches = backward_launches(
-        Saved(q, k, v, out, lse, grad_out, grad_lse), (dq, dk, dv), mask, scale=scale, is_causal=is_causal,
+        saved, (dq, dk, dv), mask, scale=scale, is_causal=is_causal,
         dq_row=_row("dq", q, v, mask), dkv_row=_row("dkv", q, v, mask),
     )  # fmt: skip
-    _run(q, launches)
+    run_launches(launches, q.device)
     return dq, dk, dv
 
 
@@ -145,13 +146,6 @@ def _row(kernel: str, q: Tensor, v: Tensor, mask: BlockMask | None) -> LaunchRow
     arch = device_info(q.device).arch
     grain = None if mask is None else min(mask.q_block_size, mask.kv_block_size)
     return launch_row(arch, kernel, max(q.shape[3], v.shape[3]), q.element_size(), grain)
-
-
-def _run(q: Tensor, launches: list[Launch]) -> None:
-    guard = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
-    with guard:
-        for launch in launches:
-            launch.run()
 
 
 register(

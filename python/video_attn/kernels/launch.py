@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -67,6 +69,14 @@ class Launch:
     def run(self) -> None:
         if self.grid > 0:
             self.kernel[(self.grid,)](**self.keywords())
+
+
+def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
+    """Runs launches in order on the current stream of ``device``."""
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        for launch in launches:
+            launch.run()
 
 
 def padded(size: int) -> int:

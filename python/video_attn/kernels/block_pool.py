@@ -1,0 +1,160 @@
+"""Block means and exact top-k, the first steps of video sparse attention."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, Side, head_args, lens_args, padded
+from .tiles import lens_of_batch, load_tile, own_tile, store_tile
+
+_MEAN_TILE = 4096  # numbers in registers at a time
+_SCORES = 2048  # of a row in registers at a time
+
+
+@triton.jit
+def block_mean_kernel(
+    x, mean, lens,
+    stride_x_b, stride_x_h, stride_x_s, stride_mean_b, stride_mean_h, stride_mean_s,
+    stride_lens_b, H, N, length,
+    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """mean_n = sum of the valid rows of slot n / their number, 0 where there is none."""
+    pid = tl.program_id(0).to(tl.int64)
+    i_n, i_h, i_b = pid % N, pid // N % H, pid // N // H
+    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    _, start, _, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
+    o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
+    p_x = x + i_b * stride_x_b + i_h * stride_x_h + start * stride_x_s
+    b_sum = tl.zeros([BM, BD], ACC)
+    for i in range(0, n_valid, BM):
+        b_sum += load_tile(p_x, i + o_m, i + o_m < n_valid, o_d, stride_x_s, D, True)  # [BM, BD]
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(n_valid, 1)
+    p_mean = mean + i_b * stride_mean_b + i_h * stride_mean_h + i_n * stride_mean_s
+    tl.store(p_mean + o_d, b_mean.to(mean.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit
+def block_mean_bwd_kernel(
+    grad, dx, lens,
+    stride_grad_b, stride_grad_h, stride_grad_s, stride_dx_b, stride_dx_h, stride_dx_s,
+    stride_lens_b, H, N, length,
+    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx = grad of the slot's mean / number of valid rows; 0 in rows that are not valid."""
+    pid = tl.program_id(0).to(tl.int64)
+    i_n, i_h, i_b = pid % N, pid // N % H, pid // N // H
+    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    _, start, n_rows, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
+    o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
+    p_grad = grad + i_b * stride_grad_b + i_h * stride_grad_h + i_n * stride_grad_s
+    b_grad = tl.load(p_grad + o_d, mask=o_d < D, other=0.0).to(ACC)  # [BD]
+    b_dx = b_grad / tl.maximum(n_valid, 1)
+    p_dx = dx + i_b * stride_dx_b + i_h * stride_dx_h + start * stride_dx_s
+    for i in range(0, n_rows, BM):
+        o_row = i + o_m
+        b_rows = tl.where((o_row < n_valid)[:, None], b_dx[None, :], 0.0)
+        store_tile(p_dx, b_rows, o_row, o_row < n_rows, o_d, stride_dx_s, D)
+
+
+@triton.jit
+def _keys(p_row, p_lens, o, n_keys, LOW_BITS: tl.constexpr):
+    """Scores as unsigned integers of the same order, equal where they are equal; 0 past the row.
+
+    NaN and the scores of empty slots count as -inf. LOW_BITS are those that fp32 has and the scores
+    have not: they carry nothing.
+    """
+    m = o < n_keys
+    b_score = tl.load(p_row + o, mask=m, other=0.0).to(tl.float32)
+    if p_lens is not None:
+        b_score = tl.where(tl.load(p_lens + o, mask=m, other=0) > 0, b_score, float("-inf"))
+    b_score = tl.where(b_score == b_score, b_score, float("-inf"))
+    b_score = tl.where(b_score == 0.0, 0.0, b_score)  # -0 ties with 0
+    b_bits = b_score.to(tl.uint32, bitcast=True)
+    b_key = tl.where(b_bits >> 31 != 0, ~b_bits, b_bits | 0x80000000)
+    return tl.where(m, b_key >> LOW_BITS, 0)
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def select_top_k_kernel(
+    scores, indices, lens,
+    stride_scores_b, stride_scores_h, stride_scores_s, stride_lens_b,
+    H, R, n_keys, top_k,
+    LOW_BITS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Ascending indices of the ``top_k`` largest scores of a row, of equal ones the lower index.
+
+    The k-th largest key is found bit by bit, from the top: a bit is set if k keys are still not
+    smaller. All keys above it are taken, and of those equal to it the first ones.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_r, i_h, i_b = i_row % R, i_row // R % H, i_row // R // H
+    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_row = scores + i_b * stride_scores_b + i_h * stride_scores_h + i_r * stride_scores_s
+    o = tl.arange(0, BN)
+    b_first = _keys(
+        p_row, p_lens, o, n_keys, LOW_BITS
+    )  # stays in registers; the rest is read again
+
+    kth = tl.zeros((), tl.uint32)
+    bit = tl.full((), 1 << (31 - LOW_BITS), tl.uint32)
+    for _ in range(0, 32 - LOW_BITS):
+        trial = kth | bit
+        n_above = tl.sum((b_first >= trial).to(tl.int32))
+        for i in range(BN, n_keys, BN):
+            b_key = _keys(p_row, p_lens, i + o, n_keys, LOW_BITS)
+            n_above += tl.sum((b_key >= trial).to(tl.int32))
+        kth = tl.where(n_above >= top_k, trial, kth)
+        bit = bit >> 1
+
+    n_ties = top_k - tl.sum((b_first > kth).to(tl.int32))
+    for i in range(BN, n_keys, BN):
+        n_ties -= tl.sum((_keys(p_row, p_lens, i + o, n_keys, LOW_BITS) > kth).to(tl.int32))
+
+    p_out = indices + i_row * top_k
+    n_taken = 0
+    for i in range(0, n_keys, BN):
+        b_key = _keys(p_row, p_lens, i + o, n_keys, LOW_BITS)
+        m_tie = (b_key == kth) & (i + o < n_keys)
+        m_take = (b_key > kth) | (m_tie & (tl.cumsum(m_tie.to(tl.int32)) <= n_ties))
+        b_rank = n_taken + tl.cumsum(m_take.to(tl.int32)) - 1
+        tl.store(p_out + b_rank, i + o, mask=m_take)
+        n_ties -= tl.sum(m_tie.to(tl.int32))
+        n_taken += tl.sum(m_take.to(tl.int32))
+
+
+def block_mean(x: Tensor, mean: Tensor, side: Side) -> Launch:
+    """The launch that fills ``mean`` [B, H, N, D] from ``x`` [B, H, S, D]."""
+    return _mean_launch(block_mean_kernel, head_args(x=x, mean=mean), mean, side)
+
+
+def block_mean_backward(grad: Tensor, dx: Tensor, side: Side) -> Launch:
+    """The launch that fills ``dx`` [B, H, S, D] from ``grad`` [B, H, N, D]."""
+    return _mean_launch(block_mean_bwd_kernel, head_args(grad=grad, dx=dx), grad, side)
+
+
+def _mean_launch(kernel: object, args: dict, mean: Tensor, side: Side) -> Launch:
+    batch, heads, slots, head_dim = mean.shape
+    acc = tl.float64 if mean.dtype == torch.float64 else tl.float32
+    args |= {"H": heads, "N": slots, "length": side.length, "SLOT": side.slot, "D": head_dim}
+    rows = max(1, min(64, _MEAN_TILE // padded(head_dim)))
+    args |= lens_args("lens", side.lens) | {"BD": padded(head_dim), "BM": rows, "ACC": acc}
+    return Launch(kernel, batch * heads * slots, args, {"num_warps": 4, "num_stages": 2})
+
+
+def select_top_k(scores: Tensor, indices: Tensor, top_k: int, key_lens: Tensor | None) -> Launch:
+    """The launch that fills ``indices`` int32 [B, H, R, top_k], contiguous, from ``scores``."""
+    batch, heads, rows, keys = scores.shape
+    block = min(_SCORES, padded(keys))
+    args = head_args(scores=scores) | lens_args("lens", key_lens)
+    args |= {"indices": indices, "H": heads, "R": rows, "n_keys": keys, "top_k": top_k}
+    args |= {"LOW_BITS": _LOW_BITS[scores.dtype], "BN": block}
+    warps = max(1, block // 512)
+    return Launch(
+        select_top_k_kernel, batch * heads * rows, args, {"num_warps": warps, "num_stages": 1}
+    )
+
+
+_LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
