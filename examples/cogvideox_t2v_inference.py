@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from radial_attn.models.cogvideox import replace_cogvideox_attention, replace_sparse_forward
 from video_attn.integrations import AppliedAttention
 from video_attn.patterns.scene import Scenes
+from video_attn.tools.options import integers, scene_adjacency
 from video_attn.tools.video import write_clip
 
 # What is chosen where neither an option nor the preset says anything.
@@ -57,9 +58,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--use_sage_attention", action="store_true", default=None, help="INT8 attention")
     add("--use_fused_attention", action="store_true", help="q, k and v by one matrix")
     add(
-        "--scene_boundaries", type=numbers, help="first frame of each scene and the end: 0,15,30,45"
+        "--scene_boundaries",
+        type=integers,
+        help="first frame of each scene and the end: 0,15,30,45",
     )
-    add("--scene_adjacency", type=adjacency, default="adjacent",
+    add("--scene_adjacency", type=scene_adjacency, default="adjacent",
         help="adjacent, all, or rows of 0 and 1: 110,111,011 (default adjacent)")  # fmt: skip
     offload = parser.add_mutually_exclusive_group()
     for kind, what in (("model", "whole models"), ("sequential", "all weights")):
@@ -82,20 +85,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
-
-
-def numbers(text: str) -> list[int]:
-    """ "0,15,30" as integers."""
-    return [int(part) for part in text.split(",")]
-
-
-def adjacency(text: str) -> str | list[list[bool]]:
-    """ "adjacent", "all", or "110,111,011" as booleans."""
-    if text in ("adjacent", "all"):
-        return text
-    if set(text) - set("01,"):
-        raise ValueError(text)
-    return [[digit == "1" for digit in row] for row in text.split(",")]
 
 
 def load(options: argparse.Namespace, console: Console) -> Any:

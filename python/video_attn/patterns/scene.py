@@ -22,7 +22,7 @@ from torch import Tensor
 Matrix = tuple[tuple[bool, ...], ...]
 Adjacency = str | Callable[[int, int], bool] | Tensor | Sequence[Sequence[bool]]
 
-_CHOICES = {
+CHOICES = {
     "unit": ("pixel", "latent"),
     "straddle": ("both", "earlier", "later"),
     "sink": ("obey", "exempt"),
@@ -69,7 +69,7 @@ class Scenes:
     def __post_init__(self) -> None:
         object.__setattr__(self, "boundaries", _as_boundaries(self.boundaries))
         object.__setattr__(self, "adjacency", _as_matrix(self.adjacency, self.num_scenes))
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"

@@ -58,3 +58,22 @@ def file_ending_in(suffixes: Sequence[str]) -> Callable[[str], Path]:
         return path
 
     return convert
+
+
+def integers(text: str) -> list[int]:
+    """Whole numbers with commas between them: "0,15,30"."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them")
+    return [int(part) for part in parts]
+
+
+def scene_adjacency(text: str) -> str | list[list[bool]]:
+    """Which scene sees which: "adjacent", "all", or a row of 0 and 1 per scene: "110,111,011"."""
+    if text in ("adjacent", "all"):
+        return text
+    if not text or set(text) - set("01,"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not adjacent, all, or rows of 0 and 1 with commas between them"
+        )
+    return [[digit == "1" for digit in row] for row in text.split(",")]

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import argparse
 
-from . import plot_sta, plot_sta_blocks
+from . import plot_radial, plot_scene, plot_sta, plot_sta_blocks
 
-PLOTS = {"sta": plot_sta, "sta-blocks": plot_sta_blocks}
+PLOTS = {
+    "sta": plot_sta,
+    "sta-blocks": plot_sta_blocks,
+    "radial": plot_radial,
+    "scene": plot_scene,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
