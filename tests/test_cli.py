@@ -1,4 +1,4 @@
-"""The command line: commands, exit codes, `video-attn info` on whole and broken installs, imports."""
+"""The command line: commands, exit codes, `video-attn info` whole and broken, what is imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from video_attn import cli, native, registry
 from video_attn.tools import UsageError, info
 from video_attn.tools.environment import VARIABLES

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--device", choices=sorted(SCALES), help="default: a GPU if there is one")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=_defaults("dtype"))
     how.add_argument(
-        "--repeats", type=positive_int, metavar="N", default=5, help="timed runs (default 5)"
+        "--repeats", type=positive_int, metavar="N", default=3, help="timed runs (default 3)"
     )
     how.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("demo_output"),
@@ -139,7 +139,7 @@ def _write(
     files: dict[str, tuple[str, Callable[[Path], None]]] = {
         "attention_maps.png": (
             "what dense attention looks at, and what each pattern keeps of it",
-            lambda path: demo_report.draw_maps(path, tokens, outcome),
+            lambda path: _save_maps(path, tokens, outcome),
         ),
         "comparison.mp4": (
             "the clip, and what comes out of attention: dense and sparse",
@@ -154,3 +154,9 @@ def _write(
     for name, (what, write) in files.items():
         write(folder / name)
         console.print(f"[bold]{folder / name}[/bold]  {what}", highlight=False, soft_wrap=True)
+
+
+def _save_maps(path: Path, tokens: Tokens, outcome: Outcome) -> None:
+    from . import plot_style as style
+
+    style.save([style.pixels(demo_report.draw_maps(tokens, outcome).figure)], path, fps=1)

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .tokens import Tokens, clip_of
 from .video import Clip, write_clip
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
 
@@ -59,8 +61,8 @@ def table(outcome: Outcome) -> Table:
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attention")
-    for column in ("pairs", "weight kept", "time", "speed-up", "error"):
+    table.add_column("attention", no_wrap=True)
+    for column in ("pairs", "kept", "time", "speed-up", "error"):
         table.add_column(column, justify="right")
     table.add_column("backend")
     for result in outcome.results:
@@ -77,8 +79,8 @@ def explanations(outcome: Outcome) -> list[str]:
     """What the columns mean and why the backends are those they are, line by line."""
     repeats = len(outcome.baseline.seconds)
     lines = [
-        "pairs: query-key pairs that are computed. weight kept: what dense attention's softmax "
-        "gives to those pairs.",
+        "pairs: query-key pairs that are computed. kept: the share of dense attention's softmax "
+        "weight on those pairs.",
         f"time: one forward call, median of {repeats} interleaved runs, on q, k, v that are in "
         "the pattern's order already; VSA's includes the choice of its blocks.",
         f"Tile order for q, k, v, and back, takes {_milliseconds(outcome.ordering_seconds)}: a "
@@ -121,38 +123,46 @@ def write_results(path: Path, tokens: Tokens, outcome: Outcome) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def draw_maps(path: Path, tokens: Tokens, outcome: Outcome) -> None:
+class Drawing(NamedTuple):
+    """The picture, with the axes of its maps."""
+
+    figure: Figure
+    maps: list[Axes]
+
+
+def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
     """The picture: what dense attention looks at, what patterns keep of it, what comes out."""
     from . import plot_style as style
 
     sparse = [result for result in outcome.results if result.kept is not None]
-    panels = len(sparse) + 1
-    figure = style.new_figure(3.55 * panels + 0.4, 7.0)
+    shown = [outcome.baseline, *sparse]
+    side, gap, bottom = 3.45, 0.35, 0.55  # inches
+    below = side * tokens.grid[1] / tokens.grid[2]
+    width, height = gap + (side + gap) * len(shown), bottom + below + 0.45 + side + 1.1
+    figure = style.new_figure(width, height)
     style.headline(
         figure,
         "What dense attention looks at, and what is kept of it",
-        f"{tokens.q.shape[2]:,} tokens of a video clip; a point is a block of queries (down) and a "
-        "block of keys (across), its colour the softmax weight between them",
+        "blocks of queries (down) and of keys (across), first head; bright: much softmax weight, "
+        "white: skipped",
     )
-    axes = figure.subplots(
-        2, panels, squeeze=False,
-        gridspec_kw={"left": 0.03, "right": 0.985, "top": 0.85, "bottom": 0.07, "hspace": 0.16,
-                     "wspace": 0.08, "height_ratios": (1.3, 1)},
-    )  # fmt: skip
-    for column, result in enumerate([outcome.baseline, *sparse]):
-        _draw_map(axes[0, column], result, sparse[0])
+    maps = []
+    for column, result in enumerate(shown):
+        left = (gap + (side + gap) * column) / width
+        map_bottom = (bottom + below + 0.45) / height
+        maps.append(figure.add_axes((left, map_bottom, side / width, side / height)))
+        _draw_map(maps[-1], result, sparse[0])
+        axes = figure.add_axes((left, bottom / height, side / width, below / height))
+        style.bare(axes, _outcome_line(result, outcome))
         frame = clip_of(result.out, tokens)[tokens.grid[0] // 2]
-        style.bare(axes[1, column], _outcome_line(result, outcome))
-        axes[1, column].imshow(frame, interpolation="nearest")
-        for ax in axes[:, column]:
-            ax.set_anchor("NW")
+        axes.imshow(frame, interpolation="nearest")
     style.footer(
-        figure, "Below: a frame of the output, each patch averaged with those it attends to."
+        figure, "Below: a frame of the output, where each patch is the mean of those it looks at."
     )
-    style.save([style.pixels(figure)], path, fps=1)
+    return Drawing(figure, maps)
 
 
-def _draw_map(axes: Any, result: Result, first_sparse: Result) -> None:
+def _draw_map(axes: Axes, result: Result, first_sparse: Result) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -178,8 +188,8 @@ def _outcome_line(result: Result, outcome: Outcome) -> str:
     if result is outcome.baseline:
         return f"all pairs, {_milliseconds(result.median)}"
     speedup = outcome.baseline.median / result.median
-    error = _percent(result.error)
-    return f"{result.density:.0%} of the pairs, {speedup:.1f}× the speed, error {error}"
+    share, error = f"{100 * result.density:.3g}%", _percent(result.error)
+    return f"{share} of pairs, {speedup:.1f}× as fast, error {error}"
 
 
 def write_comparison(path: Path, clip: Clip, tokens: Tokens, outcome: Outcome, fps: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 from . import UsageError
 from .video import write_clip
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 # Okabe and Ito's colours: told apart by people with any kind of colour vision.
 QUERY, SEEN, MIXED = "#D55E00", "#0072B2", "#E69F00"
 SEEN_BEFORE, MIXED_PALE, EMPTY = "#8CC4E8", "#FBE6BF", "#E9ECEF"
 INK, INK_PALE, PAPER = "#1F2933", "#5F6B77", "#FFFFFF"
 DPI = 100
+MARGIN = 0.35  # inches, left of titles
 STILLS, FILMS = (".png",), (".gif", ".mp4")
 
 Frame = NDArray[np.uint8]
@@ -43,15 +47,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 def headline(figure: Figure, title: str, subtitle: str) -> None:
     """A title and, under it, a line that says what one sees."""
-    height = figure.get_figheight()
-    figure.text(0.035, 1 - 0.34 / height, title, size=15, weight="bold", color=INK, va="center")
-    figure.text(0.035, 1 - 0.64 / height, subtitle, size=10.5, color=INK_PALE, va="center")
+    height, left = figure.get_figheight(), MARGIN / figure.get_figwidth()
+    figure.text(left, 1 - 0.34 / height, title, size=15, weight="bold", color=INK, va="center")
+    figure.text(left, 1 - 0.64 / height, subtitle, size=10.5, color=INK_PALE, va="center")
 
 
 def footer(figure: Figure, text: str) -> None:
     """A line at the bottom: what follows from the picture."""
     height = figure.get_figheight()
-    figure.text(0.035, 0.24 / height, text, size=10.5, color=INK, va="center")
+    figure.text(
+        MARGIN / figure.get_figwidth(), 0.24 / height, text, size=10.5, color=INK, va="center"
+    )
 
 
 def bare(axes: Axes, title: str, weight: str = "normal") -> None:
@@ -105,18 +111,15 @@ def as_volume(size: tuple[int, ...], name: str, like: tuple[int, ...]) -> Triple
 
 
 def save(frames: Sequence[Frame], path: Path, fps: float, hold: float = 2.0) -> None:
-    """Writes a film (.gif, .mp4) that holds its last frame for ``hold`` seconds, or that frame."""
-    from PIL import Image
+    """Writes a film (.gif, .mp4) that ends in ``hold`` seconds of its last frame, or that frame."""
+    from PIL.Image import fromarray
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
-        Image.fromarray(frames[-1]).save(path, optimize=True)
+        fromarray(frames[-1]).save(path, optimize=True)
     elif path.suffix.lower() == ".gif":
         palette = _palette(frames[-1])
-        images = [
-            Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
-            for frame in frames
-        ]
+        images = [_indexed(frame, palette) for frame in frames]
         durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * hold)]
         images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
     else:
@@ -124,15 +127,24 @@ def save(frames: Sequence[Frame], path: Path, fps: float, hold: float = 2.0) -> 
         write_clip(path, np.stack([*frames, *still]), fps)
 
 
-def _palette(frame: Frame) -> Any:
-    """An image whose palette is the frequent colours of ``frame``: flat areas keep theirs exactly.
-
-    One palette serves the whole film, so that nothing flickers.
-    """
-    from PIL import Image
-
-    colors, counts = np.unique(frame.reshape(-1, 3), axis=0, return_counts=True)
+def _palette(frame: Frame) -> NDArray[np.uint8]:
+    """The most frequent colours of ``frame``, up to 128: one palette for a film, no flicker."""
+    colors, counts = np.unique(_packed(frame), return_counts=True)
     frequent = colors[np.argsort(-counts, kind="stable")[:128]]
-    image = Image.new("P", (1, 1))
-    image.putpalette(frequent.tobytes())
+    return np.stack([frequent >> 16, frequent >> 8 & 255, frequent & 255], 1).astype(np.uint8)
+
+
+def _indexed(frame: Frame, palette: NDArray[np.uint8]) -> Image:
+    """``frame`` in the nearest colours of ``palette``: flat areas keep theirs exactly."""
+    from PIL.Image import fromarray
+
+    _, first, places = np.unique(_packed(frame), return_index=True, return_inverse=True)
+    colors = frame.reshape(-1, 3)[first].astype(int)
+    nearest = ((colors[:, None] - palette.astype(int)) ** 2).sum(-1).argmin(1).astype(np.uint8)
+    image = fromarray(nearest[places].reshape(frame.shape[:2]))
+    image.putpalette(palette.tobytes())
     return image
+
+
+def _packed(frame: Frame) -> NDArray[np.int64]:
+    return frame.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
