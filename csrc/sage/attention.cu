@@ -1,0 +1,11 @@
+#include "attention_launch.h"
+
+namespace video_attn::sage {
+
+const char* launch_attention(const AttentionParams& p, int capability, void* stream) {
+  if (capability < 80) return "the Sage kernels need compute capability 8.0";
+  if (p.v_code == VCode::kFp8 && capability < 89) return "FP8 needs compute capability 8.9";
+  return p.padded_dim == 64 ? launch_attention_64(p, stream) : launch_attention_128(p, stream);
+}
+
+}  // namespace video_attn::sage

@@ -1,0 +1,252 @@
+// Attention over codes with mma.sync, compute capability 8.0 and up: one main loop for every
+// variant.
+//
+// A block of four warps serves 64 * kRowTiles query rows of one head. Of every 64-row tile warp w
+// holds rows 16 w to 16 w + 15. Key tiles come through two buffers: while one is computed, the next
+// is copied. The definition that this follows step by step: quantized_reference.py.
+#pragma once
+
+#include "cursor.h"
+#include "params.h"
+#include "primitives.h"
+#include "scores.h"
+#include "softmax.h"
+#include "tiles.h"
+#include "values.h"
+
+namespace video_attn::sage {
+
+template <QkCode kQk_, VCode kV_, bool kHalfSums_, int kDim_, int kRowTiles_>
+struct AttentionConfig {
+  static constexpr QkCode kQk = kQk_;
+  static constexpr VCode kV = kV_;
+  static constexpr bool kHalfSums = kHalfSums_;
+  static constexpr int kDim = kDim_;  // padded head dim of Q, K and V
+  static constexpr int kRowTiles = kRowTiles_;
+
+  static constexpr bool kNeedsFp8 = kQk == QkCode::kFp8 || kV == VCode::kFp8;
+  static constexpr int kThreads = 128;
+  static constexpr int kRows = kTile * kRowTiles;
+  static constexpr int kQBytes = kRowTiles * kQkTileBytes<kDim>;
+  static constexpr int kKBytes = kQkTileBytes<kDim>;
+  static constexpr int kVBytes = kVTileBytes<kV, kDim>;
+  static constexpr int kBuffers = 2;
+  static constexpr int kSharedBytes = kQBytes + kBuffers * (kKBytes + kVBytes);
+  static_assert(kDim == 64 || kDim == 128, "rows of codes are 64 or 128 bytes");
+  static_assert(kRowTiles == 1 || kRowTiles == 2);
+};
+
+template <class C>
+class AttentionBlock {
+ public:
+  SAGE_DEVICE explicit AttentionBlock(const AttentionParams& p)
+      : p_(p),
+        batch_(block_index_z()),
+        head_(block_index_y()),
+        kv_head_(head_ / (p.heads / p.kv_heads)),
+        // Causal rows at the end have most to do, so they start first.
+        first_tile_(
+            static_cast<int>(p.is_causal ? grid_size_x() - 1 - block_index_x() : block_index_x()) *
+            C::kRowTiles),
+        causal_offset_(p.kv_side.length - p.q_side.length),
+        q_(shared_memory()) {}
+
+  SAGE_DEVICE void run() {
+    const int first_row = first_tile_ * kTile;
+    int last_key = p_.kv_side.length - 1;
+    if (p_.is_causal) {
+      last_key = first_row + C::kRows - 1 + causal_offset_;
+      if (last_key >= p_.kv_side.length) last_key = p_.kv_side.length - 1;
+    }
+    int valid_rows = 0;
+    SAGE_UNROLL
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      valid_rows_[r] = first_tile_ + r < tiles_in(p_.q_side.length)
+                           ? valid_in_tile(p_.q_side, batch_, first_tile_ + r)
+                           : 0;
+      valid_rows += valid_rows_[r];
+    }
+    if (valid_rows > 0 && last_key >= 0) attend(TileCursor(p_, batch_, head_, first_row, last_key));
+    store();
+  }
+
+ private:
+  SAGE_DEVICE void attend(TileCursor cursor) {
+    copy_queries();
+    load_query_factors();
+    KeyTile tile = cursor.next();
+    if (tile.exists()) copy_keys(tile, 0);
+    copy_async_commit();
+    for (int buffer = 0; tile.exists(); buffer ^= 1) {
+      const float k_scale = key_scale(tile);
+      copy_async_wait_all();
+      block_barrier();  // the tile is there, and nobody reads the other buffer any more
+      const KeyTile following = cursor.next();
+      if (following.exists()) copy_keys(following, buffer ^ 1);
+      copy_async_commit();
+      step(tile, k_scale, buffer);
+      tile = following;
+    }
+  }
+
+  // One key tile: scores, weights, values.
+  SAGE_DEVICE void step(const KeyTile& tile, float k_scale, int buffer) {
+    float s[C::kRowTiles][kTile / 8][4];
+    multiply_scores<C::kQk, C::kDim>(s, q_, keys(buffer));
+    uint32_t weights[C::kRowTiles][Values<C::kV>::kSteps][4];
+    float keep[C::kRowTiles][2];
+    SAGE_UNROLL
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      ScoreScale scale{Scores<C::kQk>::kOffset, q_factor_[r] * k_scale};
+      const int last_seen_by_all = (first_tile_ + r) * kTile + causal_offset_;
+      const bool cut_by_causal = p_.is_causal && tile.index * kTile + kTile - 1 > last_seen_by_all;
+      if (tile.valid < kTile || cut_by_causal) {
+        int limit[2];
+        SAGE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int seen = row(r, i) + causal_offset_ - tile.index * kTile + 1;
+          limit[i] = cut_by_causal && seen < tile.valid ? seen : tile.valid;
+        }
+        scale = hide_keys(s[r], scale, limit);
+      }
+      weigh<Values<C::kV>::kExponent>(s[r], scale, state_[r], keep[r]);
+      Values<C::kV>::pack(weights[r], s[r]);
+    }
+    multiply_values<C::kV, C::kHalfSums, C::kDim>(out_, weights, keep, values(buffer));
+  }
+
+  // -- loads ------------------------------------------------------------------------------------
+
+  SAGE_DEVICE uint8_t* keys(int buffer) const {
+    return q_ + C::kQBytes + buffer * (C::kKBytes + C::kVBytes);
+  }
+  SAGE_DEVICE uint8_t* values(int buffer) const { return keys(buffer) + C::kKBytes; }
+
+  SAGE_DEVICE void copy_tile(uint8_t* shared, const uint8_t* codes, int64_t tile, int bytes) const {
+    const uint8_t* global = codes + tile * bytes;
+    SAGE_UNROLL
+    for (int i = 0; i < bytes; i += C::kThreads * 16) {
+      const int offset = i + thread_index() * 16;
+      copy_async(shared + offset, global + offset);
+    }
+  }
+
+  SAGE_DEVICE void copy_queries() const {
+    const int tiles = tiles_in(p_.q_side.length);
+    const int64_t first = (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles;
+    SAGE_UNROLL
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      // A row tile past the end is computed from the last one and not stored.
+      const int tile = first_tile_ + r < tiles ? first_tile_ + r : tiles - 1;
+      copy_tile(q_ + r * kQkTileBytes<C::kDim>, p_.q_codes, first + tile, kQkTileBytes<C::kDim>);
+    }
+  }
+
+  SAGE_DEVICE int64_t key_tile(int tile) const {
+    return (static_cast<int64_t>(batch_) * p_.kv_heads + kv_head_) * tiles_in(p_.kv_side.length) +
+           tile;
+  }
+
+  SAGE_DEVICE void copy_keys(const KeyTile& tile, int buffer) const {
+    copy_tile(keys(buffer), p_.k_codes, key_tile(tile.index), C::kKBytes);
+    copy_tile(values(buffer), p_.v_codes, key_tile(tile.index), C::kVBytes);
+  }
+
+  // Every granularity gives a lane one scale for its two rows of a tile, and one for its keys.
+  SAGE_DEVICE void load_query_factors() {
+    const int tiles = tiles_in(p_.q_side.length);
+    const int64_t first = (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles;
+    SAGE_UNROLL
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      const int tile = first_tile_ + r < tiles ? first_tile_ + r : tiles - 1;
+      const int group = q_group(p_.q_groups, row_in_tile(0));
+      q_factor_[r] = p_.q_scale[(first + tile) * p_.q_groups + group] * p_.scale_log2;
+    }
+  }
+
+  SAGE_DEVICE float key_scale(const KeyTile& tile) const {
+    const int group = k_group(p_.k_groups, thread_index() % 4 * 2);
+    return p_.k_scale[key_tile(tile.index) * p_.k_groups + group];
+  }
+
+  // -- results ----------------------------------------------------------------------------------
+
+  SAGE_DEVICE int row_in_tile(int i) const {
+    return thread_index() / 32 * 16 + thread_index() % 32 / 4 + i * 8;
+  }
+  SAGE_DEVICE int row(int r, int i) const { return (first_tile_ + r) * kTile + row_in_tile(i); }
+
+  SAGE_DEVICE void store() const {
+    SAGE_UNROLL
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      SAGE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float total = row_total(state_[r].total[i]);
+        if (row(r, i) >= p_.q_side.length) continue;
+        const bool seen = row_in_tile(i) < valid_rows_[r] && total != 0.0f;
+        store_lse(r, i, seen, total);
+        store_row(r, i, seen, seen ? divide(1.0f, total) : 0.0f);
+      }
+    }
+  }
+
+  SAGE_DEVICE void store_lse(int r, int i, bool seen, float total) const {
+    if (thread_index() % 4 != 0) return;
+    const int64_t index =
+        (static_cast<int64_t>(batch_) * p_.heads + head_) * p_.q_side.length + row(r, i);
+    constexpr float kLn2 = 0.69314718f;
+    constexpr float kExponent = static_cast<float>(Values<C::kV>::kExponent);
+    float lse = (state_[r].maximum[i] + log2_fast(total) - kExponent) * kLn2;
+    if (p_.lse_shift != nullptr) lse += p_.lse_shift[index];
+    p_.lse[index] = seen ? lse : kMinusInfinity;
+  }
+
+  SAGE_DEVICE void store_row(int r, int i, bool seen, float inverse) const {
+    const int64_t channels =
+        (static_cast<int64_t>(batch_) * p_.kv_heads + kv_head_) * p_.padded_dim;
+    const int64_t token =
+        batch_ * p_.out_batch_stride + head_ * p_.out_head_stride + row(r, i) * p_.out_token_stride;
+    SAGE_UNROLL
+    for (int n = 0; n < C::kDim / 8; ++n) {
+      const int channel = n * 8 + thread_index() % 4 * 2;
+      float x[2] = {0.0f, 0.0f};
+      SAGE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        if (!seen) continue;
+        x[j] = out_[r][n][i * 2 + j] * inverse * p_.v_scale[channels + channel + j];
+        if (p_.v_mean != nullptr) x[j] += p_.v_mean[channels + channel + j];
+      }
+      store_pair(token + channel, x, p_.head_dim_v - channel);
+    }
+  }
+
+  // Two neighbouring channels; the first `count` of them exist.
+  SAGE_DEVICE void store_pair(int64_t offset, const float (&x)[2], int count) const {
+    if (p_.out_dtype == Element::kFloat32) {
+      float* out = static_cast<float*>(p_.out) + offset;
+      if (count > 0) out[0] = x[0];
+      if (count > 1) out[1] = x[1];
+      return;
+    }
+    const bool is_half = p_.out_dtype == Element::kFloat16;
+    const uint32_t low = is_half ? float_to_half(x[0]) : float_to_bfloat16(x[0]);
+    const uint32_t high = is_half ? float_to_half(x[1]) : float_to_bfloat16(x[1]);
+    uint16_t* out = static_cast<uint16_t*>(p_.out) + offset;
+    if (count > 1 && reinterpret_cast<uintptr_t>(out) % 4 == 0) {
+      *reinterpret_cast<uint32_t*>(out) = high << 16 | low;
+      return;
+    }
+    if (count > 0) out[0] = static_cast<uint16_t>(low);
+    if (count > 1) out[1] = static_cast<uint16_t>(high);
+  }
+
+  const AttentionParams& p_;
+  const int batch_, head_, kv_head_, first_tile_, causal_offset_;
+  uint8_t* const q_;
+  int valid_rows_[C::kRowTiles];
+  float q_factor_[C::kRowTiles];
+  RowState state_[C::kRowTiles];
+  float out_[C::kRowTiles][C::kDim / 8][4] = {};
+};
+
+}  // namespace video_attn::sage

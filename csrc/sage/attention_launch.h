@@ -1,0 +1,52 @@
+// From AttentionParams to one instantiation of the attention kernel, for one padded head dim.
+#pragma once
+
+#include "attention_kernel.h"
+#include "launch.h"
+
+namespace video_attn::sage {
+
+template <class C>
+struct AttentionKernel {
+  using Params = AttentionParams;
+  static constexpr int kThreads = C::kThreads;
+  static constexpr int kSharedBytes = C::kSharedBytes;
+  static constexpr bool kNeedsFp8 = C::kNeedsFp8;
+
+  SAGE_DEVICE static void run(const Params& p) { AttentionBlock<C>(p).run(); }
+};
+
+template <QkCode kQk, VCode kV, bool kHalfSums, int kDim>
+const char* launch_rows(const AttentionParams& p, void* stream) {
+  // Blocks of 128 rows load K and V half as often; they need lists for at least 128 queries.
+  const bool wide = p.q_side.length > kTile &&
+                    (p.lists.counts == nullptr || p.q_side.block_size % (2 * kTile) == 0);
+  const int tiles = tiles_in(p.q_side.length);
+  if (wide) {
+    using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 2>>;
+    return launch<Kernel>(p, (tiles + 1) / 2, p.heads, p.batch, stream);
+  }
+  using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 1>>;
+  return launch<Kernel>(p, tiles, p.heads, p.batch, stream);
+}
+
+template <QkCode kQk, VCode kV, int kDim>
+const char* launch_sums(const AttentionParams& p, void* stream) {
+  return p.half_sums ? launch_rows<kQk, kV, true, kDim>(p, stream)
+                     : launch_rows<kQk, kV, false, kDim>(p, stream);
+}
+
+template <int kDim>
+const char* launch_dim(const AttentionParams& p, void* stream) {
+  if (p.qk_code == QkCode::kFp8) {
+    return launch_sums<QkCode::kFp8, VCode::kFp8, kDim>(p, stream);
+  }
+  return p.v_code == VCode::kFp8 ? launch_sums<QkCode::kInt8, VCode::kFp8, kDim>(p, stream)
+                                 : launch_sums<QkCode::kInt8, VCode::kFloat16, kDim>(p, stream);
+}
+
+// Each in its own source file, so that they compile side by side.
+const char* launch_attention_64(const AttentionParams& params, void* stream);
+const char* launch_attention_128(const AttentionParams& params, void* stream);
+
+}  // namespace video_attn::sage

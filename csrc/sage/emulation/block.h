@@ -1,0 +1,209 @@
+// A thread block on the CPU. Every thread is a fiber; a fiber runs until it reaches something that
+// its warp (or its block) does together, and waits there for the others. So warps are in lockstep
+// where the hardware has them in lockstep, and nowhere else.
+//
+// What a kernel must not rely on is made to vary (Options): the order in which threads run, and the
+// moment at which asynchronous copies take place. Shared memory starts as NaN bytes.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace video_attn::sage::emulation {
+
+inline constexpr int kWarp = 32;
+
+struct Options {
+  int capability = 89;      // what the launcher takes the device for
+  bool late_copies = true;  // asynchronous copies happen at the wait, not at the issue
+  bool last_first = false;  // among the threads that can run, the last to become ready runs first
+};
+
+inline Options options;
+
+struct Grid {
+  int64_t x;
+  int y, z;
+};
+
+class Block {
+ public:
+  Block(int threads, int shared_bytes, Grid index, Grid grid, std::function<void()> body)
+      : index(index),
+        grid(grid),
+        body_(std::move(body)),
+        fibers_(threads),
+        warps_(threads / kWarp),
+        memory_(shared_bytes + kAlignment, 0xFF),
+        shared_bytes_(shared_bytes) {}
+
+  const Grid index, grid;
+
+  static Block& current() { return *current_; }
+
+  // Runs all threads to their end.
+  void run() {
+    current_ = this;
+    for (int i = 0; i < static_cast<int>(fibers_.size()); ++i) ready_.push_back(i);
+    while (!ready_.empty()) {
+      running_ = options.last_first ? ready_.back() : ready_.front();
+      options.last_first ? ready_.pop_back() : ready_.pop_front();
+      resume(fibers_[running_]);
+      if (!failure_.empty()) throw std::runtime_error(failure_);
+    }
+    for (const Fiber& fiber : fibers_) {
+      if (!fiber.done)
+        throw std::runtime_error("deadlock: threads wait at " + std::string(fiber.at));
+    }
+  }
+
+  int thread() const { return running_; }
+
+  uint8_t* shared() {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return memory_.data() + (kAlignment - address % kAlignment) % kAlignment;
+  }
+
+  void check_shared(const void* pointer, int bytes) {
+    const auto* p = static_cast<const uint8_t*>(pointer);
+    if (p < shared() || p + bytes > shared() + shared_bytes_)
+      fail("an access outside shared memory");
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned access to shared memory");
+  }
+
+  // All lanes of a warp call this with the same `name`; the last to arrive does the work for all.
+  template <class Argument, class Work>
+  void together(const char* name, Argument& argument, Work work) {
+    Warp& warp = warps_[running_ / kWarp];
+    if (warp.arrived > 0 && warp.name != name) {
+      fail(std::string("lanes of a warp do different things: ") + warp.name + " and " + name);
+    }
+    warp.name = name;
+    warp.arguments[running_ % kWarp] = &argument;
+    if (++warp.arrived < kWarp) {
+      wait(name);
+      return;
+    }
+    Argument* arguments[kWarp];
+    for (int i = 0; i < kWarp; ++i) arguments[i] = static_cast<Argument*>(warp.arguments[i]);
+    work(arguments);
+    warp.arrived = 0;
+    const int first = running_ / kWarp * kWarp;
+    for (int i = first; i < first + kWarp; ++i) {
+      if (i != running_) ready_.push_back(i);
+    }
+  }
+
+  void barrier() {
+    if (++at_barrier_ < static_cast<int>(fibers_.size())) {
+      wait("the block's barrier");
+      return;
+    }
+    at_barrier_ = 0;
+    for (int i = 0; i < static_cast<int>(fibers_.size()); ++i) {
+      if (i != running_) ready_.push_back(i);
+    }
+  }
+
+  void copy(void* to, const void* from, int bytes) {
+    check_shared(to, bytes);
+    if (reinterpret_cast<uintptr_t>(from) % bytes != 0) fail("a misaligned copy");
+    if (!options.late_copies) {
+      std::memcpy(to, from, bytes);
+    } else {
+      fibers_[running_].issued.push_back({to, from, bytes});
+    }
+  }
+
+  void commit_copies() {
+    Fiber& fiber = fibers_[running_];
+    fiber.committed.insert(fiber.committed.end(), fiber.issued.begin(), fiber.issued.end());
+    fiber.issued.clear();
+  }
+
+  void wait_for_copies() {
+    Fiber& fiber = fibers_[running_];
+    for (const Copy& copy : fiber.committed) std::memcpy(copy.to, copy.from, copy.bytes);
+    fiber.committed.clear();
+  }
+
+  [[noreturn]] void fail(std::string message) {
+    failure_ = std::move(message);
+    longjmp_to(scheduler_);
+  }
+
+ private:
+  static constexpr int kAlignment = 1024;
+  static constexpr int kStackBytes = 256 * 1024;
+
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+  };
+
+  struct Fiber {
+    ucontext_t start;
+    jmp_buf point;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+    const char* at = "its start";
+    std::vector<Copy> issued, committed;
+  };
+
+  struct Warp {
+    int arrived = 0;
+    const char* name = "";
+    void* arguments[kWarp];
+  };
+
+  // ucontext starts a fiber; after that setjmp switches, which needs no system call.
+  void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.stack) longjmp_to(fiber.point);
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, &Block::enter, 0);
+    setcontext(&fiber.start);
+  }
+
+  static void enter() {
+    Block& block = current();
+    block.body_();
+    block.fibers_[block.running_].done = true;
+    longjmp_to(block.scheduler_);
+  }
+
+  void wait(const char* at) {
+    Fiber& fiber = fibers_[running_];
+    fiber.at = at;
+    if (_setjmp(fiber.point) == 0) longjmp_to(scheduler_);
+  }
+
+  [[noreturn]] static void longjmp_to(jmp_buf& point) { _longjmp(point, 1); }
+
+  inline static thread_local Block* current_ = nullptr;
+
+  std::function<void()> body_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<uint8_t> memory_;
+  int shared_bytes_;
+  std::deque<int> ready_;
+  int running_ = 0, at_barrier_ = 0;
+  jmp_buf scheduler_;
+  std::string failure_;
+};
+
+}  // namespace video_attn::sage::emulation

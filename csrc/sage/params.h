@@ -1,0 +1,89 @@
+// What a launch of the Sage kernels is given: plain structs, read by bindings, launchers, kernels
+// and the host emulation alike. Sizes and offsets that grow with the sequence are 64-bit.
+#pragma once
+
+#include <cstdint>
+
+namespace video_attn::sage {
+
+inline constexpr int kTile = 64;  // tokens: one step over the keys, and the unit of the scales
+
+constexpr int tiles_in(int length) { return (length + kTile - 1) / kTile; }
+
+enum class Element : int32_t { kFloat16, kBFloat16, kFloat32 };
+
+// Codes of Q and K, and of V.
+enum class QkCode : int32_t { kInt8, kFp8 };
+enum class VCode : int32_t { kFloat16, kFp8 };
+
+// A [batch, heads, tokens, channels] tensor; the stride of the channels is 1.
+struct Tensor4 {
+  const void* data;
+  int64_t batch_stride, head_stride, token_stride;  // in elements
+  Element dtype;
+};
+
+// Valid tokens of each block slot, int32 [batch or 1, slots]; data is null when all are valid.
+struct BlockLens {
+  const int32_t* data;
+  int64_t batch_stride;
+};
+
+// One side of the problem: its tokens, the block slots they are cut into, and the valid ones.
+struct Side {
+  int32_t length;
+  int32_t block_size;  // a multiple of 64
+  BlockLens lens;
+};
+
+struct QuantizeParams {
+  Tensor4 q, k, v;
+  Side q_side, kv_side;
+  int32_t batch, heads, kv_heads, head_dim, head_dim_v;
+  int32_t padded_dim;  // of the codes: 64 or 128
+  float scale;         // of the scores, for lse_shift
+
+  QkCode qk_code;
+  VCode v_code;
+  float v_limit;               // what the largest value of a channel of V is scaled to
+  int32_t q_groups, k_groups;  // scales per tile: 1, 4 or 32; 1 or 4
+  bool smooth_k, smooth_v;
+
+  // Results. Codes are tiles in the order of shared memory (tiles.h), filled up with zeros.
+  uint8_t *q_codes, *k_codes, *v_codes;
+  float *q_scale, *k_scale;  // [batch, heads, tiles * groups]
+  float *v_scale, *v_mean;   // [batch, kv_heads, padded_dim]; v_mean is null without smooth_v
+  float* lse_shift;          // [batch, heads, q_length]; null without smooth_k
+
+  float* workspace;  // statistics_size(params) floats
+};
+
+// Lists of key blocks, one per query block; counts is null for dense attention.
+struct BlockLists {
+  const int32_t* counts;   // [batch or 1, heads or 1, query blocks]
+  const int32_t* indices;  // [batch or 1, heads or 1, query blocks, longest]
+  int64_t counts_batch_stride, counts_head_stride, counts_block_stride;
+  int64_t indices_batch_stride, indices_head_stride, indices_block_stride, indices_stride;
+};
+
+struct AttentionParams {
+  const uint8_t *q_codes, *k_codes, *v_codes;
+  const float *q_scale, *k_scale, *v_scale, *v_mean, *lse_shift;
+  Side q_side, kv_side;
+  int32_t batch, heads, kv_heads, head_dim_v, padded_dim;
+  int32_t q_groups, k_groups;
+  float scale_log2;  // scale of the scores times log2(e)
+  bool is_causal;    // dense only; the last query sees every key
+  BlockLists lists;
+
+  QkCode qk_code;
+  VCode v_code;
+  bool half_sums;  // P V of a tile summed in fp16
+
+  void* out;  // [batch, heads, q_length, head_dim_v], channel stride 1
+  int64_t out_batch_stride, out_head_stride, out_token_stride;
+  Element out_dtype;
+  float* lse;  // [batch, heads, q_length]
+};
+
+}  // namespace video_attn::sage

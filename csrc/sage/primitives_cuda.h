@@ -1,0 +1,202 @@
+// The primitives as PTX. Layouts of fragments: PTX manual, "Warp-level matrix instructions".
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define SAGE_DEVICE __device__ __forceinline__
+#define SAGE_HOST_DEVICE __host__ __device__ __forceinline__
+#define SAGE_UNROLL _Pragma("unroll")
+
+namespace video_attn::sage {
+
+// -- threads --------------------------------------------------------------------------------------
+
+SAGE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+SAGE_DEVICE int64_t block_index_x() { return blockIdx.x; }
+SAGE_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
+SAGE_DEVICE int block_index_z() { return static_cast<int>(blockIdx.z); }
+SAGE_DEVICE int64_t grid_size_x() { return gridDim.x; }
+
+SAGE_DEVICE uint8_t* shared_memory() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+
+SAGE_DEVICE void block_barrier() { __syncthreads(); }
+
+SAGE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+SAGE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+
+// -- copies from global to shared memory ----------------------------------------------------------
+
+SAGE_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 aligned bytes.
+SAGE_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+
+SAGE_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's copies; others see them after a barrier.
+SAGE_DEVICE void copy_async_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// -- matrix fragments -----------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane l points to row l % 8 of matrix l / 8.
+SAGE_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row)));
+}
+
+SAGE_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row)));
+}
+
+// c += a b; a is 16 x 32 (or 16 x 16 for fp16), b is 32 x 8 (16 x 8).
+SAGE_DEVICE void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+SAGE_DEVICE void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+SAGE_DEVICE void mma_fp16(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, "
+      "{%0, %1};"
+      : "+r"(c[0]), "+r"(c[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// FP8 exists from compute capability 8.9 on; the launcher asks no kernel of an older one for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+SAGE_DEVICE void mma_fp8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+SAGE_DEVICE void mma_fp8(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, "
+      "{%0, %1};"
+      : "+r"(c[0]), "+r"(c[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four values to FP8 (e4m3fn), nearest, ties to even, clamped; x0 in the lowest byte.
+SAGE_DEVICE uint32_t pack_fp8(float x0, float x1, float x2, float x3) {
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(x1), "f"(x0));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(x3), "f"(x2));
+  return static_cast<uint32_t>(high) << 16 | low;
+}
+#else
+template <class C>
+SAGE_DEVICE void mma_fp8(C&, const uint32_t (&)[4], uint32_t, uint32_t) {
+  __trap();
+}
+SAGE_DEVICE uint32_t pack_fp8(float, float, float, float) {
+  __trap();
+  return 0;
+}
+#endif
+
+// -- numbers --------------------------------------------------------------------------------------
+
+SAGE_DEVICE float as_float(int32_t bits) { return __int_as_float(bits); }
+SAGE_DEVICE float as_float(float x) { return x; }
+SAGE_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+SAGE_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+
+SAGE_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+SAGE_DEVICE float log2_fast(float x) { return __log2f(x); }
+SAGE_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+SAGE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // the other one, if one is NaN
+SAGE_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+// Nearest, ties to even, clamped to -127..127 by the caller's scaling; NaN becomes 0.
+SAGE_DEVICE int round_to_int8(float x) {
+  int y;
+  asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+SAGE_DEVICE uint32_t pack_half2(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+SAGE_DEVICE float low_half(uint32_t pair) {
+  return __low2float(*reinterpret_cast<const __half2*>(&pair));
+}
+
+SAGE_DEVICE float high_half(uint32_t pair) {
+  return __high2float(*reinterpret_cast<const __half2*>(&pair));
+}
+
+SAGE_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+SAGE_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+SAGE_DEVICE uint16_t float_to_bfloat16(float x) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+// -- launches -------------------------------------------------------------------------------------
+
+// A kernel is a type: Params, kThreads, kSharedBytes, kNeedsFp8, run(params). One that needs FP8
+// has no code on architectures without it.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads)
+    entry(const __grid_constant__ typename Kernel::Params params) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  if constexpr (!Kernel::kNeedsFp8) Kernel::run(params);
+#else
+  Kernel::run(params);
+#endif
+}
+
+// Null, or why nothing was launched.
+template <class Kernel>
+const char* launch(const typename Kernel::Params& params, int64_t x, int y, int z, void* stream) {
+  cudaError_t error = cudaSuccess;
+  if constexpr (Kernel::kSharedBytes > 48 * 1024) {
+    error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 Kernel::kSharedBytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+  entry<Kernel>
+      <<<grid, Kernel::kThreads, Kernel::kSharedBytes, static_cast<cudaStream_t>(stream)>>>(params);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace video_attn::sage

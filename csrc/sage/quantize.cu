@@ -1,0 +1,46 @@
+#include "launch.h"
+#include "quantize_kernel.h"
+
+namespace video_attn::sage {
+namespace {
+
+template <int kDim>
+const char* launch_statistics(const QuantizeParams& p, void* stream) {
+  const char* error =
+      launch<StatisticsKernel<kDim>>(p, chunks_of(p), p.kv_heads, 2 * p.batch, stream);
+  return error ? error : launch<FinishKernel<kDim>>(p, p.kv_heads, p.batch, 2, stream);
+}
+
+template <int kDim, QkCode kQk, VCode kV>
+const char* launch_codes(const QuantizeParams& p, void* stream) {
+  const int64_t q_tiles = static_cast<int64_t>(p.heads) * tiles_in(p.q_side.length);
+  const int64_t kv_tiles = static_cast<int64_t>(p.kv_heads) * tiles_in(p.kv_side.length);
+  return launch<QuantizeKernel<kDim, kQk, kV>>(p, p.batch * (q_tiles + 2 * kv_tiles), 1, 1, stream);
+}
+
+template <int kDim>
+const char* launch_dim(const QuantizeParams& p, void* stream) {
+  if (const char* error = launch_statistics<kDim>(p, stream)) return error;
+  if (p.qk_code == QkCode::kFp8) return launch_codes<kDim, QkCode::kFp8, VCode::kFp8>(p, stream);
+  return p.v_code == VCode::kFp8 ? launch_codes<kDim, QkCode::kInt8, VCode::kFp8>(p, stream)
+                                 : launch_codes<kDim, QkCode::kInt8, VCode::kFloat16>(p, stream);
+}
+
+}  // namespace
+
+const char* launch_quantize(const QuantizeParams& p, int capability, void* stream) {
+  if (capability < 80) return "the Sage kernels need compute capability 8.0";
+  if (p.v_code == VCode::kFp8 && capability < 89) return "FP8 needs compute capability 8.9";
+  return p.padded_dim == 64 ? launch_dim<64>(p, stream) : launch_dim<128>(p, stream);
+}
+
+int64_t workspace_size(int batch, int kv_heads, int kv_length, int padded_dim) {
+  QuantizeParams p{};
+  p.batch = batch;
+  p.kv_heads = kv_heads;
+  p.kv_side.length = kv_length;
+  p.padded_dim = padded_dim;
+  return statistics_size(p);
+}
+
+}  // namespace video_attn::sage

@@ -1,0 +1,89 @@
+// Q K^T of one key tile, by mma.sync: Scores<QkCode>.
+//
+// A warp holds, of each 64-row tile of its block, 16 rows: c[n][i] of lane l is
+// row l / 4 (+ 8 for i >= 2), key 8 n + 2 (l % 4) + (i & 1).
+#pragma once
+
+#include "params.h"
+#include "primitives.h"
+#include "tiles.h"
+
+namespace video_attn::sage {
+
+template <QkCode kCode>
+struct Scores;
+
+// Sums of INT8 products start at the bits of 1.5 * 2^23. As long as |sum| < 2^22 = 4194304, which
+// holds up to 127 * 127 * 256, the bits are then the float 1.5 * 2^23 + sum: no conversion needed,
+// which would run at a quarter of the rate of arithmetic.
+template <>
+struct Scores<QkCode::kInt8> {
+  using Sum = int32_t;
+  static constexpr Sum kStart = 0x4B400000;
+  static constexpr float kOffset = 12582912.0f;
+
+  SAGE_DEVICE static void multiply(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_int8(c, a, b0, b1);
+  }
+};
+
+template <>
+struct Scores<QkCode::kFp8> {
+  using Sum = float;
+  static constexpr Sum kStart = 0.0f;
+  static constexpr float kOffset = 0.0f;
+
+  SAGE_DEVICE static void multiply(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_fp8(c, a, b0, b1);
+  }
+};
+
+// s[r][n][i] + kOffset for the kRowTiles tiles of Q at `q` and the tile of K at `k`, both in shared
+// memory.
+template <QkCode kCode, int kDim, int kRowTiles>
+SAGE_DEVICE void multiply_scores(float (&s)[kRowTiles][kTile / 8][4], const uint8_t* q,
+                                 const uint8_t* k) {
+  using Kind = Scores<kCode>;
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  typename Kind::Sum c[kRowTiles][kTile / 8][4];
+  SAGE_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    SAGE_UNROLL
+    for (int n = 0; n < kTile / 8; ++n) {
+      SAGE_UNROLL
+      for (int i = 0; i < 4; ++i) c[r][n][i] = Kind::kStart;
+    }
+  }
+  SAGE_UNROLL
+  for (int step = 0; step < kDim / 64; ++step) {  // 64 channels: two products of 32
+    uint32_t a[kRowTiles][2][4];
+    SAGE_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      SAGE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp * 16 + lane % 16, chunk = step * 4 + half * 2 + lane / 16;
+        load_matrices(a[r][half], q + r * kQkTileBytes<kDim> + chunk_offset<kDim>(row, chunk));
+      }
+    }
+    SAGE_UNROLL
+    for (int n = 0; n < kTile / 8; ++n) {
+      uint32_t b[4];
+      load_matrices(b, k + chunk_offset<kDim>(n * 8 + lane % 8, step * 4 + lane / 8));
+      SAGE_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        Kind::multiply(c[r][n], a[r][0], b[0], b[1]);
+        Kind::multiply(c[r][n], a[r][1], b[2], b[3]);
+      }
+    }
+  }
+  SAGE_UNROLL
+  for (int r = 0; r < kRowTiles; ++r) {
+    SAGE_UNROLL
+    for (int n = 0; n < kTile / 8; ++n) {
+      SAGE_UNROLL
+      for (int i = 0; i < 4; ++i) s[r][n][i] = as_float(c[r][n][i]);
+    }
+  }
+}
+
+}  // namespace video_attn::sage

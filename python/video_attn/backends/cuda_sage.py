@@ -1,0 +1,187 @@
+"""INT8 and FP8 attention by the CUDA kernels of component ``sage``: see csrc/sage.
+
+Two operators: ``sage_quantize`` turns q, k, v into codes and scales, as quantize.py defines them;
+``sage_attention`` attends over the codes, as quantized_reference.py defines it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..block_mask import BlockMask
+from ..quantize import TILE, QuantizationOptions, v_limit
+from ..registry import Backend, Problem, register
+from .outputs import empty_like_heads, empty_lse
+
+MAX_HEAD_DIM = 128
+_CHUNK_TILES = 8  # kChunkTiles of csrc/sage/quantize_kernel.h
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_Q_GROUPS = {"per_block": 1, "per_warp": 4, "per_thread": 32}  # scales per tile of 64 queries
+_K_GROUPS = {"per_block": 1, "per_warp": 1, "per_thread": 4}
+
+_library = torch.library.Library("video_attn", "FRAGMENT")
+_LENS = "Tensor? q_block_lens, Tensor? kv_block_lens, int q_block_size, int kv_block_size"
+# Results are arguments: they are allocated here, so that C++ only fills them.
+_library.define(
+    f"sage_quantize(Tensor q, Tensor k, Tensor v, {_LENS}, float scale, float v_limit, "
+    "Tensor(a!) q_codes, Tensor(b!) k_codes, Tensor(c!) v_codes, Tensor(d!) q_scale, "
+    "Tensor(e!) k_scale, Tensor(f!) v_scale, Tensor(g!)? v_mean, Tensor(h!)? lse_shift, "
+    "Tensor(i!) workspace) -> ()"
+)
+_library.define(
+    "sage_attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, "
+    "Tensor k_scale, Tensor v_scale, Tensor? v_mean, Tensor? lse_shift, Tensor? kv_num_blocks, "
+    f"Tensor? kv_indices, {_LENS}, int kv_len, float scale, bool is_causal, bool half_sums, "
+    "Tensor(a!) out, Tensor(b!) lse) -> ()"
+)
+
+
+class SageCodes(NamedTuple):
+    """What ``sage_quantize`` makes; the layout of the codes stands in csrc/sage/tiles.h."""
+
+    q: Tensor  # int8 or FP8 [B, Hq, query tiles, 64, padded dim]
+    k: Tensor  # int8 or FP8 [B, Hkv, key tiles, 64, padded dim]
+    v: Tensor  # fp16 [B, Hkv, key tiles, 64, padded dim] or FP8 [B, Hkv, key tiles, padded dim, 64]
+    q_scale: Tensor  # fp32 [B, Hq, query tiles, groups]
+    k_scale: Tensor  # fp32 [B, Hkv, key tiles, groups]
+    v_scale: Tensor  # fp32 [B, Hkv, padded dim]
+    v_mean: Tensor | None  # fp32 [B, Hkv, padded dim], smooth_v
+    lse_shift: Tensor | None  # fp32 [B, Hq, Sq], smooth_k
+
+
+def allocate_codes(
+    q: Tensor, k: Tensor, v: Tensor, precision: str, options: QuantizationOptions
+) -> SageCodes:
+    """Room for the codes and scales of q, k, v."""
+    (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, head_dim_v) = q.shape, v.shape
+    dim = 64 if max(head_dim, head_dim_v) <= 64 else MAX_HEAD_DIM
+    q_tiles, kv_tiles = -(-q_len // TILE), -(-kv_len // TILE)
+    qk_dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
+    v_is_half = precision == "sage_fp16"
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    return SageCodes(
+        q=empty(batch, heads, q_tiles, TILE, dim, dtype=qk_dtype),
+        k=empty(batch, kv_heads, kv_tiles, TILE, dim, dtype=qk_dtype),
+        v=empty(
+            *(batch, kv_heads, kv_tiles),
+            *((TILE, dim) if v_is_half else (dim, TILE)),
+            dtype=torch.float16 if v_is_half else torch.float8_e4m3fn,
+        ),
+        q_scale=empty(batch, heads, q_tiles, _Q_GROUPS[options.granularity]),
+        k_scale=empty(batch, kv_heads, kv_tiles, _K_GROUPS[options.granularity]),
+        v_scale=empty(batch, kv_heads, dim),
+        v_mean=empty(batch, kv_heads, dim) if options.smooth_v else None,
+        lse_shift=empty(batch, heads, q_len) if options.smooth_k else None,
+    )
+
+
+def quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    scale: float,
+    precision: str,
+    options: QuantizationOptions,
+) -> SageCodes:
+    """Codes and scales of q, k, v [B, H, S, D], by the kernels; the mask gives the valid lengths."""
+    codes = allocate_codes(q, k, v, precision, options)
+    batch, kv_heads, kv_tiles = codes.k.shape[:3]
+    chunks = -(-kv_tiles // _CHUNK_TILES)
+    floats = batch * kv_heads * codes.k.shape[4] * (8 * chunks + 2)
+    workspace = torch.empty(floats, dtype=torch.float32, device=q.device)
+    limit = v_limit(precision, options.pv_accumulation, torch.float8_e4m3fn)
+    torch.ops.video_attn.sage_quantize(q, k, v, *_lens(mask), scale, limit, *codes, workspace)
+    return codes
+
+
+def _lens(mask: BlockMask | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if mask is None:
+        return None, None, 0, 0
+    lens = (x if x is None else x.contiguous() for x in (mask.q_block_lens, mask.kv_block_lens))
+    return *lens, mask.q_block_size, mask.kv_block_size
+
+
+def _available() -> str | None:
+    return native.component("sage").reason
+
+
+def _supports(problem: Problem) -> str | None:
+    if problem.precision == "native":
+        return "precision 'native' is not a quantized one"
+    if problem.device_type != "cuda" or not problem.arch.startswith("sm_"):
+        return f"device {problem.arch} is not an NVIDIA GPU"
+    return (
+        _refuse_arch(problem)
+        or _refuse_shapes(problem)
+        or _refuse_options(problem.quantization or QuantizationOptions())
+    )
+
+
+def _refuse_arch(problem: Problem) -> str | None:
+    needed = 80 if problem.precision == "sage_fp16" else 89
+    if int(problem.arch[3:]) < needed:
+        return f"{problem.arch} is older than sm_{needed}, which {problem.precision!r} needs"
+    return None
+
+
+def _refuse_shapes(problem: Problem) -> str | None:
+    if problem.dtype not in _DTYPES:
+        return f"dtype {problem.dtype} is not float16, bfloat16 or float32"
+    for name in ("head_dim", "head_dim_v"):
+        if getattr(problem, name) > MAX_HEAD_DIM:
+            return f"{name} {getattr(problem, name)} is more than {MAX_HEAD_DIM}"
+    for name in ("q_block_size", "kv_block_size"):
+        size = getattr(problem, name)
+        if size is not None and size % TILE:
+            return f"{name} {size} is not a multiple of {TILE}"
+    return None
+
+
+def _refuse_options(options: QuantizationOptions) -> str | None:
+    if options.granularity not in _Q_GROUPS:
+        return f"granularity {options.granularity!r} is not one of {', '.join(_Q_GROUPS)}"
+    for name in ("smooth_q", "hadamard"):
+        if getattr(options, name):
+            return f"{name} is not in these kernels"
+    return None
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    precision: str,
+    quantization: QuantizationOptions,
+) -> tuple[Tensor, Tensor]:
+    codes = quantize(q, k, v, mask, scale=scale, precision=precision, options=quantization)
+    out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
+    lists = (None, None) if mask is None else (mask.kv_num_blocks, mask.kv_indices)
+    half_sums = quantization.pv_accumulation != "fp32"
+    torch.ops.video_attn.sage_attention(
+        *codes, *lists, *_lens(mask), k.shape[2], scale, is_causal, half_sums, out, lse
+    )
+    return out, lse
+
+
+register(
+    Backend(
+        name="cuda_sage",
+        priority=30,
+        available=_available,
+        supports=_supports,
+        forward=_forward,
+    )
+)
