@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from .environment import VARIABLES
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ..registry import Problem, Verdict
 
@@ -155,16 +156,17 @@ def _components() -> list[Row]:
             "component": component.name,
             "loaded": component.loaded,
             "architectures": " ".join(component.record.get("architectures") or ()),
-            "built with": _build_note(component.record),
+            "built": _build_note(component.record) if component.loaded else "",
             "reason": component.reason or "",
+            "record": dict(component.record),
         }
         for component in native.components()
     ]
 
 
-def _build_note(record: Any) -> str:
-    names = ("version", "git_revision", "compiler", "torch", "cuda")
-    return ", ".join(f"{name} {record[name]}" for name in names if record.get(name))
+def _build_note(record: Mapping[str, Any]) -> str:
+    names = {"git_revision": "commit", "torch": "torch", "cuda": "CUDA"}
+    return "\n".join(f"{text} {record[name]}" for name, text in names.items() if record.get(name))
 
 
 def _backends() -> list[Row]:
@@ -251,20 +253,41 @@ def render(facts: dict[str, list[Row]], console: Console | None = None) -> None:
 
     console = console or Console()
     for name, rows in facts.items():
-        console.print(_table(name, rows))
+        console.print(_table(name, _merged(rows) if name == "choices" else rows))
 
 
-def _table(title: str, rows: list[Row]) -> Any:
+def _merged(rows: list[Row]) -> list[Row]:
+    """The choices, problems with the same answer in one row."""
+    merged: dict[str, Row] = {}
+    for row in rows:
+        if "problem" not in row:  # the section failed
+            return rows
+        answer = json.dumps({**row, "problem": ""})
+        merged.setdefault(answer, {**row, "problem": []})["problem"].append(row["problem"])
+    return list(merged.values())
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", expand=False)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    columns = [c for c in dict.fromkeys(key for row in rows for key in row) if _is_told(c, rows)]
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in _NAMES)
     for row in rows:
         table.add_row(*(Text(_cell(row.get(column, "")), _style(column)) for column in columns))
     return table
+
+
+_NAMES = ("what", "device", "component", "backend", "name", "version")  # columns not to be broken
+
+
+def _is_told(column: str, rows: list[Row]) -> bool:
+    """Leaves out columns without a single entry, and those that only JSON needs."""
+    for_json = ("when", "values", "record")
+    return column not in for_json and any(row.get(column, "") != "" for row in rows)
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,193 @@
+"""What the README says is true: its code runs, its commands exist, its tables are current."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import readme_tables
+import torch
+
+from video_attn import cli, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/backends.md", "docs/design.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def quick_backend() -> Iterator[None]:
+    """The CPU backend, or the reference where it is not built: never Triton's interpreter."""
+    built = {b.name for b in registry.backends() if b.available() is None}
+    with registry.use_backend("cpu" if "cpu" in built else "reference"):
+        yield
+
+
+# -- Python ---------------------------------------------------------------------------------------
+
+
+def test_the_documented_call_of_st_attn() -> None:
+    """The snippet of the original, to the letter, at its full 30 x 48 x 80 tokens."""
+    snippet = next(block for block in blocks(README, "python") if "(30, 48, 80)" in block)
+    *before, with_text, without_text = ast.parse(snippet).body
+    video = 30 * 48 * 80
+    names: dict[str, Any] = {"window_size": [(1, 1, 1), (2, 1, 2)], "text_length": 200}
+    run(before, names)
+    names |= {name: torch.randn(1, 2, video + 256, 8) for name in "qkv"}
+    run([with_text], names)
+    assert names["out"].shape == (1, 2, video + 256, 8)
+    assert names["out"][:, :, video + 200 :].eq(0).all()
+    assert names["out"][:, :, : video + 200].ne(0).any(-1).all()
+    names |= {name: torch.randn(1, 2, video, 8) for name in "qkv"}
+    run([without_text], names)
+    assert names["out"].shape == (1, 2, video, 8)
+
+
+def run(statements: list[ast.stmt], names: dict[str, Any]) -> None:
+    exec(compile(ast.Module(statements, []), "README.md", "exec"), names)
+
+
+OWN_SNIPPETS = [block for block in blocks(README, "python") if "(30, 48, 80)" not in block]
+
+
+@pytest.mark.parametrize("snippet", OWN_SNIPPETS, ids=range(len(OWN_SNIPPETS)))
+def test_snippets_run(snippet: str) -> None:
+    names: dict[str, Any] = {}
+    run(ast.parse(snippet).body, names)
+    out = names["out"]
+    assert out.isfinite().all()
+    assert out.shape == names["q"].shape
+    if names["q"].requires_grad:
+        assert names["q"].grad.isfinite().all()
+
+
+def test_there_are_snippets_of_every_import_path() -> None:
+    text = "".join(blocks(README, "python"))
+    for module in ("st_attn", "vsa", "video_attn"):
+        assert re.search(rf"^(import|from) {module}\b", text, re.MULTILINE)
+
+
+# -- shell ----------------------------------------------------------------------------------------
+
+# What is not ours: said in the original's installation notes, and not run here.
+FOREIGN = ("sudo apt ", "sudo update-alternatives ", "export ", "git submodule update ")
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in blocks((ROOT / page).read_text(encoding="utf-8"), "bash"):
+            lines = (line.partition("#")[0].strip() for line in block.splitlines())
+            found += [(page, line) for line in lines if line]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), commands(), ids=[f"{page}: {line}" for page, line in commands()]
+)
+def test_commands_are_real(page: str, command: str) -> None:
+    """Options parse, scripts and make targets exist."""
+    if command.startswith(FOREIGN):
+        return
+    program, *words = shlex.split(command)
+    if program == "video-attn":
+        chosen = words[0]
+        args = cli._parser(chosen).parse_args(words)
+        assert args.run is not None
+    elif program == "make":
+        target = words[0]
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no make target {target}"
+    elif program == "python" and not words[0].startswith("-"):
+        source = ROOT / words[0]
+        compile(source.read_text(encoding="utf-8"), str(source), "exec")
+    else:
+        pytest.fail(f"{page} shows a command that nobody checks: {command}")
+
+
+def test_the_two_commands_come_first() -> None:
+    first = next(block for block in blocks(README, "bash"))
+    assert [line.split()[:2] for line in first.splitlines()] == [["make", "demo"], ["make", "test"]]
+    assert README.index("make demo") < 400
+
+
+# -- tables, links, pictures ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables are about machines, not about Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.mark.parametrize("name", readme_tables.FILES)
+@pytest.mark.usefixtures("compiled_triton")
+def test_tables_are_current(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert readme_tables.updated(text) == text, "run: python tools/readme_tables.py"
+    assert "<!-- table: " in text
+
+
+@pytest.mark.usefixtures("compiled_triton")
+def test_a_stale_table_is_seen() -> None:
+    stale = README.replace("| forces that backend", "| does nothing")
+    assert stale != README
+    assert readme_tables.updated(stale) == README
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets or page == "docs/backends.md" or page == "docs/design.md"
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        if target.startswith("#"):
+            assert target[1:] in anchors, f"{page} has no heading for {target}"
+        else:
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_pictures_are_small() -> None:
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 600_000, picture.name
+
+
+@pytest.mark.parametrize("name", ["sta.gif", "sta_blocks.png"])
+def test_pictures_are_those_of_the_command(name: str, tmp_path: Path) -> None:
+    """The README's command draws the README's picture, but for the fonts of another release."""
+    from PIL import Image
+
+    line = next(c for page, c in commands() if page == "README.md" and c.endswith(f"--out {name}"))
+    words = [*shlex.split(line)[1:-1], str(tmp_path / name)]
+    assert cli.main(words) == 0
+    with Image.open(ROOT / "docs" / "images" / name) as old, Image.open(tmp_path / name) as new:
+        assert old.size == new.size
+        assert getattr(old, "n_frames", 1) == getattr(new, "n_frames", 1)
+        for index in range(0, getattr(old, "n_frames", 1), 6):
+            for image in (old, new):
+                image.seek(index)
+            pairs = zip(
+                old.convert("RGB").resize((50, 28)).tobytes(),
+                new.convert("RGB").resize((50, 28)).tobytes(),
+                strict=True,
+            )
+            assert max(abs(a - b) for a, b in pairs) < 40
+
+
+def test_this_python_is_supported() -> None:
+    assert sys.version_info >= (3, 10)
+    assert "Python 3.10 or newer" in README
