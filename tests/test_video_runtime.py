@@ -44,6 +44,8 @@ def test_one_launch_without_a_copy(monkeypatch):
     sliding_tile_attention(q, k, v, WINDOWS, 5, True, "4x4x4", tile_size=(2, 2, 2))
     (arguments,) = calls
     assert all(a is b for a, b in zip(arguments, (q, k, v), strict=False))
+    mask = arguments[3]
+    assert mask._transpose is None, "the lists of a backward pass are built only for one"
 
 
 def test_equal_windows_share_one_list():

@@ -7,7 +7,9 @@ from importlib.metadata import version as _version
 
 from .attention import attention
 from .block_mask import BlockMask
+from .functional import sliding_tile, video_sparse
 from .layout import VideoLayout
+from .patterns.sliding_tile import sliding_tile_mask
 from .registry import use_backend
 
 try:
@@ -15,4 +17,12 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
 
-__all__ = ["BlockMask", "VideoLayout", "attention", "use_backend"]
+__all__ = [
+    "BlockMask",
+    "VideoLayout",
+    "attention",
+    "sliding_tile",
+    "sliding_tile_mask",
+    "use_backend",
+    "video_sparse",
+]
