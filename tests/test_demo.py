@@ -175,7 +175,7 @@ def test_block_weights_need_a_mask() -> None:
 
 def results(settings: Settings) -> dict[str, Any]:
     outcome = compare(small_tokens(), settings, 1, lambda done, total, what: None)
-    return {result.name: result for result in outcome.results}
+    return {measured.name: measured for measured in outcome.patterns}
 
 
 def test_patterns_that_keep_everything_are_dense() -> None:
@@ -185,7 +185,7 @@ def test_patterns_that_keep_everything_are_dense() -> None:
         assert result.density == pytest.approx(1)
         assert result.kept_weight == pytest.approx(1, abs=1e-5)
         assert result.error < 1e-5
-        assert len(result.seconds) == 1
+        assert len(result.timing.samples) == 1
 
 
 def test_less_kept_is_more_wrong() -> None:
@@ -206,7 +206,7 @@ def test_progress_is_told() -> None:
     told: list[tuple[int, int, str]] = []
     compare(small_tokens(), Settings((2, 2, 2), (1, 1, 1), 0.5), 2, lambda *now: told.append(now))
     done, total = [now[0] for now in told], {now[1] for now in told}
-    assert done == list(range(len(PATTERNS) * 3 + 2))
+    assert done == list(range(len(PATTERNS) * 3 + 3))
     assert total == {done[-1]}
 
 
@@ -226,19 +226,24 @@ def test_the_command_writes_what_it_says(
         "attention_maps.png", "clip.mp4", "comparison.mp4", "results.json",
     ]  # fmt: skip
     record = json.loads((folder / "results.json").read_text())
-    rows = {row["name"]: row for row in record["results"]}
+    assert record["machine"]
+    rows = {row["problem"]["pattern"]: row for row in record["results"]}
     assert list(rows) == list(PATTERNS)
     for name, row in rows.items():
         assert PATTERNS[name].title in text
-        assert f"{row['density']:.1%}" in text
-        assert f"{row['speedup']:.2f}×" in text
-        assert len(row["seconds"]) == 2
-        assert all(math.isfinite(s) and s > 0 for s in row["seconds"])
-    assert rows["torch"]["relative_error"] == 0
-    assert rows["dense"]["relative_error"] < 1e-5
-    assert rows["sta"]["density"] == pytest.approx(2 / 8)
-    assert rows["vsa"]["density"] == pytest.approx(1 / 8)
-    assert record["tokens"]["grid"] == [4, 4, 6]
+        assert f"{row['metrics']['density']:.1%}" in text
+        assert row["samples"] == 2
+        assert row["median_ms"] > 0
+        assert row["problem"]["grid"] == [4, 4, 6]
+    errors = {name: row["metrics"]["relative_error"] for name, row in rows.items()}
+    assert errors["torch"] == 0
+    assert errors["dense"] < 1e-5
+    assert 1e-3 < errors["sta"] < 1
+    assert 1e-3 < errors["vsa"] < 1
+    assert f"{errors['sta']:.1%}" in text
+    assert rows["torch"]["metrics"]["speed_up"] == 1
+    assert rows["sta"]["metrics"]["density"] == pytest.approx(2 / 8)
+    assert rows["vsa"]["metrics"]["density"] == pytest.approx(1 / 8)
     assert "asked for by use_backend()" in text
     with av.open(str(folder / "comparison.mp4")) as film:
         frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
@@ -260,7 +265,7 @@ def test_the_maps_show_what_is_kept() -> None:
         columns, rows = places.astype(int).T
         pixels = frame[frame.shape[0] - 1 - rows, columns]
         white = (pixels == 255).all(-1).reshape(8, 8).T  # [query block, key block]
-        result = next(r for r in outcome.results if r.name == name)
+        result = next(r for r in outcome.patterns if r.name == name)
         kept = np.ones((8, 8), bool) if result.kept is None else result.kept[0].numpy()
         assert (white == ~kept).all()
 

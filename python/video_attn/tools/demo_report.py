@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
-from .. import __version__
 from ..device import device_info
-from .demo_measure import Outcome, Result
+from .bench import Record, Result, write_record
+from .demo_measure import Measured, Outcome
 from .demo_patterns import Settings
 from .tokens import Tokens, clip_of
 from .video import Clip, write_clip
@@ -65,25 +62,25 @@ def table(outcome: Outcome) -> Table:
     for column in ("pairs", "kept", "time", "speed-up", "error"):
         table.add_column(column, justify="right")
     table.add_column("backend")
-    for result in outcome.results:
-        speedup = outcome.baseline.median / result.median
+    for measured in outcome.patterns:
+        error = "–" if measured is outcome.baseline else _percent(measured.error)
         table.add_row(
-            result.title, f"{result.density:.1%}", f"{result.kept_weight:.1%}",
-            _milliseconds(result.median), Text(f"{speedup:.2f}×", "bold"),
-            "–" if result is outcome.baseline else _percent(result.error), result.backend,
+            measured.title, f"{measured.density:.1%}", f"{measured.kept_weight:.1%}",
+            _milliseconds(measured.timing.median),
+            Text(f"{outcome.speedup(measured):.2f}×", "bold"), error, measured.backend,
         )  # fmt: skip
     return table
 
 
 def explanations(outcome: Outcome) -> list[str]:
     """What the columns mean and why the backends are those they are, line by line."""
-    repeats = len(outcome.baseline.seconds)
+    repeats = len(outcome.baseline.timing.samples)
     lines = [
         "pairs: query-key pairs that are computed. kept: the share of dense attention's softmax "
         "weight on those pairs.",
         f"time: one forward call, median of {repeats} interleaved runs, on q, k, v that are in "
         "the pattern's order already; VSA's includes the choice of its blocks.",
-        f"Tile order for q, k, v, and back, takes {_milliseconds(outcome.ordering_seconds)}: a "
+        f"Tile order for q, k, v, and back, takes {_milliseconds(outcome.ordering.median)}: a "
         "model does it once, not in every layer.",
         f"error: distance of the output from {outcome.baseline.title}, relative (L2).",
     ]
@@ -91,36 +88,26 @@ def explanations(outcome: Outcome) -> list[str]:
 
 
 def write_results(path: Path, tokens: Tokens, outcome: Outcome) -> None:
-    """The table as JSON, with machine and versions."""
-    device = device_info(tokens.q.device)
-    rows = [
-        {
-            "name": result.name,
-            "attention": result.title,
-            "density": result.density,
-            "kept_weight": result.kept_weight,
-            "seconds": result.seconds,
-            "median_seconds": result.median,
-            "speedup": outcome.baseline.median / result.median,
-            "relative_error": result.error,
-            "backend": result.backend,
-        }
-        for result in outcome.results
-    ]
-    record = {
-        "machine": {
-            "device": device.name, "arch": device.arch, "units": device.multiprocessors,
-            "system": platform.platform(),
-        },
-        "versions": {
-            "video_attn": __version__, "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "tokens": {"grid": tokens.grid, "shape": list(tokens.q.shape), "dtype": _dtype(tokens)},
-        "ordering_seconds": outcome.ordering_seconds,
-        "results": rows,
+    """The table in the form of the benchmarks' records, with machine, versions and commit."""
+    problem = {
+        "grid": tokens.grid, "heads": tokens.q.shape[1], "head_dim": tokens.q.shape[3],
+        "dtype": _dtype(tokens),
     }  # fmt: skip
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    results = [
+        Result(
+            {**problem, "pattern": measured.name},
+            measured.backend,
+            measured.timing,
+            {
+                "density": measured.density,
+                "kept_weight": measured.kept_weight,
+                "speed_up": outcome.speedup(measured),
+                "relative_error": measured.error,
+            },
+        )
+        for measured in outcome.patterns
+    ]
+    write_record(Record.of("demo", results, tokens.q.device), path)
 
 
 class Drawing(NamedTuple):
@@ -134,8 +121,7 @@ def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
     """The picture: what dense attention looks at, what patterns keep of it, what comes out."""
     from . import plot_style as style
 
-    sparse = [result for result in outcome.results if result.kept is not None]
-    shown = [outcome.baseline, *sparse]
+    shown = [outcome.baseline, *outcome.sparse]
     side, gap, bottom = 3.45, 0.35, 0.55  # inches
     below = side * tokens.grid[1] / tokens.grid[2]
     width, height = gap + (side + gap) * len(shown), bottom + below + 0.45 + side + 1.1
@@ -147,14 +133,14 @@ def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
         "white: skipped",
     )
     maps = []
-    for column, result in enumerate(shown):
+    for column, measured in enumerate(shown):
         left = (gap + (side + gap) * column) / width
         map_bottom = (bottom + below + 0.45) / height
         maps.append(figure.add_axes((left, map_bottom, side / width, side / height)))
-        _draw_map(maps[-1], result, sparse[0])
+        _draw_map(maps[-1], measured, outcome.sparse[0])
         axes = figure.add_axes((left, bottom / height, side / width, below / height))
-        style.bare(axes, _outcome_line(result, outcome))
-        frame = clip_of(result.out, tokens)[tokens.grid[0] // 2]
+        style.bare(axes, _outcome_line(measured, outcome))
+        frame = clip_of(measured.out, tokens)[tokens.grid[0] // 2]
         axes.imshow(frame, interpolation="nearest")
     style.footer(
         figure, "Below: a frame of the output, where each patch is the mean of those it looks at."
@@ -162,18 +148,18 @@ def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
     return Drawing(figure, maps)
 
 
-def _draw_map(axes: Axes, result: Result, first_sparse: Result) -> None:
+def _draw_map(axes: Axes, measured: Measured, first_sparse: Measured) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
     from . import plot_style as style
 
-    weights = result.weights if result.weights is not None else first_sparse.weights
+    weights = measured.weights if measured.weights is not None else first_sparse.weights
     assert weights is not None
     image = weights[0].numpy()  # the first head
     uniform = 1 / image.shape[1]
-    if result.kept is not None:
-        image = np.where(result.kept[0].numpy(), image, np.nan)
+    if measured.kept is not None:
+        image = np.where(measured.kept[0].numpy(), image, np.nan)
     colors = colormaps["viridis"].with_extremes(bad=style.PAPER)
     axes.imshow(
         image,
@@ -181,22 +167,21 @@ def _draw_map(axes: Axes, result: Result, first_sparse: Result) -> None:
         norm=LogNorm(uniform / 100, uniform * 100, clip=True),
         interpolation="nearest",
     )
-    style.bare(axes, result.title, weight="bold")
+    style.bare(axes, measured.title, weight="bold")
 
 
-def _outcome_line(result: Result, outcome: Outcome) -> str:
-    if result is outcome.baseline:
-        return f"all pairs, {_milliseconds(result.median)}"
-    speedup = outcome.baseline.median / result.median
-    share, error = f"{100 * result.density:.3g}%", _percent(result.error)
-    return f"{share} of pairs, {speedup:.1f}× as fast, error {error}"
+def _outcome_line(measured: Measured, outcome: Outcome) -> str:
+    if measured is outcome.baseline:
+        return f"all pairs, {_milliseconds(measured.timing.median)}"
+    share, error = f"{100 * measured.density:.3g}%", _percent(measured.error)
+    return f"{share} of pairs, {outcome.speedup(measured):.1f}× as fast, error {error}"
 
 
 def write_comparison(path: Path, clip: Clip, tokens: Tokens, outcome: Outcome, fps: float) -> None:
     """The clip beside the outputs of dense attention and of each pattern, labelled."""
-    shown = [outcome.baseline, *(r for r in outcome.results if r.kept is not None)]
     panels = [_labelled(clip, "the clip")]
-    panels += [_labelled(clip_of(result.out, tokens), result.title) for result in shown]
+    for measured in (outcome.baseline, *outcome.sparse):
+        panels.append(_labelled(clip_of(measured.out, tokens), measured.title))
     gap = np.full((*panels[0].shape[:2], GAP, 3), 255, np.uint8)
     parts = [part for panel in panels for part in (panel, gap)][:-1]
     write_clip(path, np.concatenate(parts, axis=2), fps)
@@ -218,7 +203,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value:.1%}" if value >= 1e-3 else f"{100 * value:.0e}%"
+    return f"{value:.1%}" if value >= 5e-4 else "< 0.1%"
 
 
 def _text(sizes: tuple[int, ...]) -> str:
