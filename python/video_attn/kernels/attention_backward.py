@@ -133,12 +133,17 @@ def attention_bwd_kernel_dq(
         i_begin, i_end = 0, n_full
         if MASKED:
             i_begin, i_end = n_full, n_steps
-        i_step = step_at(i_begin, i_end, p_list, 0, 0, n_full, MODE)
+        i_step, n_valid_n = step_at(
+            i_begin, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
+        )
         for i in range(i_begin, i_end):
             start_n, o_n, m_n = step_rows(
-                i_step, p_list, n_listed, kv_len, p_kv_lens, KV_SLOT, BN, MODE, WIDE, MASKED
+                i_step, n_valid_n, p_list, n_listed, kv_len, p_kv_lens,
+                KV_SLOT, BN, MODE, WIDE, MASKED,
+            )  # fmt: skip
+            i_step, n_valid_n = step_at(
+                i + 1, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
             )
-            i_step = step_at(i + 1, i_end, p_list, 0, 0, n_full, MODE)
             p_n = p_k + start_n * stride_k_s
             b_k = load_tile(p_n, o_n, m_n, o_d, stride_k_s, D, MASKED)  # [BN, BD]
             p_n = p_v + start_n * stride_v_s
@@ -234,12 +239,19 @@ def attention_bwd_kernel_dkv(
             i_begin, i_end = 0, n_full
             if MASKED:
                 i_begin, i_end = n_full, n_steps
-            i_step = step_at(i_begin, i_end, p_list, i_first, i_full, n_full, MODE)
+            i_step, n_valid_n = step_at(
+                i_begin, i_end, p_list, i_first, i_full, n_full, q_len, p_q_lens,
+                Q_SLOT, BN, MODE, MASKED,
+            )  # fmt: skip
             for i in range(i_begin, i_end):
                 start_n, o_n, m_n = step_rows(
-                    i_step, p_list, n_listed, q_len, p_q_lens, Q_SLOT, BN, MODE, WIDE, MASKED
-                )
-                i_step = step_at(i + 1, i_end, p_list, i_first, i_full, n_full, MODE)
+                    i_step, n_valid_n, p_list, n_listed, q_len, p_q_lens,
+                    Q_SLOT, BN, MODE, WIDE, MASKED,
+                )  # fmt: skip
+                i_step, n_valid_n = step_at(
+                    i + 1, i_end, p_list, i_first, i_full, n_full, q_len, p_q_lens,
+                    Q_SLOT, BN, MODE, MASKED,
+                )  # fmt: skip
                 p_n = p_q + start_n * stride_q_s
                 b_q = load_tile(p_n, o_n, m_n, o_d, stride_q_s, D, MASKED)  # [BN, BD]
                 p_n = p_grad + start_n * stride_grad_out_s

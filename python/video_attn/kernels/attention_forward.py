@@ -100,13 +100,17 @@ def attention_fwd_kernel(
         i_begin, i_end = 0, n_full
         if MASKED:
             i_begin, i_end = n_full, n_steps
-        i_step = step_at(i_begin, i_end, p_list, 0, 0, n_full, MODE)
+        i_step, n_valid_n = step_at(
+            i_begin, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
+        )
         for i in range(i_begin, i_end):
             start_n, o_n, m_n = step_rows(
-                i_step, p_list, n_listed, kv_len, p_kv_lens, KV_SLOT, BN, MODE, WIDE, MASKED
+                i_step, n_valid_n, p_list, n_listed, kv_len, p_kv_lens,
+                KV_SLOT, BN, MODE, WIDE, MASKED,
+            )  # fmt: skip
+            i_step, n_valid_n = step_at(
+                i + 1, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
             )
-            # Known one step ahead, so that the keys need not wait for their address.
-            i_step = step_at(i + 1, i_end, p_list, 0, 0, n_full, MODE)
             p_n = p_k + start_n * stride_k_s
             b_k = load_tile(p_n, o_n, m_n, o_d, stride_k_s, D, MASKED)  # [BN, BD]
             b_s = _scores(b_q, b_k)

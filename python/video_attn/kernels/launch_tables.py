@@ -1,8 +1,22 @@
-"""Launch options of the attention kernels: which tile, step, warps and stages on which chip."""
+"""Launch options of the attention kernels: which tile, step, warps and stages on which chip.
+
+The tables are data, one file per vendor. ``benchmarks/tune_triton.py`` times candidates on a GPU,
+``benchmarks/compile_matrix.py`` shows what the compiler makes of every row for every chip.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from . import launch_tables_amd as amd
+from . import launch_tables_nvidia as nvidia
+
+KERNELS = ("forward", "dq", "dkv")
+ITEMSIZES = (2, 4)
+HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to its own
+GRAINS = (64, 128)  # slots shorter than 128 tokens; slots of 128 and more, and no mask
+SHARED_MEMORY = {**nvidia.SHARED_MEMORY, **amd.SHARED_MEMORY}  # bytes a program can have
 
 
 class LaunchRow(NamedTuple):
@@ -38,15 +52,51 @@ class LaunchRow(NamedTuple):
         return self._replace(own=own, step=step, num_warps=warps)
 
 
-def launch_row(
-    arch: str, kernel: str, head_dim: int, itemsize: int, grain: int | None
-) -> LaunchRow:
-    """The options of ``kernel``: "forward", "dq" or "dkv"."""
-    if itemsize == 2:
-        return LaunchRow(64, 64 if head_dim <= 128 else 32, 4, 2)
-    return LaunchRow(32, 32 if head_dim <= 64 else 16, 8, 2)
+Table = Mapping[tuple[str, int, int], tuple[LaunchRow, LaunchRow]]
+
+
+def _table(rows: Mapping, vendor_options: tuple[str, ...] = ()) -> Table:
+    def launch_row(row: tuple[int, ...]) -> LaunchRow:
+        vendor = zip(vendor_options, row[4:], strict=True)
+        return LaunchRow(*row[:4], vendor=tuple((name, x) for name, x in vendor if x))
+
+    return {key: (launch_row(fine), launch_row(coarse)) for key, (fine, coarse) in rows.items()}
+
+
+TABLES: Mapping[str, Table] = {
+    **{name: _table(rows) for name, rows in nvidia.ROWS.items()},
+    **{name: _table(rows, amd.OPTIONS) for name, rows in amd.ROWS.items()},
+    "interpreter": {
+        (kernel, itemsize, head_dim): (LaunchRow(64, 64, 4, 1), LaunchRow(128, 64, 4, 1))
+        for kernel in KERNELS
+        for itemsize in ITEMSIZES
+        for head_dim in HEAD_DIMS
+    },
+}
+
+
+def family(arch: str) -> str | None:
+    """The table that serves a chip, None when there is none."""
+    return nvidia.FAMILIES.get(arch) or amd.FAMILIES.get(arch)
 
 
 def unsupported_arch(arch: str) -> str | None:
     """Why there are no launch options for a chip; None when there are."""
+    if family(arch) is None:
+        return f"{arch} is not one of {', '.join((*nvidia.FAMILIES, *amd.FAMILIES))}"
     return None
+
+
+def launch_row(
+    arch: str, kernel: str, head_dim: int, itemsize: int, grain: int | None
+) -> LaunchRow:
+    """The options of a launch.
+
+    Args:
+        arch: of a chip in a table; kernels for any other run in the interpreter.
+        kernel: one of ``KERNELS``. head_dim: the larger of D and DV. itemsize: bytes of a number.
+        grain: tokens of the shorter slots of the mask; None without a mask.
+    """
+    bucket = next(size for size in HEAD_DIMS if head_dim <= size)
+    fine, coarse = TABLES[family(arch) or "interpreter"][kernel, itemsize, bucket]
+    return fine if grain is not None and grain < GRAINS[1] else coarse

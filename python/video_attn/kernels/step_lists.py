@@ -118,13 +118,14 @@ def plan_steps(
     if other.slot == row.step and other.lens is None and other.length % other.slot == 0:
         args = _list_args("steps", counts, counts, indices, False)
         return Steps(row, own, other, args, [])
-    args, launch = _step_lists(counts, indices, other, row.step)
+    args, launch = split_slots(counts, indices, other, row.step)
     return Steps(row, own, other, args, [launch])
 
 
-def _step_lists(
+def split_slots(
     counts: Tensor, indices: Tensor, other: Side, step: int
 ) -> tuple[dict[str, Any], Launch]:
+    """Kernel arguments of lists of steps, and the launch that makes these lists."""
     batch = max(counts.shape[0], 1 if other.lens is None else other.lens.shape[0])
     shape = (batch, *counts.shape[1:])
     full, n_steps = (torch.empty(shape, dtype=torch.int32, device=counts.device) for _ in range(2))

@@ -115,10 +115,14 @@ def listed_steps(
 
 
 @triton.jit
-def step_at(i, n, p_list, i_first, i_full, n_full, MODE: tl.constexpr):
-    """The step that comes as number ``i`` of ``n``; times BN it gives the first row.
+def step_at(
+    i, n, p_list, i_first, i_full, n_full, length, p_lens,
+    SLOT: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The step that comes as number ``i`` of ``n``, and how many of its rows are valid.
 
-    Dense steps start at ``i_first``; the ``n_full`` full ones from ``i_full`` come before the rest.
+    Times BN it gives the first row. Dense steps start at ``i_first``; the ``n_full`` full ones from
+    ``i_full`` come before the rest. A kernel asks one step ahead, so that loads need not wait.
     """
     i_step = i
     if MODE == "steps":
@@ -127,39 +131,39 @@ def step_at(i, n, p_list, i_first, i_full, n_full, MODE: tl.constexpr):
         i_rest = i - n_full
         i_step = tl.where(i_rest < i_full - i_first, i_first + i_rest, i_first + i)
         i_step = tl.where(i_rest < 0, i_full + i, i_step)
-    return i_step
+    n_valid = BN
+    if MASKED and MODE != "gather":
+        n_valid = tl.minimum(length - i_step.to(tl.int64) * BN, BN).to(tl.int32)
+        if p_lens is not None:
+            PARTS: tl.constexpr = SLOT // BN
+            n_slot = tl.load(p_lens + i_step // PARTS, mask=i < n, other=0)
+            n_valid = tl.minimum(n_valid, n_slot - (i_step % PARTS) * BN)
+    return i_step, n_valid
 
 
 @triton.jit
 def step_rows(
-    i_step, p_list, n_listed, length, p_lens,
+    i_step, n_valid, p_list, n_listed, length, p_lens,
     SLOT: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows of a step: a common first row (64-bit), offsets from it [BN], which are valid [BN]."""
-    o_row = tile_rows(BN, WIDE)
-    m_row = o_row >= 0
     if MODE == "gather":
         o_listed = i_step * BN + tl.arange(0, BN)
-        o_in = o_listed % SLOT
+        m_row = o_listed < n_listed
         start = tl.zeros((), dtype=tl.int64)
         if MASKED:
-            m_row = o_listed < n_listed
             i_slot = tl.load(p_list + o_listed // SLOT, mask=m_row, other=0)
-            o_row = i_slot.to(tl.int64) * SLOT + o_in
-            m_row = m_row & (o_row < length)
-            if p_lens is not None:
-                m_row = m_row & (o_in < tl.load(p_lens + i_slot, mask=m_row, other=0))
         else:
             i_slot = tl.load(p_list + o_listed // SLOT)
-            o_row = i_slot.to(tl.int64) * SLOT + o_in
+        o_row = i_slot.to(tl.int64) * SLOT + o_listed % SLOT
+        if MASKED:
+            m_row = m_row & (o_row < length)
+            if p_lens is not None:
+                n_slot = tl.load(p_lens + i_slot, mask=m_row, other=0)
+                m_row = m_row & (o_listed % SLOT < n_slot)
     else:
         start = i_step.to(tl.int64) * BN
-        if MASKED:
-            n_valid = tl.minimum(length - start, BN).to(tl.int32)
-            if p_lens is not None:
-                PARTS: tl.constexpr = SLOT // BN
-                n_slot = tl.load(p_lens + i_step // PARTS)
-                n_valid = tl.minimum(n_valid, n_slot - (i_step % PARTS) * BN)
-            m_row = o_row < n_valid
+        o_row = tile_rows(BN, WIDE)
+        m_row = o_row < n_valid
     return start, o_row, m_row
