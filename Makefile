@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(NATIVE_SOURCES))
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(wildcard tools/*.py)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* tools/build_*.py)
 
 .PHONY: help demo test test-all lint format bench build clean distclean
 .DELETE_ON_ERROR:

@@ -251,6 +251,24 @@ def test_probe_of_nvcc(tmp_path):
         build_checks.probe_nvcc(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "2.8.0", "1.13.1"])
+def test_torch_too_old(version):
+    with pytest.raises(BuildError) as caught:
+        build_checks.check_torch(version)
+    assert f"found {version}, needed 2.10 or newer" in str(caught.value)
+    assert "pip install 'torch>=2.10'" in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.14.0a0+git12", "3.0.0"])
+def test_torch_new_enough(version):
+    build_checks.check_torch(version)
+
+
+def test_oldest_torch_is_that_of_the_requirements():
+    needed = ".".join(map(str, build_checks.OLDEST_TORCH))
+    assert f'"torch>={needed}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_missing_submodule(tmp_path):
     folder = build_checks.thunderkittens_dir(tmp_path, "")
     with pytest.raises(BuildError) as caught:

@@ -34,6 +34,7 @@ CUDA_FOR_ARCH = {
     "121a": (12, 9),
 }
 CUDA_FOR_CXX20 = (12, 0)
+OLDEST_TORCH = (2, 10)
 SUBMODULE = "third_party/ThunderKittens"
 
 CXX20_PROGRAM = """
@@ -88,6 +89,17 @@ def check_host_compiler(compiler: HostCompiler) -> None:
         "    CXX=g++-11 pip install --no-build-isolation .\n"
         "or install without native components: VIDEO_ATTN_BUILD_EXT=0"
     )
+
+
+def check_torch(version: str) -> None:
+    """Refuse a torch that the package does not run with: pip would replace it after the build."""
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if found < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        raise BuildError(
+            f"torch is too old: found {version}, needed {needed} or newer.\n"
+            f"    pip install 'torch>={needed}'"
+        )
 
 
 def parse_nvcc_version(text: str) -> tuple[int, int]:

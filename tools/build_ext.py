@@ -23,6 +23,7 @@ from build_checks import (
     check_cuda,
     check_host_compiler,
     check_thunderkittens,
+    check_torch,
     probe_host_compiler,
     probe_nvcc,
     thunderkittens_dir,
@@ -129,6 +130,7 @@ class NativeBuild(build_ext):
             BuildError: a compiler or source tree that is there but unsuitable.
         """
         spec, tools = item.spec, self.tools
+        check_torch(tools.torch_version)
         compiler = probe_host_compiler(tools.cxx)
         check_host_compiler(compiler)
         facts = {"compiler": compiler.version, "torch": tools.torch_version}
