@@ -1,10 +1,9 @@
 """Seeded random attention problems: what a kernel is given, and what it must answer.
 
 A :class:`Problem` is a description with a readable name; ``build`` makes its tensors. The kernel is
-given NaN wherever
-it has no business to read: keys that no query sees, query and gradient rows past their block's
-valid length, and the memory around strided views. The oracle is given the same values without the
-poison.
+given NaN wherever it has no business to read: keys that no list names, query and gradient rows past
+their block's valid length, and the memory around strided views. The oracle is given the same values
+without the poison.
 """
 
 from __future__ import annotations
@@ -253,7 +252,7 @@ def _describe_video(
 def _build(problem: Problem, device: torch.device, dtype: torch.dtype) -> Built:
     rng = random.Random(problem.seed)
     generator = torch.Generator().manual_seed(problem.seed)
-    token_mask, mask, blind_rows = _masks(problem, rng)
+    token_mask, mask, blind_rows, listed_keys = _masks(problem, rng)
     heads = problem.kv_heads * problem.group
     shape = {
         "q": (problem.batch, heads, problem.q_len, problem.head_dim),
@@ -278,7 +277,7 @@ def _build(problem: Problem, device: torch.device, dtype: torch.dtype) -> Built:
     grad_lse = torch.randn(shape["q"][:3], generator=generator).to(wide)
 
     blind_rows = blind_rows.expand(problem.batch, heads, -1)
-    unseen = _unseen_keys(token_mask.expand(problem.batch, heads, -1, -1), problem)
+    unseen = _unlisted_keys(listed_keys.expand(problem.batch, heads, -1), problem)
     given = {
         "q": clean["q"].masked_fill(blind_rows[..., None], torch.nan),
         "k": clean["k"].masked_fill(unseen[..., None], torch.nan),
@@ -302,9 +301,9 @@ def _build(problem: Problem, device: torch.device, dtype: torch.dtype) -> Built:
     )  # fmt: skip
 
 
-def _unseen_keys(token_mask: Tensor, problem: Problem) -> Tensor:
-    """bool [B, Hkv, Sk]: keys that no query of their group sees; equal for heads in one memory."""
-    unseen = ~token_mask.any(-2).unflatten(1, (problem.kv_heads, problem.group)).any(2)
+def _unlisted_keys(listed_keys: Tensor, problem: Problem) -> Tensor:
+    """bool [B, Hkv, Sk]: keys in no list of their group's heads; equal for heads in one memory."""
+    unseen = ~listed_keys.unflatten(1, (problem.kv_heads, problem.group)).any(2)
     if problem.memory == "expanded":
         unseen = unseen.all(1, keepdim=True).expand_as(unseen)
     return unseen
@@ -348,17 +347,25 @@ def _place_one(x: Tensor, memory: str, device: torch.device | str) -> Tensor:
 # -- masks: what the oracle sees, and the BlockMask that should say the same -----------------------
 
 
-def _masks(problem: Problem, rng: random.Random) -> tuple[Tensor, BlockMask | None, Tensor]:
-    """(token mask, block mask or None, rows past their block's valid length bool [B|1, 1, Sq])."""
+Masks = tuple[Tensor, BlockMask | None, Tensor, Tensor]
+
+
+def _masks(problem: Problem, rng: random.Random) -> Masks:
+    """Token mask; block mask or None; what may not be read, and what may.
+
+    Those are the query rows past their block's valid length, bool [B|1, 1, Sq], and the valid keys
+    of listed blocks, bool [B|1, H|1, Sk].
+    """
     no_rows = torch.zeros(1, 1, problem.q_len, dtype=torch.bool)
+    all_keys = torch.ones(1, 1, problem.kv_len, dtype=torch.bool)
     if problem.kind == "dense":
-        return oracle.dense_tokens(problem.q_len, problem.kv_len), None, no_rows
+        return oracle.dense_tokens(problem.q_len, problem.kv_len), None, no_rows, all_keys
     if problem.kind == "causal":
-        return oracle.causal_tokens(problem.q_len, problem.kv_len), None, no_rows
+        return oracle.causal_tokens(problem.q_len, problem.kv_len), None, no_rows, all_keys
     return _video_masks(problem, rng) if problem.kind in VIDEO_KINDS else _list_masks(problem, rng)
 
 
-def _list_masks(problem: Problem, rng: random.Random) -> tuple[Tensor, BlockMask, Tensor]:
+def _list_masks(problem: Problem, rng: random.Random) -> Masks:
     sizes, lengths = (problem.q_block_size, problem.kv_block_size), (problem.q_len, problem.kv_len)
     nq, nk = (-(-n // size) for n, size in zip(lengths, sizes, strict=True))
     listed_columns = [j for j in range(nk) if rng.random() > 0.15]  # the others: in no list at all
@@ -390,7 +397,8 @@ def _list_masks(problem: Problem, rng: random.Random) -> tuple[Tensor, BlockMask
     if q_lens is not None:
         everything = [[[{0} for _ in range(nq)]]]
         blind = ~oracle.listed_tokens(everything, (sizes[0], 1), (lengths[0], 1), q_lens)[..., 0]
-    return token_mask, mask, blind
+    listed = oracle.listed_tokens(lists, sizes, lengths, None, kv_lens).any(-2)
+    return token_mask, mask, blind, listed
 
 
 def list_tensors(lists: Lists, num_kv_blocks: int, spare: int = 0) -> tuple[Tensor, Tensor]:
@@ -406,7 +414,7 @@ def list_tensors(lists: Lists, num_kv_blocks: int, spare: int = 0) -> tuple[Tens
     return torch.tensor(counts, dtype=torch.int32), torch.tensor(indices, dtype=torch.int32)
 
 
-def _video_masks(problem: Problem, rng: random.Random) -> tuple[Tensor, BlockMask, Tensor]:
+def _video_masks(problem: Problem, rng: random.Random) -> Masks:
     volume = math.prod(problem.tile)
     slots = oracle.padded_coordinates(problem.grid, problem.tile)
     valid_text = rng.randint(0, problem.text_length)
@@ -437,7 +445,7 @@ def _video_masks(problem: Problem, rng: random.Random) -> tuple[Tensor, BlockMas
         any_in_block(token_mask, volume, volume), volume, volume, _int32(lens), _int32(lens),
         q_len=problem.q_len, kv_len=problem.kv_len,
     )  # fmt: skip
-    return token_mask, mask, ~torch.tensor(positions).view(1, 1, -1)
+    return token_mask, mask, ~torch.tensor(positions).view(1, 1, -1), token_mask.any(-2)
 
 
 def any_in_block(token_mask: Tensor, q_block_size: int, kv_block_size: int) -> Tensor:

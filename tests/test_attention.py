@@ -18,7 +18,7 @@ from video_attn.registry import backends, select
 CPU_PROBLEMS = random_problems(
     300, seed=20261120, dtypes=(torch.float32, torch.bfloat16, torch.float16)
 )
-# The interpreter runs one program at a time in numpy: short sequences. Its bf16 arithmetic is wrong.
+# The interpreter runs program by program in numpy: short sequences. Its bf16 arithmetic is wrong.
 INTERPRETER_PROBLEMS = random_problems(
     84, seed=20261121, dtypes=(torch.float16, torch.float32), max_len=150, max_heads=2
 )
