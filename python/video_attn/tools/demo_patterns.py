@@ -14,6 +14,7 @@ from ..attention import attention
 from ..block_mask import BlockMask
 from ..functional import video_sparse, video_sparse_attn
 from ..layout import Triple, VideoLayout
+from ..patterns.radial import RadialRule, radial_mask
 from ..patterns.sliding_tile import sliding_tile_mask
 from ..patterns.video_sparse import kept_blocks
 from .tokens import Tokens
@@ -89,6 +90,16 @@ def _video_sparse(tokens: Tokens, settings: Settings) -> Call:
     return _in_tiles(run, mask, layout)
 
 
+def _radial(tokens: Tokens, settings: Settings) -> Call:
+    layout = VideoLayout(tokens.grid, settings.tile)  # of which radial attention needs no tile
+    size = layout.tile_volume
+    # A clip this short has no far frames: narrower windows than those of the published models.
+    rule = RadialRule(decay_factor=0.2, neighbor_fraction=0.2, min_window=size // 4)
+    mask = radial_mask(layout, rule, block_size=size, device=tokens.q.device)
+    q, k, v = tokens.q, tokens.k, tokens.v
+    return Call(lambda: attention(q, k, v, mask), mask, order_name=f"raster, blocks of {size}")
+
+
 def _in_tiles(run: Callable[[], Tensor], mask: BlockMask, layout: VideoLayout) -> Call:
     name = f"tiles of {'x'.join(map(str, layout.tile))}"
     return Call(run, mask, layout.to_tiles, layout.from_tiles, name)
@@ -100,6 +111,7 @@ PATTERNS = {
     "dense": Pattern("dense", _dense),
     "sta": Pattern("sliding tile (STA)", _sliding_tile),
     "vsa": Pattern("video sparse (VSA)", _video_sparse),
+    "radial": Pattern("radial", _radial),
 }
 
 
