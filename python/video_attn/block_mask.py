@@ -68,11 +68,7 @@ class BlockMask:
 
     def __post_init__(self) -> None:
         for name in ("q_block_size", "kv_block_size", "q_len", "kv_len"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+            _check_size(name, getattr(self, name))
         _check_tensor("kv_num_blocks", self.kv_num_blocks, 3, self.kv_num_blocks)
         _check_tensor("kv_indices", self.kv_indices, 4, self.kv_num_blocks)
         if self.kv_num_blocks.shape[2] != self.num_q_blocks:
@@ -95,6 +91,19 @@ class BlockMask:
             _check_tensor(name, lens, 2, self.kv_num_blocks)
             if lens.shape[1] != blocks:
                 raise ValueError(f"{name} must be [B|1, {blocks}], got {tuple(lens.shape)}")
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        batch = self.kv_num_blocks.shape[0]
+        for name in ("q_block_lens", "kv_block_lens"):
+            lens = getattr(self, name)
+            if lens is None or lens.shape[0] == 1:
+                continue
+            if batch not in (1, lens.shape[0]):
+                raise ValueError(
+                    f"{name} has batch {lens.shape[0]}, but the rest of the mask has {batch}"
+                )
+            batch = lens.shape[0]
 
     @classmethod
     def from_dense(
@@ -116,8 +125,10 @@ class BlockMask:
         """
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
             raise TypeError(f"keep must be a bool tensor, got {getattr(keep, 'dtype', type(keep))}")
-        if keep.dim() != 4:
+        if keep.dim() != 4 or 0 in keep.shape:
             raise ValueError(f"keep must be [B|1, H|1, Nq, Nk], got {tuple(keep.shape)}")
+        _check_size("q_block_size", q_block_size)
+        _check_size("kv_block_size", kv_block_size)
         kv_len = keep.shape[3] * kv_block_size if kv_len is None else kv_len
         if -(-kv_len // kv_block_size) != keep.shape[3]:
             raise ValueError(
@@ -148,6 +159,7 @@ class BlockMask:
 
         Without ``kv_num_blocks`` all K entries of every row count.
         """
+        _check_tensor("kv_indices", kv_indices, 4, kv_indices)
         if kv_num_blocks is None:
             kv_num_blocks = torch.full_like(kv_indices[..., 0], kv_indices.shape[-1])
         return cls(
@@ -248,13 +260,15 @@ class BlockMask:
         """The same mask in blocks ``q_factor`` (and ``kv_factor``, default the same) times smaller.
 
         Raises:
-            ValueError: a block size is not divisible by its factor.
+            TypeError, ValueError: a factor that is no int, or does not divide its block size.
         """
         kv_factor = q_factor if kv_factor is None else kv_factor
         for name, size, factor in (
             ("q_factor", self.q_block_size, q_factor),
             ("kv_factor", self.kv_block_size, kv_factor),
         ):
+            if not isinstance(factor, int) or isinstance(factor, bool):
+                raise TypeError(f"{name} must be an int, got {factor!r}")
             if factor < 1 or size % factor:
                 raise ValueError(f"{name} must divide the block size {size}, got {factor}")
         q_size, kv_size = self.q_block_size // q_factor, self.kv_block_size // kv_factor
@@ -349,6 +363,13 @@ class BlockMask:
         if self.device.type == "cpu":  # on a GPU a density would stop the stream
             text += f", density {self.density():.4f}"
         return text + ")"
+
+
+def _check_size(name: str, value: object) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
 
 
 def _check_tensor(name: str, value: object, dims: int, like: object) -> None:

@@ -59,7 +59,8 @@ class VideoLayout:
         text_first: the sequence is [text, video]; the tiled order is always [video, text].
 
     Raises:
-        ValueError: a size is not a positive integer, or ``text_length`` is negative.
+        TypeError, ValueError: a size is not a positive integer, ``text_length`` is negative,
+            or ``text_first`` is not a bool.
     """
 
     grid: Triple
@@ -75,6 +76,8 @@ class VideoLayout:
         if self.text_length < 0:
             raise ValueError(f"text_length must be >= 0, got {self.text_length}")
         object.__setattr__(self, "text_length", operator.index(self.text_length))
+        if not isinstance(self.text_first, bool):
+            raise TypeError(f"text_first must be True or False, got {self.text_first!r}")
 
     @property
     def key(self) -> LayoutKey:
@@ -175,6 +178,10 @@ class VideoLayout:
         return _TakeTokens.apply(x, dim, slots, inverse, False, True)
 
     def _check_length(self, x: Tensor, dim: int, expected: int, name: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim must be a dimension of x {tuple(x.shape)}, got {dim}")
         if x.shape[dim] != expected:
             raise ValueError(
                 f"x has {x.shape[dim]} tokens on dim {dim}, but {name} of grid {self.grid} with "

@@ -120,7 +120,9 @@ def backends() -> list[Backend]:
 
 
 def check_backend_name(name: str, source: str = "backend") -> str:
-    """``name`` if it is a backend's, else ValueError that lists them."""
+    """``name`` if it is a backend's, else TypeError or ValueError that lists them."""
+    if not isinstance(name, str):
+        raise TypeError(f"{source} must be the name of a backend, got {name!r}")
     if name not in _backends:
         allowed = ", ".join(b.name for b in backends())
         raise ValueError(f"{source} must be one of {allowed}; got {name!r}")
