@@ -145,6 +145,33 @@ def test_a_stale_table_is_seen() -> None:
     assert readme_tables.updated(stale) == README
 
 
+def test_records_become_tables() -> None:
+    """What all rows share is said once; what differs has a column; figures are the record's."""
+
+    def result(direction: str, provider: str, ms: float, tflops: float) -> dict[str, Any]:
+        return {
+            "problem": {"heads": 4, "grid": [2, 3, 4], "pass": direction}, "provider": provider,
+            "p20_ms": ms - 1, "median_ms": ms, "p80_ms": ms + 1, "metrics": {"tflops": tflops},
+        }  # fmt: skip
+
+    text = readme_tables.record_table({
+        "benchmark": "bench_x", "date": "2026-01-02T03:04:05", "commit": "abc",
+        "machine": {"cpu": "Chip", "threads": 2}, "versions": {"torch": "2.13.0"},
+        "results": [result("forward", "us", 10, 0.5), result("backward", "them", 20, 0.25)],
+    })  # fmt: skip
+    caption, _, header, _, first, second = text.splitlines()
+    assert caption == (
+        "`bench_x` on Chip, 2 threads (2026-01-02, commit abc, torch 2.13.0): heads 4, grid 2×3×4."
+    )
+    assert cells(header) == ["pass", "by", "median ms (p20 to p80)", "tflops"]
+    assert cells(first) == ["forward", "us", "10 (9 to 11)", "0.5"]
+    assert cells(second) == ["backward", "them", "20 (19 to 21)", "0.25"]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

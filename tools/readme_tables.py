@@ -7,6 +7,7 @@ A test fails when a file does not hold what this script would write.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from video_attn.registry import PRECISIONS, Backend, Problem, backends
 from video_attn.tools.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("README.md", "docs/backends.md")
 MACHINES = {
     "CPU": ("cpu", "cpu"),
@@ -71,7 +73,7 @@ def _refusal(backend: Backend, problem: Problem) -> str | None:
 def features_table() -> str:
     """What each backend can do, on the first machine of the list that it knows."""
     homes = {backend: _home(backend) for backend in backends()}
-    names = [f"{backend.name} ({home.arch})" for backend, home in homes.items()]
+    names = [f"{b.name} ({home.arch}, {home.precision})" for b, home in homes.items()]
     rows = []
     for feature, change in _features().items():
         refusals = [_refusal(b, replace(home, **change)) for b, home in homes.items()]
@@ -80,10 +82,12 @@ def features_table() -> str:
 
 
 def _home(backend: Backend) -> Problem:
-    for device_type, arch in MACHINES.values():
-        problem = replace(TYPICAL, device_type=device_type, arch=arch)
-        if backend.supports(problem) is None:
-            return problem
+    """The first typical problem that the backend serves: its machine and its precision."""
+    for precision in PRECISIONS:
+        for device_type, arch in MACHINES.values():
+            problem = replace(TYPICAL, device_type=device_type, arch=arch, precision=precision)
+            if backend.supports(problem) is None:
+                return problem
     raise ValueError(f"backend {backend.name} serves no machine of the list")
 
 
@@ -100,7 +104,7 @@ def _features() -> dict[str, dict[str, Any]]:
         "grouped queries (GQA)": {"gqa": True},
         "backward": {"direction": "backward"},
         "backward, deterministic": {"direction": "backward", "deterministic": True},
-        **{f"precision {p}": {"precision": p} for p in PRECISIONS if p != "native"},
+        **{f"precision {p}": {"precision": p} for p in PRECISIONS},
     }
 
 
@@ -108,6 +112,52 @@ def environment_table() -> str:
     """Every environment variable."""
     rows = [[f"`{v.name}`", v.when, v.values, v.default, v.effect] for v in VARIABLES]
     return markdown(["variable", "read at", "values", "default", "effect"], rows)
+
+
+def benchmarks_table() -> str:
+    """Every record of a benchmark in benchmarks/results, with its circumstances."""
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))
+    ]
+    shown = [record_table(r) for r in records if r["benchmark"].startswith("bench_")]
+    return "\n".join(shown) or "This version holds no records yet: run the scripts.\n"
+
+
+def record_table(record: dict[str, Any]) -> str:
+    """One record: what all its rows share in a sentence, the rest in a table."""
+    results = record["results"]
+    problems = [result["problem"] for result in results]
+    names = dict.fromkeys(name for problem in problems for name in problem)
+    varying = [n for n in names if len({str(problem.get(n)) for problem in problems}) > 1]
+    same = [f"{_words(n)} {_value(problems[0][n])}" for n in names if n not in varying]
+    metrics = dict.fromkeys(name for result in results for name in result["metrics"])
+    rows = [
+        [
+            *(_value(result["problem"].get(name, "")) for name in varying),
+            result["provider"],
+            f"{result['median_ms']:.4g} ({result['p20_ms']:.4g} to {result['p80_ms']:.4g})",
+            *(_value(result["metrics"].get(name, "")) for name in metrics),
+        ]
+        for result in results
+    ]
+    header = [*map(_words, varying), "by", "median ms (p20 to p80)", *map(_words, metrics)]
+    machine, versions = record["machine"], record["versions"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    caption = (
+        f"`{record['benchmark']}` on {device} ({record['date'][:10]}, commit {record['commit']}, "
+        f"torch {versions['torch']}): {', '.join(same)}."
+    )
+    return f"{caption}\n\n{markdown(header, rows)}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "×".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -123,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "backends": backends_table,
     "features": features_table,
     "environment": environment_table,
+    "benchmarks": benchmarks_table,
 }
 
 
