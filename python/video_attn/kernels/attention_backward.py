@@ -39,14 +39,14 @@ _PREPARE_ROWS = 64
 
 @triton.jit
 def attention_bwd_kernel_prepare(
-    grad_out, grad_lse, out, lse, lse_log2, delta,
+    grad_out, grad_lse, out, lse, pivot, delta,
     stride_grad_out_b, stride_grad_out_h, stride_grad_out_s,
     stride_out_b, stride_out_h, stride_out_s,
     stride_grad_lse_b, stride_grad_lse_h, stride_grad_lse_s,
     HQ, q_len, n_tiles,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum_d out grad_out - grad_lse; lse in base 2, +inf where it is -inf: weights 0."""
+    """delta = sum_d out grad_out - grad_lse; and lse, but +inf where it is -inf: weights 0."""
     i_tile, i_b, i_h = program_tile(n_tiles, HQ)
     start = i_tile.to(tl.int64) * BM
     o_m, o_dv = tile_rows(BM, WIDE), tl.arange(0, BDV)
@@ -66,7 +66,7 @@ def attention_bwd_kernel_prepare(
         b_grad_lse = tl.load(p_lse + (start + o_m) * stride_grad_lse_s, mask=m_m, other=0.0)  # [BM]
         b_delta -= tl.where(m_seen, b_grad_lse, 0.0)
     tl.store(delta + o_row, b_delta, mask=m_m)
-    tl.store(lse_log2 + o_row, tl.where(m_seen, b_lse * 1.4426950408889634, float("inf")), mask=m_m)
+    tl.store(pivot + o_row, tl.where(m_seen, b_lse, float("inf")), mask=m_m)
 
 
 @triton.jit
@@ -83,13 +83,13 @@ def _add_product(b_acc, b_w, b_x):
 
 @triton.jit
 def attention_bwd_kernel_dq(
-    q, k, v, grad_out, lse_log2, delta, dq, full, counts, lists, q_lens, kv_lens,
+    q, k, v, grad_out, pivot, delta, dq, full, counts, lists, q_lens, kv_lens,
     stride_q_b, stride_q_h, stride_q_s, stride_k_b, stride_k_h, stride_k_s,
     stride_v_b, stride_v_h, stride_v_s, stride_grad_out_b, stride_grad_out_h, stride_grad_out_s,
     stride_dq_b, stride_dq_h, stride_dq_s,
     stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
     stride_q_lens_b, stride_kv_lens_b,
-    HQ, q_len, kv_len, n_tiles, scale, scale_log2,
+    HQ, q_len, kv_len, n_tiles, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
@@ -125,7 +125,7 @@ def attention_bwd_kernel_dq(
     last_key = (start + o_m).to(tl.int32) + (kv_len - q_len)  # that a causal row sees
     b_q = load_tile(p_q, o_m, m_m, o_d, stride_q_s, D, True)  # [BM, BD]
     b_grad = load_tile(p_grad, o_m, m_m, o_dv, stride_grad_out_s, DV, True)  # [BM, BDV]
-    b_lse = tl.load(lse_log2 + o_row, mask=m_m, other=float("inf"))  # [BM]
+    b_pivot = tl.load(pivot + o_row, mask=m_m, other=float("inf"))  # [BM]
     b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)  # [BM]
     b_dq = tl.zeros([BM, BD], tl.float32)
 
@@ -148,7 +148,7 @@ def attention_bwd_kernel_dq(
             b_k = load_tile(p_n, o_n, m_n, o_d, stride_k_s, D, MASKED)  # [BN, BD]
             p_n = p_v + start_n * stride_v_s
             b_v = load_tile(p_n, o_n, m_n, o_dv, stride_v_s, DV, MASKED)  # [BN, BDV]
-            b_p = tl.exp2(_product(b_q, b_k) * scale_log2 - b_lse[:, None])  # [BM, BN]
+            b_p = tl.exp(_product(b_q, b_k) * scale - b_pivot[:, None])  # [BM, BN]
             if MASKED:
                 m_p = m_n[None, :]
                 if IS_CAUSAL:
@@ -178,13 +178,13 @@ def _causal_query_steps(start, n_rows, q_len, kv_len, BN: tl.constexpr, IS_CAUSA
 
 @triton.jit
 def attention_bwd_kernel_dkv(
-    q, k, v, grad_out, lse_log2, delta, dk, dv, full, counts, lists, q_lens, kv_lens,
+    q, k, v, grad_out, pivot, delta, dk, dv, full, counts, lists, q_lens, kv_lens,
     stride_q_b, stride_q_h, stride_q_s, stride_k_b, stride_k_h, stride_k_s,
     stride_v_b, stride_v_h, stride_v_s, stride_grad_out_b, stride_grad_out_h, stride_grad_out_s,
     stride_dk_b, stride_dk_h, stride_dk_s, stride_dv_b, stride_dv_h, stride_dv_s,
     stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
     stride_q_lens_b, stride_kv_lens_b,
-    H, q_len, kv_len, n_tiles, scale, scale_log2,
+    H, q_len, kv_len, n_tiles, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
@@ -192,8 +192,8 @@ def attention_bwd_kernel_dkv(
     """dv_j = sum_i p_ij grad_i, dk_j = scale sum_i p_ij (grad_i . v_j - delta_i) q_i.
 
     One program per key tile. The query heads that share the key head follow one another, each with
-    its own lists; scores stand as keys x queries. Query rows that are not valid get lse +inf, hence
-    weight 0; own rows that are not valid gather what they like and are not stored.
+    its own lists; scores stand as keys x queries. Query rows that are not valid get pivot +inf and
+    so weight 0; own rows that are not valid gather what they like and are not stored.
     """
     i_tile, i_b, i_h = program_tile(n_tiles, H)
     p_q_lens = lens_of_batch(q_lens, i_b, stride_q_lens_b)
@@ -232,7 +232,7 @@ def attention_bwd_kernel_dkv(
             n_steps = 0
         p_q = q + i_b * stride_q_b + i_hq * stride_q_h
         p_grad = grad_out + i_b * stride_grad_out_b + i_hq * stride_grad_out_h
-        p_lse = lse_log2 + (i_b * H * G + i_hq) * q_len
+        p_pivot = pivot + (i_b * H * G + i_hq) * q_len
         p_delta = delta + (i_b * H * G + i_hq) * q_len
 
         for MASKED in tl.static_range(1 + HAS_PARTIAL):  # the full steps, then the others
@@ -257,12 +257,14 @@ def attention_bwd_kernel_dkv(
                 p_n = p_grad + start_n * stride_grad_out_s
                 b_grad = load_tile(p_n, o_n, m_n, o_dv, stride_grad_out_s, DV, MASKED)  # [BN, BDV]
                 if MASKED:
-                    b_lse = tl.load(p_lse + (start_n + o_n), mask=m_n, other=float("inf"))  # [BN]
+                    b_pivot = tl.load(
+                        p_pivot + (start_n + o_n), mask=m_n, other=float("inf")
+                    )  # [BN]
                     b_delta = tl.load(p_delta + (start_n + o_n), mask=m_n, other=0.0)  # [BN]
                 else:
-                    b_lse = tl.load(p_lse + (start_n + o_n))  # [BN]
+                    b_pivot = tl.load(p_pivot + (start_n + o_n))  # [BN]
                     b_delta = tl.load(p_delta + (start_n + o_n))  # [BN]
-                b_p = tl.exp2(_product(b_k, b_q) * scale_log2 - b_lse[None, :])  # [BM, BN]
+                b_p = tl.exp(_product(b_k, b_q) * scale - b_pivot[None, :])  # [BM, BN]
                 if MASKED and IS_CAUSAL:
                     m_p = (start_n + o_n).to(tl.int32)[None, :] >= first_query[:, None]
                     b_p = tl.where(m_p, b_p, 0.0)
@@ -297,15 +299,15 @@ def attention_backward(
     slots that see it; both are None for dense attention.
     """
     dq, dk, dv = grads
-    lse_log2, delta = torch.empty_like(x.lse), torch.empty_like(x.lse)
+    pivot, delta = torch.empty_like(x.lse), torch.empty_like(x.lse)
     shared = head_args(q=x.q, k=x.k, v=x.v, grad_out=x.grad_out)
-    shared |= {"lse_log2": lse_log2, "delta": delta, "scale": scale}
+    shared |= {"pivot": pivot, "delta": delta}
     shared |= problem_args(x.q, x.k, x.v, scale, is_causal)
 
     steps = plan_steps(lists, q_side, kv_side, is_causal, dq_row)
     args = shared | head_args(dq=dq) | {"HQ": x.q.shape[1]}
     args |= side_args("q", steps.own) | side_args("kv", steps.other)
-    launches = [_prepare(x, lse_log2, delta)]
+    launches = [_prepare(x, pivot, delta)]
     launches += steps.launches(attention_bwd_kernel_dq, x.q.shape[0] * x.q.shape[1], args)
 
     steps = plan_steps(transposed, kv_side, q_side, is_causal, dkv_row)
@@ -315,10 +317,10 @@ def attention_backward(
     return launches
 
 
-def _prepare(x: Saved, lse_log2: Tensor, delta: Tensor) -> Launch:
+def _prepare(x: Saved, pivot: Tensor, delta: Tensor) -> Launch:
     batch, heads, length, head_dim = x.out.shape
     args = head_args(grad_out=x.grad_out, out=x.out) | named_strides("grad_lse", x.grad_lse, "bhs")
-    args |= {"lse": x.lse, "lse_log2": lse_log2, "delta": delta, "HQ": heads, "q_len": length}
+    args |= {"lse": x.lse, "pivot": pivot, "delta": delta, "HQ": heads, "q_len": length}
     args |= {"DV": head_dim, "BDV": padded(head_dim), "BM": _PREPARE_ROWS}
     args |= {"n_tiles": -(-length // _PREPARE_ROWS), "WIDE": wide_rows(_PREPARE_ROWS, args)}
     grid = args["n_tiles"] * batch * heads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,14 +41,14 @@ def _add_values(b_acc, b_p, b_v):
 def _online_softmax(b_s, b_m, b_l, scale_log2, MASKED: tl.constexpr):
     """Folds the scores of a step in: weights, new maximum, new sum, factor for earlier sums.
 
-    The scale is positive, so it may be applied after the maximum: one multiply-add per score.
+    Maxima are of unscaled scores, so they are exact; one multiply-add per score does the rest.
     """
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
     b_pivot = b_m_new
     if MASKED:  # rows that have seen no key yet: any finite pivot gives weights 0
         b_pivot = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
-    b_p = tl.exp2(b_s * scale_log2 - b_pivot[:, None])
-    b_alpha = tl.exp2(b_m - b_pivot)
+    b_p = tl.exp2(b_s * scale_log2 - (b_pivot * scale_log2)[:, None])
+    b_alpha = tl.exp2((b_m - b_pivot) * scale_log2)
     return b_p, b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_alpha
 
 
@@ -57,7 +59,7 @@ def attention_fwd_kernel(
     stride_v_b, stride_v_h, stride_v_s, stride_out_b, stride_out_h, stride_out_s,
     stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
     stride_q_lens_b, stride_kv_lens_b,
-    HQ, q_len, kv_len, n_tiles, scale_log2,
+    HQ, q_len, kv_len, n_tiles, scale, scale_log2,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
@@ -128,7 +130,7 @@ def attention_fwd_kernel(
     m_seen = m_m & (b_l != 0.0)
     b_l = tl.where(m_seen, b_l, 1.0)
     b_out = tl.where(m_seen[:, None], b_acc / b_l[:, None], 0.0)
-    b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * 0.6931471805599453, float("-inf"))
+    b_lse = tl.where(m_seen, b_m * scale + tl.log(b_l), float("-inf"))
     p_out = out + i_b * stride_out_b + i_h * stride_out_h + start * stride_out_s
     store_tile(p_out, b_out, o_m, o_m < n_rows, o_dv, stride_out_s, DV)
     tl.store(lse + (i_b * HQ + i_h) * q_len + start + o_m, b_lse, mask=o_m < n_rows)
@@ -154,6 +156,6 @@ def attention_forward(
     """
     steps = plan_steps(lists, q_side, kv_side, is_causal, row)
     args = head_args(q=q, k=k, v=v, out=out) | {"lse": lse, "HQ": q.shape[1]}
-    args |= problem_args(q, k, v, scale, is_causal)
+    args |= problem_args(q, k, v, scale, is_causal) | {"scale_log2": scale * math.log2(math.e)}
     args |= side_args("q", steps.own) | side_args("kv", steps.other)
     return steps.launches(attention_fwd_kernel, q.shape[0] * q.shape[1], args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -121,7 +120,7 @@ def problem_args(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool)
     args: dict[str, Any] = {"D": q.shape[3], "DV": v.shape[3]}
     args |= {"BD": padded(q.shape[3]), "BDV": padded(v.shape[3])}
     args |= {"G": q.shape[1] // k.shape[1], "IS_CAUSAL": is_causal}
-    return args | {"scale_log2": scale * math.log2(math.e)}
+    return args | {"scale": scale}
 
 
 def wide_rows(rows: int, args: Mapping[str, Any]) -> bool:
