@@ -129,8 +129,8 @@ def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
     style.headline(
         figure,
         "What dense attention looks at, and what is kept of it",
-        "blocks of queries (down) and of keys (across), first head; bright: much softmax weight, "
-        "white: skipped",
+        "blocks of queries (down) and of keys (across) in the order of the pattern, first head; "
+        "bright: much softmax weight, white: skipped",
     )
     maps = []
     for column, measured in enumerate(shown):
