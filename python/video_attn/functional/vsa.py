@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..attention import attention, check_scale
 from ..block_mask import BlockMask
 from ..block_ops import block_mean, select_top_k
-from ..layout import Triple
+from ..layout import Triple, VideoLayout
 from ..patterns.valid_text import (
     TextLength,
     block_lens,
@@ -39,6 +39,24 @@ Gate = Tensor | float | None
 VSA_TILE: Triple = (4, 4, 4)
 
 
+@overload
+def video_sparse(
+    q: Tensor, k: Tensor, v: Tensor, grid: str | Sequence[int], *, top_k: int | None = ...,
+    top_k_ratio: float | None = ..., gate: Gate = ..., tile: Sequence[int] = ...,
+    text_length: TextLength = ..., text_first: bool = ..., layout: str = ...,
+    scale: float | None = ..., precision: str = ..., backend: str | None = ...,
+    deterministic: bool = ..., quantization: QuantizationOptions | None = ...,
+    return_mask: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def video_sparse(
+    q: Tensor, k: Tensor, v: Tensor, grid: str | Sequence[int], *, top_k: int | None = ...,
+    top_k_ratio: float | None = ..., gate: Gate = ..., tile: Sequence[int] = ...,
+    text_length: TextLength = ..., text_first: bool = ..., layout: str = ...,
+    scale: float | None = ..., precision: str = ..., backend: str | None = ...,
+    deterministic: bool = ..., quantization: QuantizationOptions | None = ...,
+    return_mask: Literal[True],
+) -> tuple[Tensor, BlockMask]: ...  # fmt: skip
 def video_sparse(
     q: Tensor,
     k: Tensor,
@@ -63,7 +81,9 @@ def video_sparse(
 
     ``out = sparse + gate * coarse``; see the module for the definition. Differentiable. Text takes
     no part in means and selection: valid text is seen by all queries, and text queries see
-    everything, exactly; they have no coarse branch. Ratio 1 with gate 0 is dense attention.
+    everything, exactly; they have no coarse branch. Ratio 1 with gate 0 is dense attention. For a
+    model that keeps its tokens in tile order see :func:`video_sparse_attn`, with
+    :meth:`VideoLayout.block_lens` as block sizes.
 
     Args:
         q: [B, Hq, S, D], S = T*H*W + text tokens. k: [B, Hkv, S, D]. v: [B, Hkv, S, Dv].
@@ -95,19 +115,15 @@ def video_sparse(
         RuntimeError: no backend can serve; the message says why for each.
     """
     video = video_layout(q, k, v, grid, tile, text_first, layout)
-    dim = TOKEN_DIM[layout]
     top_k = _check_top_k(top_k, top_k_ratio, video.num_tiles)
     gate = check_gate(gate, (*q.shape[:3], v.shape[3]), q)
     if not isinstance(return_mask, bool):
         raise TypeError(f"return_mask must be True or False, got {return_mask!r}")
     valid = check_text_length(text_length, video, q.shape[0])
-    if isinstance(gate, Tensor) and gate.shape[dim] != 1:
-        gate = video.to_tiles(gate, dim)
-    inputs: list[Any] = [video.to_tiles(x, dim) for x in (q, k, v)] + [gate]
-    if layout == "bshd":
-        inputs = [x.transpose(1, 2) if isinstance(x, Tensor) else x for x in inputs]
-    q, k, v, gate = inputs
     scale = check_scale(scale, q.shape[3])
+    q, k, v = (_to_tiles(x, video, layout) for x in (q, k, v))
+    if isinstance(gate, Tensor):
+        gate = _to_tiles(gate, video, layout)
     lens = block_lens(valid, video, q.device)
     tile_lens = None if lens is None else lens[:, : video.num_tiles]
     length = video.num_tiles * video.tile_volume
@@ -124,8 +140,16 @@ def video_sparse(
     )  # fmt: skip
     if coarse is not None:
         out = add_coarse(out, coarse, gate, video.tile_volume)
-    out = video.from_tiles(out.transpose(1, 2) if layout == "bshd" else out, dim)
+    out = out.transpose(1, 2) if layout == "bshd" else out
+    out = video.from_tiles(out, TOKEN_DIM[layout])
     return (out, mask) if return_mask else out
+
+
+def _to_tiles(x: Tensor, video: VideoLayout, layout: str) -> Tensor:
+    """Raster order to padded tile order [B, H, S, D]; one token for all stays one."""
+    if x.shape[TOKEN_DIM[layout]] > 1 or video.sequence_length == 1:
+        x = video.to_tiles(x, TOKEN_DIM[layout])
+    return x.transpose(1, 2) if layout == "bshd" else x
 
 
 def compress_and_select(
