@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops as _ops  # noqa: F401  defines the operators
 from .block_mask import BlockMask
 from .quantize import QuantizationOptions, check_recipe, recipe_text
-from .registry import PRECISIONS, check_backend_name
+from .registry import PRECISIONS, check_backend_name, context_backend
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,6 +97,9 @@ def attention(
             f"precision {precision!r} has no backward pass, but q, k or v requires grad. Use "
             "precision='native' for training, or call under torch.no_grad()"
         )
+    if backend is None and not torch.compiler.is_compiling():
+        # For the backward pass too, which may come after the context and on another thread.
+        backend = context_backend()
     out, lse = torch.ops.video_attn.attention_forward(
         q, k, v, *_mask_arguments(q, k, v, mask), scale, is_causal,
         recipe_text(precision, quantization),

@@ -131,7 +131,11 @@ def check_backend_name(name: str, source: str = "backend") -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend for the calls inside; one that cannot serve a call raises there."""
+    """Forces a backend for the calls inside; one that cannot serve a call raises there.
+
+    The backward pass belongs to its call, wherever it runs later. Compiled code asks at every run
+    instead: there, run the backward pass inside as well.
+    """
     token = _override.set(check_backend_name(name))
     try:
         yield
@@ -139,12 +143,17 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+def context_backend() -> str | None:
+    """The backend that :func:`use_backend` forces here."""
+    return _override.get()
+
+
 def forced_backend(explicit: str | None = None) -> tuple[str, str] | None:
     """(backend, who asked for it) by the order of authority, or None for the automatic choice."""
     environment = os.environ.get(BACKEND_VARIABLE) or None
     for name, source in (
-        (explicit, "backend"),
-        (_override.get(), "use_backend()"),
+        (explicit, "backend= or use_backend()"),
+        (context_backend(), "use_backend()"),
         (environment, BACKEND_VARIABLE),
     ):
         if name is not None:
