@@ -83,10 +83,33 @@ def cpu_description() -> Iterator[Arguments]:
     yield ()
 
 
+def block_mean() -> Iterator[Arguments]:
+    lens = torch.tensor([[8, 3, 0]], dtype=torch.int32)
+    for block_lens in (None, lens):
+        yield (torch.randn(2, 2, 20, 4, requires_grad=True), block_lens, 8)
+
+
+def block_mean_backward() -> Iterator[Arguments]:
+    lens = torch.tensor([[8, 3, 4], [0, 8, 1]], dtype=torch.int32)
+    for block_lens in (None, lens):
+        yield (torch.randn(2, 2, 3, 4, requires_grad=True), block_lens, 8, 20)
+
+
+def select_top_k() -> Iterator[Arguments]:
+    lens = torch.tensor([[8, 0, 4]], dtype=torch.int32)
+    for key_lens in (None, lens):
+        yield (torch.randn(2, 2, 5, 3), 2, key_lens)
+
+
 SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "attention_forward": attention_forward,
     "attention_backward": attention_backward,
     "cpu_attention_forward": cpu_attention_forward,
     "cpu_attention_backward": cpu_attention_backward,
     "cpu_description": cpu_description,
+    "block_mean": block_mean,
+    "block_mean_backward": block_mean_backward,
+    "select_top_k": select_top_k,
 }
+# Launchers of CUDA kernels: only attention_forward calls them, and they exist on a GPU alone.
+GPU_ONLY = {"sage_attention", "sage_quantize"}
