@@ -64,7 +64,7 @@ def test_photographs(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(UsageError, match=r"no\.png"):
         video.photograph(tmp_path / "no.png")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UsageError, match=r"absent\.png cannot be read as an image"):
         video.photograph(tmp_path / "absent.png")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from video_attn import VideoLayout, cli
+from video_attn.layout import Triple
 from video_attn.tools import UsageError, plot_sta, plot_sta_blocks
 from video_attn.tools import plot_style as style
-from video_attn.tools.token_maps import sliding_tile_map, sliding_window_map
+from video_attn.tools.token_maps import sliding_tile_map, sliding_window_map, window_arguments
 
 README = ((1, 10, 10), (1, 2, 2), (1, 6, 6))
 CASES = {
@@ -61,9 +63,7 @@ def is_color(pixels: NDArray[np.uint8], color: str) -> NDArray[np.bool_]:
 
 
 @cases
-def test_maps_are_the_definition(
-    grid: style.Triple, tile: style.Triple, window: style.Triple
-) -> None:
+def test_maps_are_the_definition(grid: Triple, tile: Triple, window: Triple) -> None:
     layout = VideoLayout(grid, tile)
     order = layout.tile_order().numpy()
     expected = definition(grid, tile, window)
@@ -73,9 +73,7 @@ def test_maps_are_the_definition(
 
 
 @cases
-def test_every_frame_lights_the_window(
-    grid: style.Triple, tile: style.Triple, window: style.Triple
-) -> None:
+def test_every_frame_lights_the_window(grid: Triple, tile: Triple, window: Triple) -> None:
     """Left: the query tile in one colour, the other keys of its window in another, no more."""
     scene = plot_sta.Scene.of(grid, tile, window)
     order = scene.layout.tile_order().numpy()
@@ -116,7 +114,7 @@ def test_the_map_fills_in_row_by_row() -> None:
 
 
 @cases
-def test_blocks_are_counted(grid: style.Triple, tile: style.Triple, window: style.Triple) -> None:
+def test_blocks_are_counted(grid: Triple, tile: Triple, window: Triple) -> None:
     maps = plot_sta_blocks.block_maps(grid, tile, window)
     for blocks in maps:
         full = mixed = empty = computed = 0
@@ -225,8 +223,10 @@ def test_impossible_pictures(
     assert not out.exists()
 
 
-def test_as_volume() -> None:
-    assert style.as_volume((4, 5), "--tile", (8, 8)) == (1, 4, 5)
-    assert style.as_volume((2, 4, 5), "--tile", (4, 8, 8)) == (2, 4, 5)
-    with pytest.raises(UsageError, match="--tile 4x5 and --grid 4x8x8"):
-        style.as_volume((4, 5), "--tile", (4, 8, 8))
+def test_images_get_a_time_axis() -> None:
+    image = Namespace(grid=(8, 8), tile=(4, 2), window=(4, 4))
+    assert window_arguments(image) == ((1, 8, 8), (1, 4, 2), (1, 4, 4))
+    film = Namespace(grid=(4, 8, 8), tile=(2, 4, 2), window=(2, 4, 4))
+    assert window_arguments(film) == (film.grid, film.tile, film.window)
+    with pytest.raises(UsageError, match="--tile 4x2 and --grid 4x8x8"):
+        window_arguments(Namespace(grid=(4, 8, 8), tile=(4, 2), window=(2, 4, 4)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -16,7 +18,7 @@ class DeviceInfo:
         type: torch's device type, "cpu" or "cuda" (ROCm devices are "cuda" in torch).
         vendor: "cpu", "nvidia" or "amd".
         arch: "cpu", "sm_90", "gfx942", ...: the name used by launch tables and messages.
-        name: what the driver calls it.
+        name: what the driver, or the CPU itself, calls it.
         multiprocessors: SMs or CUs; CPU threads on a CPU.
     """
 
@@ -42,7 +44,7 @@ def device_info(device: torch.device | str) -> DeviceInfo:
 @cache
 def _probe(device: torch.device) -> DeviceInfo:
     if device.type == "cpu":
-        return DeviceInfo("cpu", "cpu", "cpu", "CPU", torch.get_num_threads())
+        return DeviceInfo("cpu", "cpu", "cpu", _cpu_name(), torch.get_num_threads())
     if device.type != "cuda":
         raise ValueError(f"device must be cpu or cuda (NVIDIA or AMD), got {device}")
     properties = torch.cuda.get_device_properties(device)
@@ -51,3 +53,12 @@ def _probe(device: torch.device) -> DeviceInfo:
     else:
         vendor, arch = "nvidia", f"sm_{properties.major}{properties.minor}"
     return DeviceInfo("cuda", vendor, arch, properties.name, properties.multi_processor_count)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import native
+from ..device import device_info
 
 _ROOT = Path(__file__).resolve().parents[3]
 _PACKAGES = ("torch", "triton", "video-attn", "numpy", "diffusers")
@@ -182,7 +183,7 @@ def require_correct(name: str, got: Tensor, expected: Tensor, limit: float) -> f
 def machine_info(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Facts about this machine that explain a timing."""
     info: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": device_info("cpu").name,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -236,15 +237,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console(width=None if os.isatty(1) else 160).print(table)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _output(*command: str, cwd: Path | None = None) -> str:

@@ -46,6 +46,7 @@ class Outcome(NamedTuple):
     """All patterns, the baseline first, and why the backends are those they are."""
 
     patterns: list[Measured]
+    dense_weights: Tensor  # per block, in the order of the first sparse pattern, [3, Nq, Nk]
     backend_reasons: list[str]  # one sentence for each kind of call
     ordering: Timing  # of q, k, v to a pattern's order, and of the output back
 
@@ -94,7 +95,8 @@ def compare(tokens: Tokens, settings: Settings, repeats: int, advance: Advance) 
             relative_error(outs[name], exact), _backend(tokens, call), outs[name],
         )  # fmt: skip
         patterns.append(_with_mask(measured, call, weights.get(call.order_name)))
-    return Outcome(patterns, _backend_reasons(tokens, calls), ordering)
+    first = next(iter(weights.values())).cpu()
+    return Outcome(patterns, first, _backend_reasons(tokens, calls), ordering)
 
 
 class _Steps:

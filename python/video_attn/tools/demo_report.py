@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from ..device import device_info
 from .bench import Record, Result, write_record
@@ -137,7 +138,7 @@ def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
         left = (gap + (side + gap) * column) / width
         map_bottom = (bottom + below + 0.45) / height
         maps.append(figure.add_axes((left, map_bottom, side / width, side / height)))
-        _draw_map(maps[-1], measured, outcome.sparse[0])
+        _draw_map(maps[-1], measured, outcome.dense_weights)
         axes = figure.add_axes((left, bottom / height, side / width, below / height))
         style.bare(axes, _outcome_line(measured, outcome))
         frame = clip_of(measured.out, tokens)[tokens.grid[0] // 2]
@@ -148,25 +149,20 @@ def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
     return Drawing(figure, maps)
 
 
-def _draw_map(axes: Axes, measured: Measured, first_sparse: Measured) -> None:
+def _draw_map(axes: Axes, measured: Measured, dense_weights: Tensor) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
     from . import plot_style as style
 
-    weights = measured.weights if measured.weights is not None else first_sparse.weights
-    assert weights is not None
+    weights = dense_weights if measured.weights is None else measured.weights
     image = weights[0].numpy()  # the first head
-    uniform = 1 / image.shape[1]
     if measured.kept is not None:
         image = np.where(measured.kept[0].numpy(), image, np.nan)
+    uniform = 1 / image.shape[1]
+    scale = LogNorm(uniform / 100, uniform * 100, clip=True)
     colors = colormaps["viridis"].with_extremes(bad=style.PAPER)
-    axes.imshow(
-        image,
-        cmap=colors,
-        norm=LogNorm(uniform / 100, uniform * 100, clip=True),
-        interpolation="nearest",
-    )
+    axes.imshow(image, cmap=colors, norm=scale, interpolation="nearest")
     style.bare(axes, measured.title, weight="bold")
 
 

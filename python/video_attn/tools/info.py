@@ -113,22 +113,15 @@ def _torch_note() -> str:
 def _devices() -> list[Row]:
     import torch
 
+    from ..device import device_info
+
     cpu = {
         "device": "cpu",
-        "name": _cpu_name(),
+        "name": device_info("cpu").name,
         "arch": torch.backends.cpu.get_cpu_capability(),
         "units": f"{torch.get_num_threads()} threads",
     }
     return [cpu, *(_guarded(_gpus) if torch.cuda.is_available() else [])]
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _gpus() -> list[Row]:

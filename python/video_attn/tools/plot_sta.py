@@ -15,21 +15,20 @@ from numpy.typing import NDArray
 
 from ..layout import Triple, VideoLayout
 from . import plot_style as style
-from .options import file_ending_in, positive_float, sizes
-from .token_maps import TokenMap, check_sizes, sliding_tile_map
+from .options import file_ending_in, positive_float
+from .token_maps import (
+    TokenMap,
+    add_window_arguments,
+    clipped,
+    size_text,
+    sliding_tile_map,
+    window_arguments,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``video-attn plot sta``."""
-    size = sizes("HxW", "TxHxW")
-    parser.add_argument(
-        "--grid", type=size, default=(10, 10), help="tokens, HxW or TxHxW (default 10x10)"
-    )
-    parser.add_argument("--tile", type=size, default=(2, 2), help="tokens of a tile (default 2x2)")
-    parser.add_argument(
-        "--window", type=size, default=(6, 6),
-        help="tokens of a window, whole tiles (default 6x6)",
-    )  # fmt: skip
+    add_window_arguments(parser)
     parser.add_argument(
         "--fps", type=positive_float, default=3.0, help="query tiles per second (default 3)"
     )
@@ -41,11 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws the film and says where it is."""
-    grid, tile, window = (
-        style.as_volume(getattr(args, name), f"--{name}", args.grid)
-        for name in ("grid", "tile", "window")
-    )
-    check_sizes(grid, tile, window)
+    grid, tile, window = window_arguments(args)
     scene = Scene.of(grid, tile, window)
     steps = range(scene.layout.num_tiles)
     if args.out.suffix.lower() in style.STILLS:
@@ -65,8 +60,7 @@ class Scene(NamedTuple):
     @classmethod
     def of(cls, grid: Triple, tile: Triple, window: Triple) -> Scene:
         layout = VideoLayout(grid, tile)
-        clipped = tuple(min(w, n) for w, n in zip(window, grid, strict=True))
-        return cls(layout, clipped, sliding_tile_map(layout, window))  # type: ignore[arg-type]
+        return cls(layout, clipped(window, grid), sliding_tile_map(layout, window))
 
     def rows(self, step: int) -> NDArray[np.int64]:
         """Positions, in tile order, of the tokens of query tile ``step``."""
@@ -86,7 +80,8 @@ class Drawing(NamedTuple):
 def draw(scene: Scene, step: int) -> Drawing:
     """The frame in which query tile ``step`` has its turn."""
     figure = style.new_figure(10.0, 5.6)
-    grid, tile, window = (_text(x) for x in (scene.layout.grid, scene.layout.tile, scene.window))
+    layout = scene.layout
+    grid, tile, window = (size_text(x, " × ") for x in (layout.grid, layout.tile, scene.window))
     style.headline(
         figure,
         "Sliding tile attention (STA)",
@@ -185,7 +180,3 @@ def _draw_map(axes: Axes, scene: Scene, step: int) -> None:
     style.grid_lines(axes, borders, borders, 0.8 if len(borders) < 80 else 0.2)
     axes.set_xlabel("keys", size=9.5, color=style.INK_PALE, loc="left")
     axes.set_ylabel("queries", size=9.5, color=style.INK_PALE, loc="top")
-
-
-def _text(size: Triple) -> str:
-    return " × ".join(map(str, size[1:] if size[0] == 1 else size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,23 +14,21 @@ from numpy.typing import NDArray
 
 from ..layout import Triple, VideoLayout
 from . import plot_style as style
-from .options import file_ending_in, sizes
-from .token_maps import TokenMap, check_sizes, sliding_tile_map, sliding_window_map
+from .options import file_ending_in
+from .token_maps import (
+    TokenMap,
+    add_window_arguments,
+    clipped,
+    size_text,
+    sliding_tile_map,
+    sliding_window_map,
+    window_arguments,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``video-attn plot sta-blocks``."""
-    size = sizes("HxW", "TxHxW")
-    parser.add_argument(
-        "--grid", type=size, default=(10, 10), help="tokens, HxW or TxHxW (default 10x10)"
-    )
-    parser.add_argument(
-        "--tile", type=size, default=(2, 2), help="tokens of a tile and a block (default 2x2)"
-    )
-    parser.add_argument(
-        "--window", type=size, default=(6, 6),
-        help="tokens of a window, whole tiles (default 6x6)",
-    )  # fmt: skip
+    add_window_arguments(parser)
     parser.add_argument(
         "--out", type=file_ending_in(style.STILLS), default=Path("sta_blocks.png"),
         help="file to write, .png (default sta_blocks.png)",
@@ -38,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws the picture and says where it is."""
-    grid, tile, window = (
-        style.as_volume(getattr(args, name), f"--{name}", args.grid)
-        for name in ("grid", "tile", "window")
-    )
-    check_sizes(grid, tile, window)
+    grid, tile, window = window_arguments(args)
     style.save([style.pixels(draw(grid, tile, window).figure)], args.out, fps=1)
     print(f"wrote {args.out}")
     return 0
@@ -101,13 +96,13 @@ class Drawing(NamedTuple):
 def draw(grid: Triple, tile: Triple, window: Triple) -> Drawing:
     """The picture: three attention maps with full, mixed and empty blocks coloured and counted."""
     maps = block_maps(grid, tile, window)
-    clipped = tuple(min(w, n) for w, n in zip(window, grid, strict=True))
-    block = int(np.prod(tile))
+    block = math.prod(tile)
+    tokens, seen = size_text(grid, " × "), size_text(clipped(window, grid), " × ")
     figure = style.new_figure(11.0, 5.3)
     style.headline(
         figure,
         "Sliding tiles leave no mixed blocks",
-        f"attention maps of {_text(grid)} tokens, window of {_text(clipped)}, "  # type: ignore[arg-type]
+        f"attention maps of {tokens} tokens, window of {seen}, "
         f"blocks of {block} × {block}; a mixed block is computed whole, then masked pair by pair",
     )
     axes = [figure.add_axes((0.035 + 0.3175 * i, 0.19, 0.295, 0.61)) for i in range(3)]
@@ -138,7 +133,3 @@ def _draw_map(axes: Axes, blocks: Blocks) -> None:
         f"{blocks.useful:.0%} of the computed pairs are used",
         size=10, color=style.INK, loc="left", linespacing=1.5,
     )  # fmt: skip
-
-
-def _text(size: Triple) -> str:
-    return " × ".join(map(str, size[1:] if size[0] == 1 else size))

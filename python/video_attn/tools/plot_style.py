@@ -1,4 +1,4 @@
-"""What the pictures share: colours, type, sizes on the command line, and files by extension."""
+"""What the pictures share: colours, type, lines, and files by extension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from . import UsageError
 from .video import write_clip
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ MARGIN = 0.35  # inches, left of titles
 STILLS, FILMS = (".png",), (".gif", ".mp4")
 
 Frame = NDArray[np.uint8]
-Triple = tuple[int, int, int]
 
 
 def rgb(color: str) -> tuple[int, int, int]:
@@ -94,20 +92,6 @@ def pixels(figure: Figure) -> Frame:
     figure.canvas.draw()
     buffer = figure.canvas.buffer_rgba()  # type: ignore[attr-defined]
     return np.asarray(buffer)[..., :3].copy()
-
-
-def as_volume(size: tuple[int, ...], name: str, like: tuple[int, ...]) -> Triple:
-    """``size`` with its time axis, 1 for a picture; it must have as many axes as the grid ``like``.
-
-    Raises:
-        UsageError: it has not.
-    """
-    if len(size) != len(like):
-        text, grid = "x".join(map(str, size)), "x".join(map(str, like))
-        raise UsageError(
-            f"{name} {text} and --grid {grid} differ in axes; give both as HxW or TxHxW"
-        )
-    return (1, *size) if len(size) == 2 else size  # type: ignore[return-value]
 
 
 def save(frames: Sequence[Frame], path: Path, fps: float, hold: float = 2.0) -> None:

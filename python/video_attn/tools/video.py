@@ -79,8 +79,10 @@ def photograph(path: Path | None = None) -> Image:
         path = Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
     try:
         return PIL.Image.open(path).convert("RGB")
-    except (PIL.UnidentifiedImageError, IsADirectoryError) as error:
-        raise UsageError(f"{path} cannot be read as an image; give a PNG or JPEG file") from error
+    except OSError as error:  # absent, a folder, or no image
+        raise UsageError(
+            f"{path} cannot be read as an image ({error}); give a PNG or JPEG file"
+        ) from error
 
 
 def pan_and_zoom(image: Image, frames: int, size: tuple[int, int]) -> Clip:
