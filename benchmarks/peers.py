@@ -1,0 +1,197 @@
+"""What the benchmarks of sparse patterns share: one problem, our kernels, their peers, one check.
+
+The same tensors and the same mask go to everybody, in one run, in turn. The peers are torch's dense
+attention (cuDNN and flash on an NVIDIA GPU) and FlexAttention with the same mask.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from video_attn import BlockMask, attention
+from video_attn.ops import problem_of
+from video_attn.registry import select
+from video_attn.tools.bench import Result, Timing, require_correct, time_interleaved
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Relative error against the fp32 reference: some roundings of each dtype.
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+BACKWARD_FACTOR = 2.5  # floating-point operations of backward over forward
+OURS, FLEX = "video_attn", "FlexAttention, same mask"
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: q, k, v [B, H, S, D] that want gradients, a mask, and what describes them."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    grad: Tensor
+    mask: BlockMask
+    problem: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.grad.device
+
+    @property
+    def dense_flops(self) -> float:
+        """Of the forward pass if every query saw every key, padding included."""
+        batch, heads, length, head_dim = self.grad.shape
+        return 4.0 * batch * heads * head_dim * length * length
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass over the pairs that the mask keeps."""
+        batch, heads, _, head_dim = self.grad.shape
+        return self.mask.flops(head_dim, batch=batch, heads=heads)
+
+
+def make_case(mask: BlockMask, heads: int, head_dim: int, dtype: str, problem: dict) -> Case:
+    """Normally distributed inputs for ``mask``, on its device."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, heads, mask.q_len, head_dim)
+    q, k, v, grad = (
+        torch.randn(shape, generator=generator).to(mask.device, DTYPES[dtype]) for _ in range(4)
+    )
+    described = {"dtype": dtype, "heads": heads, "tokens": mask.q_len, "head_dim": head_dim}
+    tensors = tuple(x.requires_grad_() for x in (q, k, v))
+    return Case(tensors, grad, mask, {**described, **problem})  # type: ignore[arg-type]
+
+
+def backend_names(case: Case) -> tuple[str, str]:
+    """The backends that run our forward and backward passes of ``case``."""
+    problems = (problem_of(p, *case.tensors, case.mask) for p in ("forward", "backward"))
+    forward, backward = (select(problem).name for problem in problems)
+    return forward, backward
+
+
+def providers(case: Case, with_flex: bool) -> dict[str, Run]:
+    """Our kernel first, then the peers that this machine has."""
+    runs: dict[str, Run] = {OURS: partial(_ours, case.mask), **dense_peers(case.device)}
+    if with_flex:
+        runs[FLEX] = partial(compiled_flex(), block_mask=case.mask.to_flex())
+    return runs
+
+
+def dense_peers(device: torch.device) -> dict[str, Run]:
+    """torch's dense attention, each fused implementation by itself."""
+    if device.type == "cpu":
+        return {"torch SDPA, dense": F.scaled_dot_product_attention}
+    kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    return {f"torch SDPA {name}, dense": partial(_sdpa, kind) for name, kind in kinds.items()}
+
+
+def time_case(case: Case, runs: dict[str, Run], repeats: int, with_backward: bool) -> list[Result]:
+    """Every provider forward and, where it has one, backward; checked first.
+
+    Ours and FlexAttention are checked on the timed tensors against the fp32 reference, on the first
+    and the last head.
+
+    Raises:
+        WrongResultError: a result is off; then nothing is timed.
+    """
+    graphs = {}
+    if with_backward:
+        graphs = {n: run(*case.tensors) for n, run in runs.items() if has_backward(n, case)}
+    for name in (OURS, FLEX):
+        if name in runs:
+            _check(name, runs[name], graphs.get(name), case)
+    quiet = tuple(x.detach() for x in case.tensors)
+    calls = {"forward": {name: partial(run, *quiet) for name, run in runs.items()}}
+    if graphs:
+        calls["backward"] = {name: partial(_gradients, out, case) for name, out in graphs.items()}
+    results = []
+    for direction, peers in calls.items():
+        timings = time_interleaved(peers, device=case.device, repeats=repeats)
+        results += [result_of(case, direction, name, timings) for name in timings]
+    return results
+
+
+def has_backward(name: str, case: Case) -> bool:
+    """FlexAttention has no backward pass on a CPU (and after an attempt stays uncompiled)."""
+    return name != FLEX or case.device.type != "cpu"
+
+
+def result_of(case: Case, direction: str, name: str, timings: dict[str, Timing]) -> Result:
+    """Effective TFLOPS (real pairs only) and the speed-up over the fastest dense peer."""
+    timing = timings[name]
+    factor = 1.0 if direction == "forward" else BACKWARD_FACTOR
+    dense = min(t.median for peer, t in timings.items() if peer.endswith("dense"))
+    flops = case.dense_flops if name.endswith("dense") else case.flops
+    metrics = {
+        "tflops": factor * flops / timing.median / 1e12,
+        "speed_up_over_dense": dense / timing.median,
+    }
+    return Result({**case.problem, "pass": direction}, name, timing, metrics)
+
+
+def rows_of(results: list[Result]) -> list[tuple[object, ...]]:
+    """Rows for a table with the columns pass, provider, time, TFLOPS, speed-up."""
+    return [
+        (
+            r.problem["pass"],
+            r.provider,
+            r.timing,
+            f"{r.metrics['tflops']:.3g}",
+            f"{r.metrics['speed_up_over_dense']:.2f}x",
+        )
+        for r in results
+    ]
+
+
+COLUMNS = ("pass", "provider", "median (p20 to p80)", "effective TFLOPS", "over dense")
+
+
+@cache
+def compiled_flex() -> Callable[..., Tensor]:
+    warnings.filterwarnings("ignore", message=".*dynamo.*")
+    return torch.compile(flex_attention)
+
+
+def _ours(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v, mask)
+
+
+def _sdpa(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _gradients(out: Tensor, case: Case) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, case.tensors, case.grad, retain_graph=True)
+
+
+def _check(name: str, run: Run, graph: Tensor | None, case: Case) -> None:
+    """The results of ``run`` against the reference in fp32, on the first and the last head."""
+    limit = LIMITS[case.grad.dtype]
+    got = [run(*(x.detach() for x in case.tensors))]
+    if graph is not None:
+        got += _gradients(graph, case)
+    for head in {0, case.grad.shape[1] - 1}:
+        expected = _reference(case, slice(head, head + 1), with_gradients=graph is not None)
+        for part, x, y in zip(("out", "dq", "dk", "dv"), got, expected, strict=False):
+            require_correct(f"{name}, {part} of head {head}", x[:, head].detach(), y[:, 0], limit)
+
+
+def _reference(case: Case, heads: slice, with_gradients: bool) -> list[Tensor]:
+    mask = case.mask
+    if mask.kv_indices.shape[1] > 1:
+        counts, indices = mask.kv_num_blocks[:, heads], mask.kv_indices[:, heads]
+        mask = replace(mask, kv_num_blocks=counts, kv_indices=indices, _transpose=None)
+    exact = [x[:, heads].detach().float().requires_grad_(with_gradients) for x in case.tensors]
+    out = attention(*exact, mask, backend="reference")
+    if not with_gradients:
+        return [out]
+    return [out.detach(), *torch.autograd.grad(out, exact, case.grad[:, heads].float())]
