@@ -193,6 +193,10 @@ ROWS = {
     "sparse_unknown": (lambda: sparse(sparsity=0.1), TypeError, "sparsity"),
     "kept_no_blocks": (lambda: kept_blocks(0.5, 0), ValueError, "num_blocks must be >= 1"),
     # vsa.video_sparse_attn
+    "padded_q_type": (lambda: padded(2, 8, q=[1.0]), TypeError, "q must be a Tensor"),
+    "padded_k_dims": (lambda: padded(2, 8, k=x()[0]), ValueError, "k must be [B, H, S, D]"),
+    "padded_dtype": (lambda: padded(2, 8, q=ints(2, 3, 64, 8)), TypeError, "q must be float16"),
+    "map_q_dims": (lambda: mapped(MAP, q=x()[0]), ValueError, "q must be [B, H, S, D]"),
     "padded_no_topk": (lambda: padded(), TypeError, "missing the argument 'topk'"),
     "padded_topk_9": (lambda: padded(9, 8), ValueError, "topk must be 1 to 8"),
     "padded_topk_0": (lambda: padded(0, 8), ValueError, "topk must be 1 to 8"),

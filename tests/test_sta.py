@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import as_script
 import oracle
@@ -22,8 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from video_cases import DEVICES, DTYPES, answer, quick_backend, random_qkv
 
 from st_attn import sliding_tile_attention
-from video_attn import VideoLayout, sliding_tile
-from video_attn.patterns.sliding_tile import sliding_tile_mask
+from video_attn import VideoLayout, attention, sliding_tile, sliding_tile_mask
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +223,17 @@ def test_text_length_as_int_list_or_tensor():
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_model_may_tile_once():
+    """Tile order around many layers, as the docstring of sliding_tile shows, is the same."""
+    video = VideoLayout((5, 6, 7), (2, 3, 4), text_length=9)
+    q, k, v, _ = random_qkv((2, 3, video.sequence_length, 8))
+    mask = sliding_tile_mask(video, W)
+    tiled = [video.to_tiles(x) for x in (q, k, v)]
+    out = video.from_tiles(attention(tiled[0], tiled[1], attention(*tiled, mask), mask))
+    once = partial(sliding_tile, grid=video.grid, window=W, tile=video.tile)
+    assert torch.equal(out, once(q, k, once(q, k, v)))
 
 
 # -- properties ------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from video_cases import answer, quick_backend, random_qkv
 
 from st_attn import sliding_tile_attention
-from video_attn import VideoLayout, attention, sliding_tile, video_sparse
+from video_attn import VideoLayout, attention, sliding_tile, sliding_tile_mask, video_sparse
 from video_attn.functional import sta, vsa, vsa_padded
-from video_attn.patterns.sliding_tile import sliding_tile_mask
 from video_attn.static_cache import static_cache
 from vsa import video_sparse_attn
 

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from video_cases import DEVICES, DTYPES, answer, quick_backend, random_qkv, spy_on_masks
 from vsa_definition import NONE, TEXT, Tokens, check, tile_numbers
 
-from video_attn import BlockMask, video_sparse
+from video_attn import BlockMask, VideoLayout, video_sparse
 from vsa import block_sparse_attn, block_sparse_attn_from_indices, video_sparse_attn
 
 
@@ -282,6 +282,15 @@ def test_gate_none_is_gate_one():
     difference = call(gate=0.5) - call(gate=0)
     torch.testing.assert_close(2 * difference, expected - call(gate=0))
     assert float(difference.abs().max()) > 0.01
+
+
+def test_tile_order_and_raster_order_agree():
+    """A model in padded tile order calls video_sparse_attn with the layout's block lengths."""
+    video = VideoLayout((5, 6, 7), (4, 4, 4))
+    q, k, v, _ = random_qkv((2, 3, video.sequence_length, 8))
+    tiled = [video.to_tiles(x) for x in (q, k, v)]
+    out = video_sparse_attn(*tiled, video.block_lens(), 3, video.tile)
+    assert torch.equal(video.from_tiles(out), video_sparse(q, k, v, video.grid, top_k=3))
 
 
 # -- block maps and lists --------------------------------------------------------------------------

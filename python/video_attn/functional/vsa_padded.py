@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..attention import attention, check_shapes
+from ..attention import as_bhsd, attention, check_shapes
 from ..block_mask import BlockMask
 from .vsa import add_coarse, check_count, check_gate, compress_and_select
 
@@ -67,7 +67,7 @@ def video_sparse_attn(
         RuntimeError: no backend can serve; the message says why for each.
     """
     given = _bind(arguments, keywords)
-    check_shapes(q, k, v)
+    check_shapes(*as_bhsd("bhsd", q=q, k=k, v=v))
     size = _block_size(given["block_size"])
     nq, nk = _num_blocks("q", q.shape[2], size), _num_blocks("k", k.shape[2], size)
     top_k = check_count(given["topk"], nk, "topk")
@@ -119,7 +119,7 @@ def block_sparse_attn(
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
         RuntimeError: no backend can serve; the message says why for each.
     """
-    check_shapes(q, k, v)
+    check_shapes(*as_bhsd("bhsd", q=q, k=k, v=v))
     if not isinstance(block_map, Tensor) or block_map.dtype != torch.bool:
         raise TypeError(
             f"block_map must be a bool tensor, got {getattr(block_map, 'dtype', type(block_map))}"
@@ -159,7 +159,7 @@ def block_sparse_attn_from_indices(
             Entries out of range are found on the CPU; on a GPU they are left out.
         RuntimeError: no backend can serve; the message says why for each.
     """
-    check_shapes(q, k, v)
+    check_shapes(*as_bhsd("bhsd", q=q, k=k, v=v))
     _check_integers("q2k_idx", q2k_idx, 4, q)
     _check_integers("q2k_num", q2k_num, 3, q)
     if q2k_num.shape != q2k_idx.shape[:3] or 0 in q2k_idx.shape:
