@@ -196,6 +196,14 @@ def test_host_never_reads_the_device(function, kind, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_one_cache_entry_for_both_names_of_a_gpu(gpu):
+    """Masks for "cuda" and for "cuda:0" share their lists."""
+    layout = VideoLayout((4, 4, 4), (2, 2, 2))
+    by_name, by_index = (sliding_tile_mask(layout, (1, 2, 1), device=d) for d in ("cuda", gpu))
+    assert by_name.kv_indices is by_index.kv_indices
+
+
+@pytest.mark.gpu
 @FUNCTIONS
 def test_a_cuda_graph_captures_it(function, gpu):
     """Forward in a CUDA graph, replayed on other data and another text length."""
