@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cursor.h"
+#include "elements.h"
 #include "params.h"
 #include "primitives.h"
 #include "scores.h"
@@ -31,7 +32,12 @@ struct AttentionConfig {
   static constexpr int kKBytes = kQkTileBytes<kDim>;
   static constexpr int kVBytes = kVTileBytes<kV, kDim>;
   static constexpr int kBuffers = 2;
-  static constexpr int kSharedBytes = kQBytes + kBuffers * (kKBytes + kVBytes);
+  static constexpr int kFactorBytes = kRowTiles * kThreads * 4;
+  static constexpr int kWalkBytes = 128;  // the cursor and two tiles of it
+  static constexpr int kSharedBytes =
+      kQBytes + kBuffers * (kKBytes + kVBytes) + kFactorBytes + kWalkBytes;
+  static constexpr int kPitch = kDim + 8;  // floats from row to row of staged results
+  static_assert(kTile * (kPitch + 1) * sizeof(float) <= kSharedBytes);
   static_assert(kDim == 64 || kDim == 128, "rows of codes are 64 or 128 bytes");
   static_assert(kRowTiles == 1 || kRowTiles == 2);
 };
@@ -58,46 +64,51 @@ class AttentionBlock {
       last_key = first_row + C::kRows - 1 + causal_offset_;
       if (last_key >= p_.kv_side.length) last_key = p_.kv_side.length - 1;
     }
-    int valid_rows = 0;
-    SAGE_UNROLL
-    for (int r = 0; r < C::kRowTiles; ++r) {
-      valid_rows_[r] = first_tile_ + r < tiles_in(p_.q_side.length)
-                           ? valid_in_tile(p_.q_side, batch_, first_tile_ + r)
-                           : 0;
-      valid_rows += valid_rows_[r];
-    }
-    if (valid_rows > 0 && last_key >= 0) attend(TileCursor(p_, batch_, head_, first_row, last_key));
+    int valid = 0;
+    for (int r = 0; r < C::kRowTiles; ++r) valid += valid_rows(r);
+    if (valid > 0 && last_key >= 0) attend(first_row, last_key);
     store();
   }
 
  private:
-  SAGE_DEVICE void attend(TileCursor cursor) {
+  SAGE_DEVICE void attend(int first_row, int last_key) {
     copy_queries();
     load_query_factors();
-    KeyTile tile = cursor.next();
+    // Thread 0 walks the list, in shared memory: registers are short.
+    auto* cursor = reinterpret_cast<TileCursor*>(q_ + C::kSharedBytes - C::kWalkBytes);
+    auto* tiles = reinterpret_cast<KeyTile*>(cursor + 1);
+    static_assert(sizeof(TileCursor) + C::kBuffers * sizeof(KeyTile) <= C::kWalkBytes);
+    if (thread_index() == 0) {
+      *cursor = TileCursor(p_, batch_, head_, first_row, last_key);
+      for (int i = 0; i < C::kBuffers; ++i) tiles[i] = cursor->next(p_.kv_side, batch_);
+    }
+    block_barrier();
+    KeyTile tile = tiles[0];
     if (tile.exists()) copy_keys(tile, 0);
     copy_async_commit();
     for (int buffer = 0; tile.exists(); buffer ^= 1) {
       const float k_scale = key_scale(tile);
       copy_async_wait_all();
       block_barrier();  // the tile is there, and nobody reads the other buffer any more
-      const KeyTile following = cursor.next();
+      const KeyTile following = tiles[buffer ^ 1];
       if (following.exists()) copy_keys(following, buffer ^ 1);
       copy_async_commit();
+      if (thread_index() == 0) tiles[buffer] = cursor->next(p_.kv_side, batch_);
       step(tile, k_scale, buffer);
       tile = following;
     }
+    copy_async_wait_all();  // of the queries, where there was no tile
   }
 
   // One key tile: scores, weights, values.
   SAGE_DEVICE void step(const KeyTile& tile, float k_scale, int buffer) {
-    float s[C::kRowTiles][kTile / 8][4];
-    multiply_scores<C::kQk, C::kDim>(s, q_, keys(buffer));
     uint32_t weights[C::kRowTiles][Values<C::kV>::kSteps][4];
     float keep[C::kRowTiles][2];
     SAGE_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) {
-      ScoreScale scale{Scores<C::kQk>::kOffset, q_factor_[r] * k_scale};
+      float s[kTile / 8][4];
+      multiply_scores<C::kQk, C::kDim>(s, q_ + r * kQkTileBytes<C::kDim>, keys(buffer));
+      ScoreScale scale{Scores<C::kQk>::kOffset, factors()[r * C::kThreads] * k_scale};
       const int last_seen_by_all = (first_tile_ + r) * kTile + causal_offset_;
       const bool cut_by_causal = p_.is_causal && tile.index * kTile + kTile - 1 > last_seen_by_all;
       if (tile.valid < kTile || cut_by_causal) {
@@ -107,10 +118,10 @@ class AttentionBlock {
           const int seen = row(r, i) + causal_offset_ - tile.index * kTile + 1;
           limit[i] = cut_by_causal && seen < tile.valid ? seen : tile.valid;
         }
-        scale = hide_keys(s[r], scale, limit);
+        scale = hide_keys(s, scale, limit);
       }
-      weigh<Values<C::kV>::kExponent>(s[r], scale, state_[r], keep[r]);
-      Values<C::kV>::pack(weights[r], s[r]);
+      weigh<Values<C::kV>::kExponent>(s, scale, state_[r], keep[r]);
+      Values<C::kV>::pack(weights[r], s);
     }
     multiply_values<C::kV, C::kHalfSums, C::kDim>(out_, weights, keep, values(buffer));
   }
@@ -152,7 +163,12 @@ class AttentionBlock {
     copy_tile(values(buffer), p_.v_codes, key_tile(tile.index), C::kVBytes);
   }
 
-  // Every granularity gives a lane one scale for its two rows of a tile, and one for its keys.
+  // Every granularity gives a lane one scale for its two rows of a tile, and one for its keys. The
+  // former wait in shared memory, each thread's own.
+  SAGE_DEVICE float* factors() const {
+    return reinterpret_cast<float*>(keys(C::kBuffers)) + thread_index();
+  }
+
   SAGE_DEVICE void load_query_factors() {
     const int tiles = tiles_in(p_.q_side.length);
     const int64_t first = (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles;
@@ -160,7 +176,7 @@ class AttentionBlock {
     for (int r = 0; r < C::kRowTiles; ++r) {
       const int tile = first_tile_ + r < tiles ? first_tile_ + r : tiles - 1;
       const int group = q_group(p_.q_groups, row_in_tile(0));
-      q_factor_[r] = p_.q_scale[(first + tile) * p_.q_groups + group] * p_.scale_log2;
+      factors()[r * C::kThreads] = p_.q_scale[(first + tile) * p_.q_groups + group] * p_.scale_log2;
     }
   }
 
@@ -176,22 +192,68 @@ class AttentionBlock {
   }
   SAGE_DEVICE int row(int r, int i) const { return (first_tile_ + r) * kTile + row_in_tile(i); }
 
+  // Valid rows of a row tile; 0 past the end of the sequence.
+  SAGE_DEVICE int valid_rows(int r) const {
+    const int tile = first_tile_ + r;
+    return tile < tiles_in(p_.q_side.length) ? valid_in_tile(p_.q_side, batch_, tile) : 0;
+  }
+
+  // A row tile at a time through shared memory, for whole lines to global memory.
   SAGE_DEVICE void store() const {
+    auto* rows = reinterpret_cast<float*>(q_);
+    float* inverse = rows + kTile * C::kPitch;
     SAGE_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) {
+      block_barrier();  // nobody reads any more what shared memory held before
       SAGE_UNROLL
       for (int i = 0; i < 2; ++i) {
         const float total = row_total(state_[r].total[i]);
-        if (row(r, i) >= p_.q_side.length) continue;
-        const bool seen = row_in_tile(i) < valid_rows_[r] && total != 0.0f;
-        store_lse(r, i, seen, total);
-        store_row(r, i, seen, seen ? divide(1.0f, total) : 0.0f);
+        const bool seen = row_in_tile(i) < valid_rows(r) && total != 0.0f;
+        if (thread_index() % 4 == 0) {
+          inverse[row_in_tile(i)] = seen ? divide(1.0f, total) : 0.0f;
+          store_lse(r, i, seen, total);
+        }
+        SAGE_UNROLL
+        for (int n = 0; n < C::kDim / 8; ++n) {
+          const int channel = n * 8 + thread_index() % 4 * 2;
+          *reinterpret_cast<Words2*>(rows + row_in_tile(i) * C::kPitch + channel) = {
+              {as_bits(out_[r][n][i * 2]), as_bits(out_[r][n][i * 2 + 1])}};
+        }
       }
+      block_barrier();
+      store_rows(first_tile_ + r, rows, inverse);
+    }
+  }
+
+  // acc / total * scale + mean, for every row of a tile; exact zeros for rows that see nothing.
+  SAGE_DEVICE void store_rows(int tile, const float* rows, const float* inverse) const {
+    constexpr int kLanes = C::kDim / 4;  // that share a row, four channels each
+    const int channel = thread_index() % kLanes * 4;
+    const int64_t channels =
+        (static_cast<int64_t>(batch_) * p_.kv_heads + kv_head_) * C::kDim + channel;
+    float scale[4], mean[4];
+    SAGE_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      scale[c] = p_.v_scale[channels + c];
+      mean[c] = p_.v_mean == nullptr ? 0.0f : p_.v_mean[channels + c];
+    }
+    for (int row = thread_index() / kLanes; row < kTile; row += C::kThreads / kLanes) {
+      const int64_t token = static_cast<int64_t>(tile) * kTile + row;
+      if (token >= p_.q_side.length) break;
+      float x[4];
+      SAGE_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        const float sum = rows[row * C::kPitch + channel + c];
+        x[c] = inverse[row] == 0.0f ? 0.0f : sum * inverse[row] * scale[c] + mean[c];
+      }
+      const int64_t offset = batch_ * p_.out_batch_stride + head_ * p_.out_head_stride +
+                             token * p_.out_token_stride + channel;
+      store_four(x, p_.out, p_.out_dtype, offset, p_.head_dim_v - channel);
     }
   }
 
   SAGE_DEVICE void store_lse(int r, int i, bool seen, float total) const {
-    if (thread_index() % 4 != 0) return;
+    if (row(r, i) >= p_.q_side.length) return;
     const int64_t index =
         (static_cast<int64_t>(batch_) * p_.heads + head_) * p_.q_side.length + row(r, i);
     constexpr float kLn2 = 0.69314718f;
@@ -201,50 +263,9 @@ class AttentionBlock {
     p_.lse[index] = seen ? lse : kMinusInfinity;
   }
 
-  SAGE_DEVICE void store_row(int r, int i, bool seen, float inverse) const {
-    const int64_t channels =
-        (static_cast<int64_t>(batch_) * p_.kv_heads + kv_head_) * p_.padded_dim;
-    const int64_t token =
-        batch_ * p_.out_batch_stride + head_ * p_.out_head_stride + row(r, i) * p_.out_token_stride;
-    SAGE_UNROLL
-    for (int n = 0; n < C::kDim / 8; ++n) {
-      const int channel = n * 8 + thread_index() % 4 * 2;
-      float x[2] = {0.0f, 0.0f};
-      SAGE_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        if (!seen) continue;
-        x[j] = out_[r][n][i * 2 + j] * inverse * p_.v_scale[channels + channel + j];
-        if (p_.v_mean != nullptr) x[j] += p_.v_mean[channels + channel + j];
-      }
-      store_pair(token + channel, x, p_.head_dim_v - channel);
-    }
-  }
-
-  // Two neighbouring channels; the first `count` of them exist.
-  SAGE_DEVICE void store_pair(int64_t offset, const float (&x)[2], int count) const {
-    if (p_.out_dtype == Element::kFloat32) {
-      float* out = static_cast<float*>(p_.out) + offset;
-      if (count > 0) out[0] = x[0];
-      if (count > 1) out[1] = x[1];
-      return;
-    }
-    const bool is_half = p_.out_dtype == Element::kFloat16;
-    const uint32_t low = is_half ? float_to_half(x[0]) : float_to_bfloat16(x[0]);
-    const uint32_t high = is_half ? float_to_half(x[1]) : float_to_bfloat16(x[1]);
-    uint16_t* out = static_cast<uint16_t*>(p_.out) + offset;
-    if (count > 1 && reinterpret_cast<uintptr_t>(out) % 4 == 0) {
-      *reinterpret_cast<uint32_t*>(out) = high << 16 | low;
-      return;
-    }
-    if (count > 0) out[0] = static_cast<uint16_t>(low);
-    if (count > 1) out[1] = static_cast<uint16_t>(high);
-  }
-
   const AttentionParams& p_;
   const int batch_, head_, kv_head_, first_tile_, causal_offset_;
   uint8_t* const q_;
-  int valid_rows_[C::kRowTiles];
-  float q_factor_[C::kRowTiles];
   RowState state_[C::kRowTiles];
   float out_[C::kRowTiles][C::kDim / 8][4] = {};
 };

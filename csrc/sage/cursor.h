@@ -1,5 +1,5 @@
 // The key tiles of one block of query rows, one after the other: from its list of key blocks, or
-// all of them; tiles without a valid key are left out. Every thread walks the same way.
+// all of them; tiles without a valid key are left out.
 #pragma once
 
 #include "params.h"
@@ -18,7 +18,7 @@ class TileCursor {
  public:
   // `last_key`: the last key that any row of the block may see.
   SAGE_DEVICE TileCursor(const AttentionParams& p, int batch, int head, int first_row, int last_key)
-      : side_(p.kv_side), batch_(batch), end_(tiles_in(last_key + 1)) {
+      : end_(tiles_in(last_key + 1)) {
     if (p.lists.counts == nullptr) {
       blocks_ = 1;
       tiles_per_block_ = end_;
@@ -34,7 +34,7 @@ class TileCursor {
     tiles_per_block_ = p.kv_side.block_size / kTile;
   }
 
-  SAGE_DEVICE KeyTile next() {
+  SAGE_DEVICE KeyTile next(const Side& kv_side, int batch) {
     while (block_ < blocks_) {
       if (in_block_ == 0) first_ = indices_ ? indices_[block_ * stride_] * tiles_per_block_ : 0;
       const int tile = first_ + in_block_;
@@ -43,15 +43,14 @@ class TileCursor {
         ++block_;
       }
       if (tile >= end_) continue;
-      const int valid = valid_in_tile(side_, batch_, tile);
+      const int valid = valid_in_tile(kv_side, batch, tile);
       if (valid > 0) return {tile, valid};
     }
     return {-1, 0};
   }
 
  private:
-  const Side& side_;
-  int batch_, end_;
+  int end_;
   const int32_t* indices_ = nullptr;
   int64_t stride_ = 0;
   int blocks_ = 0, tiles_per_block_ = 0;

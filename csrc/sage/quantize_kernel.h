@@ -8,6 +8,7 @@
 // (or every fourth token); each thread has four neighbouring channels.
 #pragma once
 
+#include "elements.h"
 #include "params.h"
 #include "primitives.h"
 #include "tiles.h"
@@ -80,46 +81,6 @@ SAGE_DEVICE ScalePair power_of_two_pair(uint32_t amax_bits) {
 // A value times an inverse scale; 0 where that is 0, whatever the value.
 SAGE_DEVICE float scaled(float x, float inverse) { return inverse == 0.0f ? 0.0f : x * inverse; }
 
-// -- loads
-// ------------------------------------------------------------------------------------------
-
-struct alignas(16) Words {
-  uint32_t w[4];
-};
-
-struct alignas(8) WordPair {
-  uint32_t w[2];
-};
-
-SAGE_DEVICE float element(const Tensor4& x, int64_t offset) {
-  if (x.dtype == Element::kFloat32) return static_cast<const float*>(x.data)[offset];
-  const uint32_t bits = static_cast<const uint16_t*>(x.data)[offset];
-  return x.dtype == Element::kFloat16 ? half_to_float(static_cast<uint16_t>(bits))
-                                      : from_bits(bits << 16);
-}
-
-// Four neighbouring channels of a token, zeros past `channels`.
-SAGE_DEVICE void load_four(float (&y)[4], const Tensor4& x, int64_t offset, int channels) {
-  const int size = x.dtype == Element::kFloat32 ? 4 : 2;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(x.data) + offset * size;
-  if (channels < 4 || address % (4 * size) != 0) {
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i) y[i] = i < channels ? element(x, offset + i) : 0.0f;
-  } else if (size == 4) {
-    const Words words = *reinterpret_cast<const Words*>(address);
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i) y[i] = from_bits(words.w[i]);
-  } else {
-    const WordPair words = *reinterpret_cast<const WordPair*>(address);
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = words.w[i / 2] >> (i % 2 * 16) & 0xFFFFu;
-      y[i] = x.dtype == Element::kFloat16 ? half_to_float(static_cast<uint16_t>(bits))
-                                          : from_bits(bits << 16);
-    }
-  }
-}
-
 template <int kDim>
 struct Lane {
   static constexpr int kLanes = kDim / 4;  // that share a row: 16 or 32
@@ -127,8 +88,7 @@ struct Lane {
   SAGE_DEVICE static int channel() { return thread_index() % kLanes * 4; }
 };
 
-// -- StatisticsKernel, FinishKernel
-// -------------------------------------------------------------------
+// -- StatisticsKernel, FinishKernel ------------------------------------------------------------
 
 // grid: chunks, kv heads, 2 * batch (K first)
 template <int kDim>
@@ -153,8 +113,8 @@ struct StatisticsKernel {
       const int valid = valid_in_tile(p.kv_side, batch, tile);
       for (int row = Lane<kDim>::group(); row < valid; row += kRowGroups) {
         float y[4];
-        load_four(y, x, base + (static_cast<int64_t>(tile) * kTile + row) * x.token_stride,
-                  channels);
+        load_four(y, x.data, x.dtype,
+                  base + (static_cast<int64_t>(tile) * kTile + row) * x.token_stride, channels);
         SAGE_UNROLL
         for (int i = 0; i < 4; ++i) add(mine[i], {y[i], y[i], y[i], magnitude(y[i])});
       }
@@ -229,8 +189,7 @@ struct FinishKernel {
   }
 };
 
-// -- QuantizeKernel
-// -----------------------------------------------------------------------------------
+// -- QuantizeKernel ----------------------------------------------------------------------------
 
 // grid: all tiles of Q, then of K, then of V
 template <int kDim, QkCode kQk, VCode kV>
@@ -274,7 +233,7 @@ struct QuantizeKernel {
     for (int r = 0; r < kGroupRows; ++r) {
       const bool counts = first + r < valid;
       const int64_t token = static_cast<int64_t>(tile) * kTile + first + r;
-      load_four(x[r], from, base + (counts ? token * from.token_stride : 0),
+      load_four(x[r], from.data, from.dtype, base + (counts ? token * from.token_stride : 0),
                 counts ? dim - channel : 0);
       SAGE_UNROLL
       for (int c = 0; c < 4; ++c) x[r][c] = counts ? x[r][c] - centre[c] : 0.0f;
@@ -384,19 +343,19 @@ struct QuantizeKernel {
       SAGE_UNROLL
       for (int r = 0; r < kGroupRows; ++r) {
         const int offset = v16_offset(group * kGroupRows + r, channel / 8) + channel % 8 * 2;
-        *reinterpret_cast<WordPair*>(codes + offset) = {
+        *reinterpret_cast<Words2*>(codes + offset) = {
             {pack_half2(x[r][0], x[r][1]), pack_half2(x[r][2], x[r][3])}};
       }
     } else {
       SAGE_UNROLL
       for (int c = 0; c < 4; ++c) {
-        Words words;
+        Words4 words;
         SAGE_UNROLL
         for (int w = 0; w < 4; ++w) {
           words.w[w] = pack_fp8(x[v_token(w * 4)][c], x[v_token(w * 4 + 1)][c],
                                 x[v_token(w * 4 + 2)][c], x[v_token(w * 4 + 3)][c]);
         }
-        *reinterpret_cast<Words*>(codes + chunk_offset<kTile>(channel + c, group)) = words;
+        *reinterpret_cast<Words4*>(codes + chunk_offset<kTile>(channel + c, group)) = words;
       }
     }
   }

@@ -38,51 +38,39 @@ struct Scores<QkCode::kFp8> {
   }
 };
 
-// s[r][n][i] + kOffset for the kRowTiles tiles of Q at `q` and the tile of K at `k`, both in shared
-// memory.
-template <QkCode kCode, int kDim, int kRowTiles>
-SAGE_DEVICE void multiply_scores(float (&s)[kRowTiles][kTile / 8][4], const uint8_t* q,
-                                 const uint8_t* k) {
+// s[n][i] = kOffset + the products of the 64 queries at `q` and the 64 keys at `k`, both in shared
+// memory. One row tile at a time: the fragments of K are loaded again for each, which shared memory
+// has time for, and the scores of only one tile are in registers.
+template <QkCode kCode, int kDim>
+SAGE_DEVICE void multiply_scores(float (&s)[kTile / 8][4], const uint8_t* q, const uint8_t* k) {
   using Kind = Scores<kCode>;
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  typename Kind::Sum c[kRowTiles][kTile / 8][4];
+  typename Kind::Sum c[kTile / 8][4];
   SAGE_UNROLL
-  for (int r = 0; r < kRowTiles; ++r) {
+  for (int n = 0; n < kTile / 8; ++n) {
     SAGE_UNROLL
-    for (int n = 0; n < kTile / 8; ++n) {
-      SAGE_UNROLL
-      for (int i = 0; i < 4; ++i) c[r][n][i] = Kind::kStart;
-    }
+    for (int i = 0; i < 4; ++i) c[n][i] = Kind::kStart;
   }
   SAGE_UNROLL
   for (int step = 0; step < kDim / 64; ++step) {  // 64 channels: two products of 32
-    uint32_t a[kRowTiles][2][4];
+    uint32_t a[2][4];
     SAGE_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) {
-      SAGE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp * 16 + lane % 16, chunk = step * 4 + half * 2 + lane / 16;
-        load_matrices(a[r][half], q + r * kQkTileBytes<kDim> + chunk_offset<kDim>(row, chunk));
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * 16 + lane % 16, chunk = step * 4 + half * 2 + lane / 16;
+      load_matrices(a[half], q + chunk_offset<kDim>(row, chunk));
     }
     SAGE_UNROLL
     for (int n = 0; n < kTile / 8; ++n) {
       uint32_t b[4];
       load_matrices(b, k + chunk_offset<kDim>(n * 8 + lane % 8, step * 4 + lane / 8));
-      SAGE_UNROLL
-      for (int r = 0; r < kRowTiles; ++r) {
-        Kind::multiply(c[r][n], a[r][0], b[0], b[1]);
-        Kind::multiply(c[r][n], a[r][1], b[2], b[3]);
-      }
+      Kind::multiply(c[n], a[0], b[0], b[1]);
+      Kind::multiply(c[n], a[1], b[2], b[3]);
     }
   }
   SAGE_UNROLL
-  for (int r = 0; r < kRowTiles; ++r) {
+  for (int n = 0; n < kTile / 8; ++n) {
     SAGE_UNROLL
-    for (int n = 0; n < kTile / 8; ++n) {
-      SAGE_UNROLL
-      for (int i = 0; i < 4; ++i) s[r][n][i] = as_float(c[r][n][i]);
-    }
+    for (int i = 0; i < 4; ++i) s[n][i] = as_float(c[n][i]);
   }
 }
 

@@ -181,7 +181,9 @@ class Block {
   static void enter() {
     Block& block = current();
     block.body_();
-    block.fibers_[block.running_].done = true;
+    Fiber& fiber = block.fibers_[block.running_];
+    if (!fiber.issued.empty() || !fiber.committed.empty()) block.fail("copies in flight at the end");
+    fiber.done = true;
     longjmp_to(block.scheduler_);
   }
 

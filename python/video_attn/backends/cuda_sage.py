@@ -38,6 +38,9 @@ _library.define(
     f"Tensor? kv_indices, {_LENS}, int kv_len, float scale, bool is_causal, bool half_sums, "
     "Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
+for _name in ("sage_quantize", "sage_attention"):
+    # They return nothing and change their last arguments: there is nothing to allocate.
+    torch.library.register_fake(f"video_attn::{_name}", lambda *args: None, lib=_library)
 
 
 class SageCodes(NamedTuple):
@@ -92,7 +95,7 @@ def quantize(
     precision: str,
     options: QuantizationOptions,
 ) -> SageCodes:
-    """Codes and scales of q, k, v [B, H, S, D], by the kernels; the mask gives the valid lengths."""
+    """Codes and scales of q, k, v [B, H, S, D]; the mask gives the valid lengths."""
     codes = allocate_codes(q, k, v, precision, options)
     batch, kv_heads, kv_tiles = codes.k.shape[:3]
     chunks = -(-kv_tiles // _CHUNK_TILES)
@@ -106,8 +109,10 @@ def quantize(
 def _lens(mask: BlockMask | None) -> tuple[Tensor | None, Tensor | None, int, int]:
     if mask is None:
         return None, None, 0, 0
-    lens = (x if x is None else x.contiguous() for x in (mask.q_block_lens, mask.kv_block_lens))
-    return *lens, mask.q_block_size, mask.kv_block_size
+    q_lens, kv_lens = (
+        x if x is None else x.contiguous() for x in (mask.q_block_lens, mask.kv_block_lens)
+    )
+    return q_lens, kv_lens, mask.q_block_size, mask.kv_block_size
 
 
 def _available() -> str | None:

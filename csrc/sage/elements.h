@@ -1,0 +1,76 @@
+// Elements of the caller's tensors: fp16, bf16 or fp32, four neighbouring channels at a time, in
+// one access where they are aligned.
+#pragma once
+
+#include "params.h"
+#include "primitives.h"
+
+namespace video_attn::sage {
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+
+struct alignas(8) Words2 {
+  uint32_t w[2];
+};
+
+SAGE_DEVICE float to_float(Element dtype, uint32_t bits) {
+  return dtype == Element::kFloat16 ? half_to_float(static_cast<uint16_t>(bits))
+                                    : from_bits(bits << 16);
+}
+
+SAGE_DEVICE uint32_t from_float(Element dtype, float x) {
+  return dtype == Element::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
+}
+
+// The first `count` of y from `offset` elements after `data`; zeros in place of the others.
+SAGE_DEVICE void load_four(float (&y)[4], const void* data, Element dtype, int64_t offset,
+                           int count) {
+  const bool is_wide = dtype == Element::kFloat32;
+  const auto* bytes = static_cast<const uint8_t*>(data) + offset * (is_wide ? 4 : 2);
+  const bool is_whole = count >= 4 && reinterpret_cast<uintptr_t>(bytes) % (is_wide ? 16 : 8) == 0;
+  if (is_whole && is_wide) {
+    const Words4 words = *reinterpret_cast<const Words4*>(bytes);
+    SAGE_UNROLL
+    for (int i = 0; i < 4; ++i) y[i] = from_bits(words.w[i]);
+  } else if (is_whole) {
+    const Words2 words = *reinterpret_cast<const Words2*>(bytes);
+    SAGE_UNROLL
+    for (int i = 0; i < 4; ++i) y[i] = to_float(dtype, words.w[i / 2] >> (i % 2 * 16) & 0xFFFFu);
+  } else {
+    SAGE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      y[i] = i >= count ? 0.0f
+             : is_wide  ? reinterpret_cast<const float*>(bytes)[i]
+                        : to_float(dtype, reinterpret_cast<const uint16_t*>(bytes)[i]);
+    }
+  }
+}
+
+// The first `count` of x to `offset` elements after `data`.
+SAGE_DEVICE void store_four(const float (&x)[4], void* data, Element dtype, int64_t offset,
+                            int count) {
+  const bool is_wide = dtype == Element::kFloat32;
+  auto* bytes = static_cast<uint8_t*>(data) + offset * (is_wide ? 4 : 2);
+  const bool is_whole = count >= 4 && reinterpret_cast<uintptr_t>(bytes) % (is_wide ? 16 : 8) == 0;
+  if (is_whole && is_wide) {
+    *reinterpret_cast<Words4*>(bytes) = {
+        {as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])}};
+  } else if (is_whole) {
+    *reinterpret_cast<Words2*>(bytes) = {{from_float(dtype, x[0]) | from_float(dtype, x[1]) << 16,
+                                          from_float(dtype, x[2]) | from_float(dtype, x[3]) << 16}};
+  } else {
+    SAGE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i >= count) continue;
+      if (is_wide) {
+        reinterpret_cast<float*>(bytes)[i] = x[i];
+      } else {
+        reinterpret_cast<uint16_t*>(bytes)[i] = static_cast<uint16_t>(from_float(dtype, x[i]));
+      }
+    }
+  }
+}
+
+}  // namespace video_attn::sage
