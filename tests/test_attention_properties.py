@@ -29,10 +29,10 @@ everywhere = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 
 SMALL = Problem(
     index=0, seed=11, kind="lists", dtype=torch.float32, batch=2, kv_heads=1, group=2, head_dim=40,
-    head_dim_v=24, memory="bhsd", logits="normal", with_lse_grad=True, q_len=75, kv_len=90,
+    head_dim_v=24, memory="bhsd", logits="normal", with_lse_grad=True, q_len=41, kv_len=58,
     q_block_size=16, kv_block_size=32, lens="per-batch", mask_heads=True, density=0.6,
 )  # fmt: skip
-FEW = random_problems(8, seed=77, dtypes=(torch.float16, torch.float32), max_len=140, max_heads=2)
+FEW = random_problems(8, seed=77, dtypes=(torch.float16, torch.float32), max_len=80, max_heads=2)
 
 
 def build(problem: Problem, backend: str, device: torch.device) -> Built:
@@ -54,14 +54,21 @@ def assert_same_bits(first: oracle.Result, second: oracle.Result, label: str) ->
 
 
 @everywhere
-@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "default"])
 @pytest.mark.parametrize("problem", FEW, ids=str)
-def test_the_same_call_gives_the_same_bits(problem, deterministic, backend, device):
-    """All backends of today promise it for both directions, asked for or not."""
+def test_the_same_call_gives_the_same_bits(problem, backend, device):
     built = build(problem, backend, device)
-    first = run_attention(built, backend, deterministic=deterministic)
-    second = run_attention(built, backend, deterministic=deterministic)
+    first = run_attention(built, backend, deterministic=True)
+    second = run_attention(built, backend, deterministic=True)
     assert_same_bits(first, second, f"{backend} {problem}")
+
+
+@everywhere
+def test_the_default_is_repeatable_too(backend, device):
+    """All backends of today sum in one order, asked for or not."""
+    built = build(SMALL, backend, device)
+    results = [run_attention(built, backend) for _ in range(3)]
+    assert_same_bits(results[0], results[1], backend)
+    assert_same_bits(results[0], results[2], backend)
 
 
 @pytest.mark.parametrize("problem", FEW, ids=str)
