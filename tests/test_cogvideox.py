@@ -237,14 +237,16 @@ def test_overrides_of_layers_and_heads(pipe: CogVideoXPipeline) -> None:
         assert applied.plan.density() == pytest.approx(np.mean(densities))
 
 
-@pytest.mark.parametrize("model", MODELS)
+# Inside a latent frame of 2b and 5b; between two frames of 1.5 only thanks to its padding.
+@pytest.mark.parametrize("model, boundary", [("2b", 7), ("5b", 7), ("1.5", 9)])
 @pytest.mark.parametrize("straddle, pick", [("both", set), ("earlier", min), ("later", max)])
 def test_scenes_reach_the_mask(
-    load: Callable[[str], CogVideoXPipeline], model: str, straddle: str, pick: Callable
-) -> None:
+    load: Callable[[str], CogVideoXPipeline], model: str, boundary: int, straddle: str,
+    pick: Callable,
+) -> None:  # fmt: skip
     """Pixel boundaries, which the model's own times turn into frames of tokens."""
     pipe = load(model)
-    boundaries, adjacency = [0, 7, 17], [[True, False], [True, True]]
+    boundaries, adjacency = [0, boundary, 17], [[True, False], [True, True]]
     patch = pipe.transformer.config.patch_size_t or 1
     frames = layout_of(pipe).grid[0]
     of_frame = frame_scenes(boundaries, frames, 4, patch, padding=-5 % patch)

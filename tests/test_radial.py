@@ -176,6 +176,13 @@ def test_published_pooling_equals_the_published_procedure(
     assert torch.equal(seen, grid | torch.eye(blocks, dtype=torch.bool))
 
 
+def test_every_query_sees_its_own_block_even_where_the_published_rule_drops_it() -> None:
+    """2 frames of 15 tokens in blocks of 8: frame 1 starts at 7 in its block and loses its end."""
+    published = blocks_of(ours(Definition(2, 15, 8, pooling="published")))
+    assert published.tolist()[3] == [False, False, False, True]
+    assert blocks_of(ours(Definition(2, 15, 8))).tolist()[3][1:] == [True] * 3
+
+
 WAN, HUNYUAN, COGVIDEOX = (RadialRule.for_model(m) for m in ("wan", "hunyuan", "cogvideox"))
 # (rule, decay, frames, tokens per frame, text, block size, published block sparsity)
 PUBLISHED = {
