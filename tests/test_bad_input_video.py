@@ -186,6 +186,10 @@ ROWS = {
         ValueError, "gate must broadcast",
     ),
     "sparse_gate_device": (lambda: sparse(gate=x(device="meta")), ValueError, "gate must be on"),
+    "sparse_text_device": (
+        lambda: sparse(text_length=ints(2).to("meta")), ValueError, "text_length must be on the device cpu",
+    ),
+    "sparse_text": (lambda: sparse(text_length=[0, 1]), ValueError, "text_length must be 0 to 0"),
     "sparse_cross": (lambda: sparse(k=x(tokens=72), v=x(tokens=72)), ValueError, "k must have the"),
     "sparse_grid": (lambda: sparse(grid="4x4x4x4"), ValueError, "grid must be three integers"),
     "sparse_return_mask": (lambda: sparse(return_mask=1), TypeError, "return_mask must be True"),

@@ -50,13 +50,9 @@ def sliding_tile_mask(
     device = canonical_device(device)
     windows = check_windows(windows)
     valid = check_text_length(text_length, layout)
-    if isinstance(valid, Tensor) and valid.device != device:
-        raise ValueError(
-            f"text_length must be on the device of the mask, {device}, got {valid.device}"
-        )
+    lens = block_lens(valid, layout, device)
     key = (layout.key, windows, listed_text_blocks(valid, layout), device)
     counts, indices = _lists(*key)
-    lens = block_lens(valid, layout, device)
     size, length = layout.tile_volume, layout.padded_length
     transpose = _transposed_lists(*key) if transposed else None
     return BlockMask(counts, indices, size, size, length, length, lens, lens, transpose)

@@ -61,8 +61,14 @@ def listed_text_blocks(valid: ValidText, layout: VideoLayout) -> int:
 
 
 def block_lens(valid: ValidText, layout: VideoLayout, device: torch.device) -> Tensor | None:
-    """Valid tokens of each block, int32 [B|1, num_blocks]; None when every block is full."""
+    """Valid tokens of each block, int32 [B|1, num_blocks]; None when every block is full.
+
+    Raises:
+        ValueError: the valid text is a tensor on another device.
+    """
     if isinstance(valid, Tensor):
+        if valid.device != device:
+            raise ValueError(f"text_length must be on the device {device}, got {valid.device}")
         return _lens_of_tensor(valid, layout)
     if not layout.is_ragged and min(valid) == layout.text_length:
         return None
