@@ -11,6 +11,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints-dev.txt
 INSTALLED := $(VENV)/.installed
 
+# Processes that test side by side, each with one thread: the tests are many and small. No more
+# than four, because some hold gigabytes.
+WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) : 4 )))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(NATIVE_SOURCES))
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* tools/build_*.py)
@@ -50,10 +55,10 @@ demo: $(INSTALLED)
 	$(BIN)/video-attn demo $(DEMO_ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow or not slow" $(TEST_ARGS)
+	$(PYTEST) -m "slow or not slow" $(TEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
