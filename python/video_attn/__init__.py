@@ -7,8 +7,10 @@ from importlib.metadata import version as _version
 
 from .attention import attention
 from .block_mask import BlockMask
-from .functional import sliding_tile, video_sparse
+from .functional import radial, sliding_tile, video_sparse
 from .layout import VideoLayout
+from .patterns.radial import RadialRule, radial_mask
+from .patterns.scene import Scenes
 from .patterns.sliding_tile import sliding_tile_mask
 from .registry import use_backend
 
@@ -19,8 +21,12 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     "BlockMask",
+    "RadialRule",
+    "Scenes",
     "VideoLayout",
     "attention",
+    "radial",
+    "radial_mask",
     "sliding_tile",
     "sliding_tile_mask",
     "use_backend",

@@ -1,9 +1,10 @@
 """Functions for models: a pattern and :func:`video_attn.attention` in one call.
 
-``sliding_tile`` and ``video_sparse`` take the video in raster order. The functions of ``st_attn``
-and ``vsa`` keep the forms that are in use: tile order, and for ``vsa`` padded tiles.
+``sliding_tile``, ``video_sparse`` and ``radial`` take the video in raster order. The functions of
+``st_attn`` and ``vsa`` keep the forms that are in use: tile order, and for ``vsa`` padded tiles.
 """
 
+from .radial_attention import radial
 from .sta import sliding_tile, sliding_tile_attention
 from .vsa import video_sparse
 from .vsa_padded import block_sparse_attn, block_sparse_attn_from_indices, video_sparse_attn
@@ -11,6 +12,7 @@ from .vsa_padded import block_sparse_attn, block_sparse_attn_from_indices, video
 __all__ = [
     "block_sparse_attn",
     "block_sparse_attn_from_indices",
+    "radial",
     "sliding_tile",
     "sliding_tile_attention",
     "video_sparse",

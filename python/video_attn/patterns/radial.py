@@ -26,6 +26,7 @@ from ..block_mask import BlockMask, dense_from_lists, lists_from_dense
 from ..layout import VideoLayout
 from ..static_cache import canonical_device, static_cache
 from .scene import Scenes
+from .valid_text import TextLength, check_text_length
 
 POOLINGS = ("majority", "cover", "published")
 MODEL_TYPES: dict[str, dict[str, Any]] = {
@@ -124,6 +125,7 @@ def radial_mask(
     *,
     block_size: int = 128,
     scenes: Scenes | None = None,
+    text_length: TextLength = None,
     device: torch.device | str = "cpu",
     transposed: bool = False,
 ) -> BlockMask:
@@ -137,6 +139,10 @@ def radial_mask(
         rule: default ``RadialRule()``.
         block_size: tokens of a block, any positive number.
         scenes: which frames may see each other at all.
+        text_length: valid text tokens, the first ones: an int, one per batch item, or an integer
+            tensor [B] on ``device`` (never read by the host). Text past them neither sees nor is
+            seen. Default: all; with text before the video, no other value can be said by a block
+            mask.
         transposed: also build, and keep, the lists that a backward pass needs.
 
     Returns:
@@ -156,9 +162,10 @@ def radial_mask(
     scenes_key = None if scenes is None else scenes.key
     key = (layout.key, rule.key, scenes_key, block_size, canonical_device(device))
     length = layout.sequence_length
+    lens = _block_lens(layout, block_size, text_length, key[-1])
     return BlockMask(
-        *_lists(*key), block_size, block_size, length, length,
-        _transpose=_transposed_lists(*key) if transposed else None,
+        *_lists(*key), block_size, block_size, length, length, lens, lens,
+        _transposed_lists(*key) if transposed else None,
     )  # fmt: skip
 
 
@@ -247,6 +254,30 @@ def _lists(
 def _transposed_lists(*key: Any) -> tuple[Tensor, Tensor]:
     counts, indices = _lists(*key)
     return lists_from_dense(dense_from_lists(counts, indices, counts.shape[-1]).mT)
+
+
+def _block_lens(
+    layout: VideoLayout, block_size: int, text_length: TextLength, device: torch.device
+) -> Tensor | None:
+    """int32 [B|1, N]: valid tokens of each block; None when all text is valid."""
+    valid = check_text_length(text_length, layout)
+    if not isinstance(valid, Tensor):
+        if min(valid) == layout.text_length:
+            return None
+        valid = torch.tensor(valid, device=device)
+    if valid.device != device:
+        raise ValueError(
+            f"text_length must be on the device of the mask, {device}, got {valid.device}"
+        )
+    if layout.text_first:
+        raise ValueError(
+            f"text_length must be all {layout.text_length} text tokens when the text is before the "
+            f"video: invalid tokens in the middle cannot be left out, got {text_length!r}"
+        )
+    blocks = -(-layout.sequence_length // block_size)
+    starts = torch.arange(blocks, dtype=torch.int32, device=device) * block_size
+    end = layout.video_length + valid.to(torch.int32).clamp(0, layout.text_length)
+    return (end[:, None] - starts).clamp_(0, block_size)
 
 
 def _segments(layout: VideoLayout, block_size: int) -> _Segments:

@@ -211,6 +211,7 @@ def _as_matrix(value: Adjacency, scenes: int) -> Matrix:
             )
         reach = scenes if value == "all" else 1
         return tuple(tuple(abs(i - j) <= reach for j in range(scenes)) for i in range(scenes))
+    rows: list[Any]
     if callable(value):
         rows = [[value(i, j) for j in range(scenes)] for i in range(scenes)]
     elif isinstance(value, Tensor):
