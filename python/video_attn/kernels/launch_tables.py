@@ -48,7 +48,7 @@ class LaunchRow(NamedTuple):
             own //= 2
         if step_slot is not None and step_slot % step != 0 and step_slot % (step // 2) == 0:
             step //= 2
-        warps = self.num_warps if own == self.own else min(self.num_warps, max(2, own // 16))
+        warps = min(self.num_warps, max(2, self.num_warps * own // self.own))
         return self._replace(own=own, step=step, num_warps=warps)
 
 
