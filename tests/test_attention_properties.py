@@ -127,34 +127,43 @@ def test_inputs_are_not_written(backend, device):
 
 
 @everywhere
+@pytest.mark.parametrize("block_size", [8, 48], ids=["many_blocks", "one_block"])
 @pytest.mark.parametrize("axis", ["batch", "heads", "tokens", "start"])
-def test_offsets_past_two_billion_elements(axis, backend, device):
-    """Strides so wide that the last element lies more than 2**31 elements from the first.
+def test_offsets_past_two_billion_elements(axis, block_size, backend, device):
+    """The last element lies more than 2**31 elements from the first, each stride below that.
 
     The storage is never filled, so the system gives memory only for the few pages that are touched.
     """
     require_backend(backend)
-    shape, far = {"batch": 2, "heads": 2, "tokens": 48}, 2**31 + 2**20
-    strides = {"batch": 2 * 48 * 8 * 3, "heads": 48 * 8 * 3, "tokens": 8 * 3}
+    shape, far, head_dim = {"batch": 1, "heads": 1, "tokens": 48}, 3 * 2**30, 8
+    if axis in ("batch", "heads"):
+        shape[axis] = 3
+    row = 4 * head_dim  # q, k, v and the gradient side by side
+    strides = {"batch": 48 * row, "heads": 48 * row, "tokens": row}
     start = far if axis == "start" else 0
     if axis != "start":
         strides[axis] = far // (shape[axis] - 1)
-    size = start + sum((shape[a] - 1) * strides[a] for a in shape) + 3 * 8
+        assert strides[axis] < 2**31
+    size = start + sum((shape[a] - 1) * strides[a] for a in shape) + row
     storage = torch.empty(size, dtype=torch.float16, device=device)
     generator = torch.Generator().manual_seed(3)
-    clean = [torch.randn(2, 2, 48, 8, generator=generator).half().to(device) for _ in range(4)]
-    q, k, v = (
-        storage.as_strided(x.shape, (*strides.values(), 1), start + 8 * i).copy_(x)
-        for i, x in enumerate(clean[:3])
+    clean = [torch.randn(*shape.values(), head_dim, generator=generator).half() for _ in range(4)]
+    clean = [x.to(device) for x in clean]
+    q, k, v, grad_out = (
+        storage.as_strided(x.shape, (*strides.values(), 1), start + head_dim * i).copy_(x)
+        for i, x in enumerate(clean)
     )
-    assert v.storage_offset() + sum((v.shape[i] - 1) * v.stride(i) for i in range(4)) > 2**31
-    lists = [[[{0, 2}, {1}, {0, 1, 2}]]]
-    counts, indices = (x.to(device) for x in list_tensors(lists, 3))
-    mask = BlockMask.from_indices(indices, 16, 16, q_len=48, kv_len=48, kv_num_blocks=counts)
+    blocks = 48 // block_size
+    lists = [[[{(3 * i) % blocks, (i + 1) % blocks, blocks - 1} for i in range(blocks)]]]
+    counts, indices = (x.to(device) for x in list_tensors(lists, blocks))
+    mask = BlockMask.from_indices(
+        indices, block_size, block_size, q_len=48, kv_len=48, kv_num_blocks=counts
+    )
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out, lse = attention(q, k, v, mask, backend=backend, return_lse=True)
-    grads = torch.autograd.grad(out, (q, k, v), clean[3])
-    case = oracle.Case(*clean[:3], oracle.listed_tokens(lists, (16, 16), (48, 48)), None, clean[3])
+    grads = torch.autograd.grad(out, (q, k, v), grad_out)
+    token_mask = oracle.listed_tokens(lists, (block_size, block_size), (48, 48))
+    case = oracle.Case(*clean[:3], token_mask, None, clean[3])
     result = oracle.Result(out.detach(), lse.detach(), *grads)
     oracle.check_against_oracle(result, case, f"{backend} {axis}")
 
