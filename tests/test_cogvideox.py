@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -721,3 +722,36 @@ def test_example_presets_and_scenes(
 def test_wrong_options_of_the_example(example: Any, arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         example.parse(arguments)
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_python_of_the_page_runs(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/radial.md from top to bottom, its model and sizes replaced by tiny ones."""
+    page = (Path(__file__).parents[1] / "docs" / "radial.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 4
+    tiny = {
+        "THUDM/CogVideoX-2b": str(folders["2b"]), "bfloat16": "float32",
+        "height=480": f"height={HEIGHT}", "width=720": f"width={WIDTH}",
+        "num_frames=49": f"num_frames={FRAMES}", "7: ": "1: ", "(9, 3)": "(2, 1)",
+    }  # fmt: skip
+
+    class ShortPipeline(CogVideoXPipeline):
+        def __call__(self, **options: Any) -> Any:
+            return super().__call__(
+                max_sequence_length=TEXT, num_inference_steps=9, output_type="np", **options
+            )
+
+    monkeypatch.setattr("diffusers.CogVideoXPipeline", ShortPipeline)
+    names: dict[str, Any] = {}
+    for number, snippet in enumerate(snippets):
+        for old, new in tiny.items() if number < 2 else ():
+            snippet = snippet.replace(old, new)
+        exec(compile(snippet, f"docs/radial.md, snippet {number}", "exec"), names)
+        if number < 2:
+            assert names["video"].shape == (FRAMES, HEIGHT, WIDTH, 3)
+        else:
+            assert names["out"].isfinite().all() and names["mask"].density() < 1
+    assert names["handle"].sparse_calls == 2  # 9 - 5 - 2 steps, the last of 3 layers

@@ -17,7 +17,10 @@ import torch
 from video_attn import cli, registry
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/backends.md", "docs/design.md")
+PAGES = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/backends.md", "docs/design.md",
+    "docs/radial.md",
+)  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

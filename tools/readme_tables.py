@@ -24,7 +24,7 @@ from video_attn.tools.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/backends.md")
+FILES = ("README.md", "docs/backends.md", "docs/radial.md")
 MACHINES = {
     "CPU": ("cpu", "cpu"),
     "NVIDIA A100 (sm_80)": ("cuda", "sm_80"),
@@ -114,12 +114,12 @@ def environment_table() -> str:
     return markdown(["variable", "read at", "values", "default", "effect"], rows)
 
 
-def benchmarks_table() -> str:
-    """Every record of a benchmark in benchmarks/results, with its circumstances."""
+def benchmarks_table(prefix: str = "bench_") -> str:
+    """The records in benchmarks/results whose benchmark begins so, with their circumstances."""
     records = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))
     ]
-    shown = [record_table(r) for r in records if r["benchmark"].startswith("bench_")]
+    shown = [record_table(r) for r in records if r["benchmark"].startswith(prefix)]
     return "\n".join(shown) or "This version holds no records yet: run the scripts.\n"
 
 
@@ -174,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "features": features_table,
     "environment": environment_table,
     "benchmarks": benchmarks_table,
+    "radial": lambda: benchmarks_table("radial_"),
 }
 
 
