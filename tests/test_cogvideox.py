@@ -333,6 +333,24 @@ def test_model_offload(pipe: CogVideoXPipeline) -> None:
         assert np.array_equal(latents(pipe), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [None, "model", "sequential"])
+def test_on_a_gpu(pipe: CogVideoXPipeline, gpu: torch.device, offload: str | None) -> None:
+    """The video of the CPU, to the rounding of another device; masks follow the tensors."""
+    options = {"rule": RULE, "block_size": BLOCK, "schedule": Schedule(dense_first_steps=1)}
+    with apply(pipe, **options):
+        expected = latents(pipe)
+    if offload is None:
+        pipe.to(gpu)
+    else:
+        getattr(pipe, f"enable_{offload}_cpu_offload")(device=gpu)
+    with apply(pipe, **options) as applied:
+        got = render(pipe, steps=STEPS, output_type="latent").cpu().numpy()
+        assert applied.backend_name() != "cpu"
+    assert error(got, expected) < 2e-2
+    assert applied.sparse_calls == (STEPS - 1) * LAYERS
+
+
 def test_fused_projections(pipe: CogVideoXPipeline) -> None:
     with apply(pipe, rule=RULE, block_size=BLOCK):
         expected = latents(pipe)
