@@ -51,30 +51,25 @@ def attention(
     Args:
         q: [B, Hq, Sq, D]; fp16, bf16 or fp32 (fp64 on the reference backend). D <= 256, any value.
         k: [B, Hkv, Sk, D]. v: [B, Hkv, Sk, Dv]. Hq must be a multiple of Hkv (GQA): query head h
-            reads key head
-            h // (Hq // Hkv). All three are read in place through their strides; the last stride
-            must be 1.
+            reads key head h // (Hq // Hkv). All three are read in place through their strides; the
+            last stride must be 1.
         mask: which key blocks each query block sees; None for dense attention.
         precision: "native" (the dtype of q, k, v, fp32 accumulation), or a quantized kernel:
-            "sage_fp16" (INT8 QK,
-            fp16 PV), "sage_fp8" (INT8 QK, FP8 PV), "fp8".
+            "sage_fp16" (INT8 QK, fp16 PV), "sage_fp8" (INT8 QK, FP8 PV), "fp8".
         scale: of the scores, a positive number; default 1/sqrt(D).
         is_causal: dense only; query i sees keys up to i + Sk - Sq (aligned at the bottom right).
         return_lse: also return the log-sum-exp of the scaled scores.
         layout: "bhsd", or "bshd" for tensors (and output) [B, S, H, D].
         backend: a name from ``video-attn info`` to force it; default the best that can serve.
         deterministic: bitwise repeatable gradients, also asked for by
-            ``torch.use_deterministic_algorithms``. The
-            forward pass always is.
+            ``torch.use_deterministic_algorithms``. The forward pass always is.
         quantization: the options of a quantized precision (granularity, smoothing, accumulation);
             None for the defaults of ``QuantizationOptions``.
 
     Returns:
         out [B, Hq, Sq, Dv] in the dtype of q, in q's memory order; with ``return_lse`` also lse,
-        fp32 [B, Hq, Sq],
-        natural logarithm. A query row that sees no key, or lies past its block's valid length:
-        output 0, lse -inf,
-        gradients 0.
+        fp32 [B, Hq, Sq], natural logarithm. A query row that sees no key, or lies past its block's
+        valid length: output 0, lse -inf, gradients 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.

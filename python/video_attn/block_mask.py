@@ -178,9 +178,9 @@ class BlockMask:
         """Mask from a FlexAttention BlockMask.
 
         Raises:
+            TypeError: ``mask`` is something else.
             ValueError: a partial block of ``mask`` that is not "the first m queries see the first n
-                keys": token
-                masks inside a block are what these kernels do not do.
+                keys": token masks inside a block are what these kernels do not do.
         """
         from .flex_interop import from_flex
 

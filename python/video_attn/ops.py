@@ -1,9 +1,8 @@
 """The torch operators: schema, fake and autograd, the same for every backend.
 
 ``video_attn::attention_forward`` and ``video_attn::attention_backward`` choose their backend
-inside, from the tensors
-they are given, so that ``torch.compile`` sees one opaque node and forward and backward may run on
-different backends.
+inside, from the tensors they are given, so that ``torch.compile`` sees one opaque node and forward
+and backward may run on different backends.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Which backend runs a problem, and why the others do not: Problem, Backend, select(), why_not().
 
-``supports(problem)`` is pure and needs no device, so the capabilities of every GPU can be tested on
-a CPU.
+``supports(problem)`` needs no device, so the capabilities of every GPU can be tested on a CPU.
 Authority: ``backend=`` of a call, then :func:`use_backend`, then ``VIDEO_ATTN_BACKEND``, then
-    priority. A backend that
-was asked for by name and cannot serve raises; nothing falls back in silence.
+priority. A backend that was asked for by name and cannot serve raises; nothing falls back in
+silence.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ class Backend:
         forward: ``(q, k, v, mask, *, scale, is_causal, precision) -> (out, lse)``, and
             ``quantization=`` too, with the options, when the precision is a quantized one.
         backward: ``(grad_out, grad_lse, q, k, v, out, lse, mask, *, scale, is_causal,
-            deterministic) ->
-            (dq, dk, dv)``, or None for a backend without one.
+            deterministic) -> (dq, dk, dv)``, or None for a backend without one.
     """
 
     name: str
@@ -166,8 +164,7 @@ def select(problem: Problem, explicit: str | None = None) -> Backend:
 
     Raises:
         ValueError: a forced backend does not exist. RuntimeError: the forced backend, or every
-            backend, refuses; the
-            message holds the whole table.
+            backend, refuses; the message holds the whole table.
     """
     forced = forced_backend(explicit)
     return _select(problem, *(forced or (None, None)))

@@ -1,8 +1,8 @@
 """The definition, in plain torch: fp32 arithmetic, fp64 for fp64 inputs.
 
 One query block at a time: gather the listed valid keys, softmax, multiply. Slow, honest, and really
-    sparse: keys that
-no list names are never read. It reads the lists on the host, so on a GPU it stops the stream.
+sparse: keys that no list names are never read. It reads the lists on the host, so on a GPU it stops
+the stream.
 """
 
 from __future__ import annotations
