@@ -12,7 +12,8 @@ import oracle
 import pytest
 import torch
 from conftest import HAS_GPU
-from problems import Built, Problem, list_tensors, random_problems, require_backend, run_attention
+from problem_masks import list_tensors
+from problems import Built, Problem, random_problems, require_backend, run_attention
 from torch import Tensor
 
 from video_attn import BlockMask, attention
@@ -95,9 +96,10 @@ def test_memory_layout_does_not_change_a_bit(backend, device):
 
 
 @everywhere
-def test_deterministic_algorithms_of_torch(backend, device, deterministic_algorithms):
+@pytest.mark.parametrize("problem", [SMALL, *FEW[:3]], ids=str)
+def test_deterministic_algorithms_of_torch(problem, backend, device, deterministic_algorithms):
     """torch then also fills at::empty in native code with NaN, which Python cannot poison."""
-    built = build(SMALL, backend, device)
+    built = build(problem, backend, device)
     oracle.check_against_oracle(run_attention(built, backend), built, backend)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Lists, any_in_block, list_tensors
+from problem_masks import Lists, any_in_block, list_tensors
 
 from video_attn import BlockMask, attention
 

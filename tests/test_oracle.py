@@ -8,9 +8,12 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
+from conftest import fill_with_poison
 from problems import HEAD_DIMS, MEMORIES, Built, Problem, random_problems, run_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from video_attn.backends.outputs import empty_like_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -151,7 +154,7 @@ def wrong_token_masks(built: Built) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rule_refuses_answers_to_another_mask(dtype):
-    """One key block of 32 too few or too many in one row of one head, in every part of the answer."""
+    """One key block of 32 too few or too many in one row of one head, seen in every tensor."""
     built = wide_problem(dtype)
     expected = oracle.expected_answers(built)
     for name, token_mask in wrong_token_masks(built).items():
@@ -198,6 +201,15 @@ def test_rule_refuses_wrong_shape_dtype_and_noise_where_nothing_is_seen():
     with pytest.raises(AssertionError, match="queries that see no key"):
         finite = right.lse.masked_fill(blind, -1e30)
         oracle.check_against_oracle(right._replace(lse=finite), built)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_allocations_of_the_package_are_poisoned(dtype):
+    """And only those: a test's own torch.empty is its own affair."""
+    got = empty_like_heads(torch.ones(1, 2, 3, 4), 5, dtype)
+    assert got.shape == (1, 2, 3, 5) and got.float().isnan().all()
+    garbage = fill_with_poison(torch.empty(3, dtype=torch.int32))
+    assert (garbage > 2**29).all()
 
 
 def test_generator_is_reproducible_and_covers_every_property():
