@@ -10,34 +10,45 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
+void check_tensor(const char* name, const at::Tensor& x, int64_t dims, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
+  TORCH_CHECK_TYPE(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == dims, name, " must have ", dims, " dimensions, got ", x.sizes());
+}
+
 void check_unit_stride(const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.stride(3) == 1 || x.size(3) <= 1, name,
+  TORCH_CHECK_VALUE(x.stride(3) == 1 || x.size(3) == 1, name,
                     " must have stride 1 on its last dimension, got strides ", x.strides());
 }
 
 void check_lens(const char* name, const std::optional<at::Tensor>& lens, int64_t batch,
                 int64_t blocks) {
   if (!lens) return;
-  TORCH_CHECK_TYPE(lens->scalar_type() == at::kInt, name, " must be int32, got ",
-                   lens->scalar_type());
-  TORCH_CHECK_VALUE(
-      lens->dim() == 2 && (lens->size(0) == 1 || lens->size(0) == batch) && lens->size(1) == blocks,
-      name, " must be [1 or ", batch, ", ", blocks, "], got ", lens->sizes());
+  check_tensor(name, *lens, 2, at::kInt);
+  TORCH_CHECK_VALUE((lens->size(0) == 1 || lens->size(0) == batch) && lens->size(1) == blocks, name,
+                    " must be [1 or ", batch, ", ", blocks, "], got ", lens->sizes());
+}
+
+void check_list_shape(const std::string& name, const at::Tensor& x, int64_t dims,
+                      const at::Tensor& q, int64_t blocks) {
+  check_tensor(name.c_str(), x, dims, at::kInt);
+  TORCH_CHECK_VALUE((x.size(0) == 1 || x.size(0) == q.size(0)) &&
+                        (x.size(1) == 1 || x.size(1) == q.size(1)) && x.size(2) == blocks,
+                    name, " must be [1 or ", q.size(0), ", 1 or ", q.size(1), ", ", blocks,
+                    dims == 4 ? ", K]" : "]", ", got ", x.sizes());
 }
 
 }  // namespace
 
 void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  for (const auto& [name, x] :
-       {std::pair<const char*, const at::Tensor&>{"q", q}, {"k", k}, {"v", v}}) {
-    TORCH_CHECK_VALUE(x.dim() == 4, name, " must be [B, H, S, D], got ", x.sizes());
-    TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type(), name, " must have the dtype of q, ",
-                     q.scalar_type(), ", got ", x.scalar_type());
+  using Named = std::pair<const char*, const at::Tensor&>;
+  for (const auto& [name, x] : {Named{"q", q}, Named{"k", k}, Named{"v", v}}) {
+    check_tensor(name, x, 4, q.scalar_type());
+    TORCH_CHECK_VALUE(x.numel() > 0, name, " must not be empty, got ", x.sizes());
     TORCH_CHECK_VALUE(x.size(0) == q.size(0), name, " must have the batch size of q, ", q.size(0),
                       ", got ", x.size(0));
-    TORCH_CHECK_VALUE(x.size(3) >= 1 && x.size(3) <= kMaxHeadDim, "head_dim of ", name,
-                      " must be 1 to ", kMaxHeadDim, ", got ", x.size(3));
-    TORCH_CHECK_VALUE(x.numel() > 0, name, " must not be empty, got ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(3) <= kMaxHeadDim, "head_dim of ", name, " must be 1 to ", kMaxHeadDim,
+                      ", got ", x.size(3));
     check_unit_stride(name, x);
   }
   TORCH_CHECK_VALUE(k.size(3) == q.size(3), "k must have the head_dim of q, ", q.size(3), ", got ",
@@ -49,17 +60,14 @@ void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v)
 }
 
 void check_rows(const char* name, const at::Tensor& x, const at::Tensor& like, int64_t dim) {
-  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
-                   ", got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
-                        x.size(2) == like.size(2) && x.size(3) == dim,
-                    name, " must be [", like.size(0), ", ", like.size(1), ", ", like.size(2), ", ",
-                    dim, "], got ", x.sizes());
+  check_tensor(name, x, 4, like.scalar_type());
+  TORCH_CHECK_VALUE(x.sizes().slice(0, 3) == like.sizes().slice(0, 3) && x.size(3) == dim, name,
+                    " must be ", like.sizes().slice(0, 3), " and ", dim, ", got ", x.sizes());
   check_unit_stride(name, x);
 }
 
 void check_scalars(const char* name, const at::Tensor& x, const at::Tensor& q) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " must be float32, got ", x.scalar_type());
+  check_tensor(name, x, 3, at::kFloat);
   TORCH_CHECK_VALUE(x.sizes() == q.sizes().slice(0, 3), name, " must be ", q.sizes().slice(0, 3),
                     ", got ", x.sizes());
 }
@@ -73,7 +81,7 @@ void check_mask(const at::Tensor& q, const at::Tensor& k, const char* side,
   TORCH_CHECK_VALUE(counts.has_value() == indices.has_value(), count_name, " and ", index_name,
                     " must be given together");
   if (!counts) {
-    TORCH_CHECK_VALUE(!q_lens && !kv_lens, "block lengths need block lists: ", count_name,
+    TORCH_CHECK_VALUE(!q_lens && !kv_lens, count_name,
                       " must be given with q_block_lens or kv_block_lens");
     return;
   }
@@ -82,18 +90,9 @@ void check_mask(const at::Tensor& q, const at::Tensor& k, const char* side,
   TORCH_CHECK_VALUE(kv_block_size >= 1, "kv_block_size must be >= 1, got ", kv_block_size);
   const int64_t q_blocks = ceil_div(q.size(2), q_block_size);
   const int64_t kv_blocks = ceil_div(k.size(2), kv_block_size);
-  const int64_t listing = std::string(side) == "kv" ? q_blocks : kv_blocks;
-  for (const auto& [name, x] :
-       {std::pair<const std::string&, const at::Tensor&>{count_name, *counts},
-        {index_name, *indices}}) {
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kInt, name, " must be int32, got ", x.scalar_type());
-    TORCH_CHECK_VALUE(x.dim() == (&x == &*counts ? 3 : 4), name,
-                      " has a wrong number of dimensions: ", x.sizes());
-    TORCH_CHECK_VALUE((x.size(0) == 1 || x.size(0) == q.size(0)) &&
-                          (x.size(1) == 1 || x.size(1) == q.size(1)) && x.size(2) == listing,
-                      name, " must be [1 or ", q.size(0), ", 1 or ", q.size(1), ", ", listing,
-                      ", ...], got ", x.sizes());
-  }
+  const int64_t rows = std::string(side) == "kv" ? q_blocks : kv_blocks;
+  check_list_shape(count_name, *counts, 3, q, rows);
+  check_list_shape(index_name, *indices, 4, q, rows);
   check_lens("q_block_lens", q_lens, q.size(0), q_blocks);
   check_lens("kv_block_lens", kv_lens, q.size(0), kv_blocks);
 }
@@ -102,7 +101,8 @@ void check_lists(const char* side, const BlockLists& lists, const at::Tensor& co
                  const at::Tensor& indices, int64_t blocks) {
   const int64_t heads = std::max(counts.size(1), indices.size(1)), rows = counts.size(2);
   const int64_t batch = std::max(counts.size(0), indices.size(0)), longest = indices.size(3);
-  at::parallel_for(0, batch * heads * rows, 256, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kRowsPerThread = 256;
+  at::parallel_for(0, batch * heads * rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t row = n % rows, head = n / rows % heads, b = n / rows / heads;
       const ListRow list = lists.row(b, head, row);
@@ -111,8 +111,8 @@ void check_lists(const char* side, const BlockLists& lists, const at::Tensor& co
       int64_t previous = -1;
       for (int64_t i = 0; i < list.count; ++i) {
         TORCH_CHECK_VALUE(list[i] > previous && list[i] < blocks, side, "_indices[", b, ", ", head,
-                          ", ", row, ", ", i, "] must ascend within 0 to ", blocks - 1, ", got ",
-                          list[i], " after ", previous);
+                          ", ", row, ", ", i, "] must be ascending and below ", blocks, ", got ",
+                          list[i], i > 0 ? " after " : "", i > 0 ? std::to_string(previous) : "");
         previous = list[i];
       }
     }

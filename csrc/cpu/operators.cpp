@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "cpu/checks.h"
 #include "cpu/dispatch.h"
 
@@ -17,10 +20,21 @@ int64_t broadcast_stride(const at::Tensor& x, int64_t dim) {
   return x.size(dim) == 1 ? 0 : x.stride(dim);
 }
 
-Rows rows_of(const at::Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+Rows rows_of(const at::Tensor& x) {
+  // Inputs are only read: a lazy copy must not be made real.
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Rows rows_of(at::Tensor& x) {
+  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
 
 RowScalars scalars_of(const at::Tensor& x) {
-  return {x.data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)};
+  return {const_cast<float*>(x.const_data_ptr<float>()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+RowScalars scalars_of(at::Tensor& x) {
+  return {x.mutable_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 BlockLists lists_of(const at::Tensor& counts, const at::Tensor& indices) {
@@ -57,7 +71,8 @@ Geometry geometry_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   g.value_dim = v.size(3);
   g.is_dense = !counts;
   g.is_causal = is_causal;
-  g.scale = static_cast<float>(scale);
+  // A scale outside of fp32 would become 0 or inf, and those times a score NaN.
+  g.scale = static_cast<float>(std::clamp<double>(scale, std::numeric_limits<float>::min(), 1e38));
   g.dtype = q.scalar_type();
   g.bf16_products = bf16_products();
   if (g.is_dense) q_block_size = kv_block_size = kTile;

@@ -13,22 +13,27 @@
 namespace video_attn::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kMaxChunks = 16;
-
 // How one pass over some (batch, key head) items is cut.
 struct Plan {
   int64_t items, chunks;
 };
 
-// As many items as there are threads; chunks so that the busiest thread has the least to do, and no
-// more than that, as each chunk costs memory for its dQ.
-Plan plan_pass(int64_t items_left, int64_t threads) {
-  Plan best{std::min(items_left, threads), 1};
-  const auto busiest = [&](int64_t chunks) {
-    return static_cast<double>(ceil_div(best.items * chunks, threads)) / chunks;
-  };
-  for (int64_t chunks = 2; chunks <= kMaxChunks; ++chunks) {
-    if (busiest(chunks) < 0.98 * busiest(best.chunks)) best.chunks = chunks;
+// A task for every thread, out of as few heads as possible: the queries of the heads at work share
+// the cache. A chunk has several key blocks, so that chunks can be cut to about equal work.
+Plan plan_pass(int64_t items_left, int64_t kv_blocks, int64_t threads) {
+  constexpr int64_t kMaxChunks = 16, kBlocksPerChunk = 8;
+  Plan best{};
+  double best_share = 0.0;  // of the threads' time that is used
+  const int64_t most = std::clamp<int64_t>(kv_blocks / kBlocksPerChunk, 1, kMaxChunks);
+  for (int64_t chunks = std::min(most, threads); chunks >= 1; --chunks) {
+    const int64_t items = std::min(items_left, ceil_div(threads, chunks));
+    const int64_t rounds = ceil_div(items * chunks, threads);
+    const double share =
+        static_cast<double>(items * chunks) / static_cast<double>(rounds * threads);
+    if (share > 1.02 * best_share) {
+      best = {items, chunks};
+      best_share = share;
+    }
   }
   return best;
 }
@@ -232,7 +237,7 @@ class Backward {
   void run() {
     const int64_t items = g_.batch * g_.kv_heads;
     for (int64_t first = 0; first < items; first += plan_.items) {
-      plan_ = plan_pass(items - first, at::get_num_threads());
+      plan_ = plan_pass(items - first, g_.kv.blocks(), at::get_num_threads());
       first_ = first;
       queries_.pack(first, plan_.items);
       cut_into_chunks();

@@ -132,12 +132,12 @@ void transpose_to_a(const C* rows, int64_t width, C* target, int64_t n) {
 }
 
 // Two fp32 vectors as one of words: bf16 of `even` in the low halves, of `odd` in the high ones,
-// rounded to nearest even. The low 16 bits of a NaN are 0 here (it comes from bf16), so that
-// rounding leaves it a NaN.
+// rounded to nearest, ties away from zero. A NaN stays one: it comes from bf16 operands, so the
+// bits that rounding touches are 0.
 inline IntVec interleave_bf16(Vec even, Vec odd) {
   const auto rounded = [](Vec x) {
     const IntVec bits = at::vec::cast<int32_t, float>(x);
-    return bits + IntVec(0x7fff) + ((bits >> IntVec(16)) & IntVec(1));
+    return bits + IntVec(0x8000);
   };
   return ((rounded(even) >> IntVec(16)) & IntVec(0xffff)) |
          (rounded(odd) & IntVec(static_cast<int32_t>(0xffff0000)));
