@@ -6,6 +6,7 @@ Every test runs on every backend of this machine.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import oracle
@@ -84,6 +85,17 @@ def test_cpu_threads_do_not_change_a_bit(problem):
         torch.set_num_threads(threads)
     assert_same_bits(results[0], results[1], "1 thread against 2")
     assert_same_bits(results[0], results[2], "1 thread against 3")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_calls_from_several_threads_at_once(backend):
+    """No state is shared between calls, and one mask may serve them all."""
+    built = build(SMALL, backend, CPU)
+    expected = run_attention(built, backend)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: run_attention(built, backend), range(16)))
+    for result in results:
+        assert_same_bits(expected, result, backend)
 
 
 @everywhere

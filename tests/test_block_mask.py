@@ -384,6 +384,19 @@ def test_from_flex_refuses_masks_inside_blocks(name):
         BlockMask.from_flex(flex_mask(mask_mod, **shape))
 
 
+def test_from_flex_with_partial_lists_alone():
+    """Blocks that a mask_mod keeps whole need not stand in FlexAttention's list of full ones."""
+    made = flex_mask(lambda b, h, i, j: (i // 16 >= j // 16) & (j < 41))
+    counts = torch.tensor([[[1, 2, 3, 3]]], dtype=torch.int32)
+    indices = torch.arange(4, dtype=torch.int32).expand(1, 1, 4, 4)
+    alone = type(made).from_kv_blocks(
+        counts, indices, BLOCK_SIZE=16, mask_mod=made.mask_mod, seq_lengths=(64, 64)
+    )
+    expected = BlockMask.from_flex(made).to_token_mask()
+    assert torch.equal(BlockMask.from_flex(alone).to_token_mask(), expected)
+    assert int(expected[0, 0, 63].sum()) == 41
+
+
 def test_from_flex_without_mask_mod_takes_all_blocks_as_whole():
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
