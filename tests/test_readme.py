@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,19 +134,34 @@ def compiled_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
-@pytest.mark.parametrize("name", readme_tables.FILES)
+@pytest.mark.parametrize("name", readme_tables.TABLES)
 @pytest.mark.usefixtures("compiled_triton")
 def test_tables_are_current(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert readme_tables.updated(text) == text, "run: python tools/readme_tables.py"
-    assert "<!-- table: " in text
+    """Every table stands somewhere, as the script would write it now."""
+    if name == "benchmarks" and new_records():
+        pytest.skip(f"records that are not committed yet: {new_records()}")
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in readme_tables.FILES]
+    found = [text for page in pages for text in re.findall(table_pattern(name), page, re.DOTALL)]
+    assert found == [readme_tables.TABLES[name]()], "run: python tools/readme_tables.py"
+
+
+def table_pattern(name: str) -> str:
+    return rf"<!-- table: {name} -->\n(.*?)<!-- end of table -->"
+
+
+def new_records() -> str:
+    """Records of this machine, which the README does not show: `make bench` writes them."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "benchmarks/results"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return " ".join(line.split()[-1] for line in done.stdout.splitlines())
 
 
 @pytest.mark.usefixtures("compiled_triton")
 def test_a_stale_table_is_seen() -> None:
     stale = README.replace("| forces that backend", "| does nothing")
     assert stale != README
-    assert readme_tables.updated(stale) == README
+    [table] = re.findall(table_pattern("environment"), readme_tables.updated(stale), re.DOTALL)
+    assert table == readme_tables.environment_table()
 
 
 def test_records_become_tables() -> None:

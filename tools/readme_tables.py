@@ -120,7 +120,7 @@ def benchmarks_table(prefix: str = "bench_") -> str:
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))
     ]
     shown = [record_table(r) for r in records if r["benchmark"].startswith(prefix)]
-    return "\n".join(shown) or "This version holds no records yet: run the scripts.\n"
+    return "\n".join(shown) or "No records of these scripts are in this version: run them.\n"
 
 
 def record_table(record: dict[str, Any]) -> str:
