@@ -123,7 +123,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, help="heads (24; on a CPU 2)")
     add("--head-dim", type=int, default=128, help="head_dim (128)")
     add("--dtype", choices=list(DTYPES), help="bfloat16; on a CPU float32")
-    add("--repeats", type=int, default=10, help="timed calls of each provider (10)")
+    add("--repeats", type=int, help="timed calls of each provider (10; on a CPU 3)")
     add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
     add("--flex", action=argparse.BooleanOptionalAction, default=True, help="FlexAttention too")
     add("--output", type=Path, help="JSON record (benchmarks/results/sta_DEVICE.json)")
@@ -133,6 +133,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("grid", (30, 48, 80), (12, 24, 40)),
         ("window", [(3, 3, 3), (5, 5, 5)], [(1, 3, 3)]),
         ("heads", 24, 2),
+        ("repeats", 10, 3),
         ("dtype", "bfloat16", "float32"),
     ):
         if getattr(options, name) is None:

@@ -103,7 +103,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, help="heads (12; on a CPU 2)")
     add("--head-dim", type=int, default=128, help="head_dim (128)")
     add("--dtype", choices=list(DTYPES), help="bfloat16; on a CPU float32")
-    add("--repeats", type=int, default=20, help="timed calls of each provider (20)")
+    add("--repeats", type=int, help="timed calls of each provider (20; on a CPU 9)")
     add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
     add("--flex", action=argparse.BooleanOptionalAction, default=True, help="FlexAttention too")
     add("--output", type=Path, help="JSON record (benchmarks/results/vsa_DEVICE.json)")
@@ -112,6 +112,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, on_gpu, small in (
         ("tokens", 49152, 4096),
         ("heads", 12, 2),
+        ("repeats", 20, 9),
         ("dtype", "bfloat16", "float32"),
         ("output", *[Path(__file__).parent / "results" / f"vsa_{kind}.json"] * 2),
     ):
