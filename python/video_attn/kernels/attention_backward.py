@@ -23,6 +23,7 @@ from .launch_tables import LaunchRow
 from .step_lists import plan_steps
 from .tiles import (
     causal_steps,
+    head_rows,
     lens_of_batch,
     listed_steps,
     load_tile,
@@ -44,19 +45,19 @@ def attention_bwd_kernel_prepare(
     stride_out_b, stride_out_h, stride_out_s,
     stride_grad_lse_b, stride_grad_lse_h, stride_grad_lse_s,
     HQ, q_len, n_tiles,
-    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
+    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """delta = sum_d out grad_out - grad_lse; and lse, but +inf where it is -inf: weights 0."""
     i_tile, i_b, i_h = program_tile(n_tiles, HQ)
     start = i_tile.to(tl.int64) * BM
     o_m, o_dv = tile_rows(BM, WIDE), tl.arange(0, BDV)
     m_m = o_m < q_len - start
-    p_out = out + i_b * stride_out_b + i_h * stride_out_h + start * stride_out_s
-    p_grad = (
-        grad_out + i_b * stride_grad_out_b + i_h * stride_grad_out_h + start * stride_grad_out_s
+    p_out = head_rows(out, i_b, i_h, stride_out_b, stride_out_h, VEC)
+    p_grad = head_rows(grad_out, i_b, i_h, stride_grad_out_b, stride_grad_out_h, VEC)
+    b_out = load_tile(p_out, start, o_m, m_m, o_dv, stride_out_s, DV, VEC, True)  # [BM, BDV]
+    b_grad = load_tile(  # [BM, BDV]
+        p_grad, start, o_m, m_m, o_dv, stride_grad_out_s, DV, VEC, True
     )
-    b_out = load_tile(p_out, o_m, m_m, o_dv, stride_out_s, DV, True)  # [BM, BDV]
-    b_grad = load_tile(p_grad, o_m, m_m, o_dv, stride_grad_out_s, DV, True)  # [BM, BDV]
     o_row = (i_b * HQ + i_h) * q_len + start + o_m
     b_lse = tl.load(lse + o_row, mask=m_m, other=0.0)  # [BM]
     m_seen = b_lse != float("-inf")
@@ -92,7 +93,8 @@ def attention_bwd_kernel_dq(
     HQ, q_len, kv_len, n_tiles, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dq_i = scale sum_j p_ij (grad_i . v_j - delta_i) k_j; one program per query tile."""
     i_tile, i_b, i_h = program_tile(n_tiles, HQ)
@@ -116,15 +118,17 @@ def attention_bwd_kernel_dq(
     o_m = tile_rows(BM, WIDE)
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_m = o_m < n_valid
-    p_q = q + i_b * stride_q_b + i_h * stride_q_h + start * stride_q_s
-    p_grad = grad_out + i_b * stride_grad_out_b + i_h * stride_grad_out_h
-    p_grad += start * stride_grad_out_s
-    p_k = k + i_b * stride_k_b + (i_h // G) * stride_k_h
-    p_v = v + i_b * stride_v_b + (i_h // G) * stride_v_h
+    p_q = head_rows(q, i_b, i_h, stride_q_b, stride_q_h, VEC)
+    p_grad = head_rows(grad_out, i_b, i_h, stride_grad_out_b, stride_grad_out_h, VEC)
+    p_dq = head_rows(dq, i_b, i_h, stride_dq_b, stride_dq_h, VEC)
+    p_k = head_rows(k, i_b, i_h // G, stride_k_b, stride_k_h, VEC)
+    p_v = head_rows(v, i_b, i_h // G, stride_v_b, stride_v_h, VEC)
     o_row = (i_b * HQ + i_h) * q_len + start + o_m
     last_key = (start + o_m).to(tl.int32) + (kv_len - q_len)  # that a causal row sees
-    b_q = load_tile(p_q, o_m, m_m, o_d, stride_q_s, D, True)  # [BM, BD]
-    b_grad = load_tile(p_grad, o_m, m_m, o_dv, stride_grad_out_s, DV, True)  # [BM, BDV]
+    b_q = load_tile(p_q, start, o_m, m_m, o_d, stride_q_s, D, VEC, True)  # [BM, BD]
+    b_grad = load_tile(  # [BM, BDV]
+        p_grad, start, o_m, m_m, o_dv, stride_grad_out_s, DV, VEC, True
+    )
     b_pivot = tl.load(pivot + o_row, mask=m_m, other=float("inf"))  # [BM]
     b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)  # [BM]
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -144,10 +148,12 @@ def attention_bwd_kernel_dq(
             i_step, n_valid_n = step_at(
                 i + 1, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
             )
-            p_n = p_k + start_n * stride_k_s
-            b_k = load_tile(p_n, o_n, m_n, o_d, stride_k_s, D, MASKED)  # [BN, BD]
-            p_n = p_v + start_n * stride_v_s
-            b_v = load_tile(p_n, o_n, m_n, o_dv, stride_v_s, DV, MASKED)  # [BN, BDV]
+            b_k = load_tile(  # [BN, BD]
+                p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED
+            )
+            b_v = load_tile(  # [BN, BDV]
+                p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED
+            )
             b_p = tl.exp(_product(b_q, b_k) * scale - b_pivot[:, None])  # [BM, BN]
             if MASKED:
                 m_p = m_n[None, :]
@@ -158,8 +164,7 @@ def attention_bwd_kernel_dq(
             b_dq = _add_product(b_dq, b_ds, b_k)
 
     b_dq = tl.where(m_m[:, None], b_dq * scale, 0.0)
-    p_dq = dq + i_b * stride_dq_b + i_h * stride_dq_h + start * stride_dq_s
-    store_tile(p_dq, b_dq, o_m, o_m < n_rows, o_d, stride_dq_s, D)
+    store_tile(p_dq, start, b_dq, o_m, o_m < n_rows, o_d, stride_dq_s, D, VEC)
 
 
 @triton.jit
@@ -187,7 +192,8 @@ def attention_bwd_kernel_dkv(
     H, q_len, kv_len, n_tiles, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dv_j = sum_i p_ij grad_i, dk_j = scale sum_i p_ij (grad_i . v_j - delta_i) q_i.
 
@@ -203,11 +209,13 @@ def attention_bwd_kernel_dkv(
     o_m = tile_rows(BM, WIDE)
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_m = o_m < n_valid
-    p_k = k + i_b * stride_k_b + i_h * stride_k_h + start * stride_k_s
-    p_v = v + i_b * stride_v_b + i_h * stride_v_h + start * stride_v_s
+    p_k = head_rows(k, i_b, i_h, stride_k_b, stride_k_h, VEC)
+    p_v = head_rows(v, i_b, i_h, stride_v_b, stride_v_h, VEC)
+    p_dk = head_rows(dk, i_b, i_h, stride_dk_b, stride_dk_h, VEC)
+    p_dv = head_rows(dv, i_b, i_h, stride_dv_b, stride_dv_h, VEC)
     first_query = (start + o_m).to(tl.int32) - (kv_len - q_len)  # that sees a causal key
-    b_k = load_tile(p_k, o_m, m_m, o_d, stride_k_s, D, True)  # [BM, BD]
-    b_v = load_tile(p_v, o_m, m_m, o_dv, stride_v_s, DV, True)  # [BM, BDV]
+    b_k = load_tile(p_k, start, o_m, m_m, o_d, stride_k_s, D, VEC, True)  # [BM, BD]
+    b_v = load_tile(p_v, start, o_m, m_m, o_dv, stride_v_s, DV, VEC, True)  # [BM, BDV]
     b_dk = tl.zeros([BM, BD], tl.float32)
     b_dv = tl.zeros([BM, BDV], tl.float32)
 
@@ -230,8 +238,8 @@ def attention_bwd_kernel_dkv(
         if n_valid <= 0:
             n_full = 0
             n_steps = 0
-        p_q = q + i_b * stride_q_b + i_hq * stride_q_h
-        p_grad = grad_out + i_b * stride_grad_out_b + i_hq * stride_grad_out_h
+        p_q = head_rows(q, i_b, i_hq, stride_q_b, stride_q_h, VEC)
+        p_grad = head_rows(grad_out, i_b, i_hq, stride_grad_out_b, stride_grad_out_h, VEC)
         p_pivot = pivot + (i_b * H * G + i_hq) * q_len
         p_delta = delta + (i_b * H * G + i_hq) * q_len
 
@@ -252,10 +260,12 @@ def attention_bwd_kernel_dkv(
                     i + 1, i_end, p_list, i_first, i_full, n_full, q_len, p_q_lens,
                     Q_SLOT, BN, MODE, MASKED,
                 )  # fmt: skip
-                p_n = p_q + start_n * stride_q_s
-                b_q = load_tile(p_n, o_n, m_n, o_d, stride_q_s, D, MASKED)  # [BN, BD]
-                p_n = p_grad + start_n * stride_grad_out_s
-                b_grad = load_tile(p_n, o_n, m_n, o_dv, stride_grad_out_s, DV, MASKED)  # [BN, BDV]
+                b_q = load_tile(  # [BN, BD]
+                    p_q, start_n, o_n, m_n, o_d, stride_q_s, D, VEC, MASKED
+                )
+                b_grad = load_tile(  # [BN, BDV]
+                    p_grad, start_n, o_n, m_n, o_dv, stride_grad_out_s, DV, VEC, MASKED
+                )
                 if MASKED:
                     b_pivot = tl.load(
                         p_pivot + (start_n + o_n), mask=m_n, other=float("inf")
@@ -274,10 +284,8 @@ def attention_bwd_kernel_dkv(
 
     b_dk = tl.where(m_m[:, None], b_dk * scale, 0.0)
     b_dv = tl.where(m_m[:, None], b_dv, 0.0)
-    p_dk = dk + i_b * stride_dk_b + i_h * stride_dk_h + start * stride_dk_s
-    p_dv = dv + i_b * stride_dv_b + i_h * stride_dv_h + start * stride_dv_s
-    store_tile(p_dk, b_dk, o_m, o_m < n_rows, o_d, stride_dk_s, D)
-    store_tile(p_dv, b_dv, o_m, o_m < n_rows, o_dv, stride_dv_s, DV)
+    store_tile(p_dk, start, b_dk, o_m, o_m < n_rows, o_d, stride_dk_s, D, VEC)
+    store_tile(p_dv, start, b_dv, o_m, o_m < n_rows, o_dv, stride_dv_s, DV, VEC)
 
 
 def attention_backward(
@@ -300,18 +308,17 @@ def attention_backward(
     """
     dq, dk, dv = grads
     pivot, delta = torch.empty_like(x.lse), torch.empty_like(x.lse)
-    shared = head_args(q=x.q, k=x.k, v=x.v, grad_out=x.grad_out)
-    shared |= {"pivot": pivot, "delta": delta}
-    shared |= problem_args(x.q, x.k, x.v, scale, is_causal)
+    inputs = {"q": x.q, "k": x.k, "v": x.v, "grad_out": x.grad_out}
+    shared = {"pivot": pivot, "delta": delta} | problem_args(x.q, x.k, x.v, scale, is_causal)
 
     steps = plan_steps(lists, q_side, kv_side, is_causal, dq_row)
-    args = shared | head_args(dq=dq) | {"HQ": x.q.shape[1]}
+    args = shared | head_args(**inputs, dq=dq) | {"HQ": x.q.shape[1]}
     args |= side_args("q", steps.own) | side_args("kv", steps.other)
     launches = [_prepare(x, pivot, delta)]
     launches += steps.launches(attention_bwd_kernel_dq, x.q.shape[0] * x.q.shape[1], args)
 
     steps = plan_steps(transposed, kv_side, q_side, is_causal, dkv_row)
-    args = shared | head_args(dk=dk, dv=dv) | {"H": x.k.shape[1]}
+    args = shared | head_args(**inputs, dk=dk, dv=dv) | {"H": x.k.shape[1]}
     args |= side_args("kv", steps.own) | side_args("q", steps.other)
     launches += steps.launches(attention_bwd_kernel_dkv, x.k.shape[0] * x.k.shape[1], args)
     return launches

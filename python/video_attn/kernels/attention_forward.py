@@ -13,6 +13,7 @@ from .launch_tables import LaunchRow
 from .step_lists import plan_steps
 from .tiles import (
     causal_steps,
+    head_rows,
     lens_of_batch,
     listed_steps,
     load_tile,
@@ -62,7 +63,8 @@ def attention_fwd_kernel(
     HQ, q_len, kv_len, n_tiles, scale, scale_log2,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j, lse_i = log sum_j exp(s_ij), s = scale q k^T.
 
@@ -89,11 +91,12 @@ def attention_fwd_kernel(
     o_m = tile_rows(BM, WIDE)
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_m = o_m < n_valid
-    p_q = q + i_b * stride_q_b + i_h * stride_q_h + start * stride_q_s
-    p_k = k + i_b * stride_k_b + (i_h // G) * stride_k_h
-    p_v = v + i_b * stride_v_b + (i_h // G) * stride_v_h
+    p_q = head_rows(q, i_b, i_h, stride_q_b, stride_q_h, VEC)
+    p_k = head_rows(k, i_b, i_h // G, stride_k_b, stride_k_h, VEC)
+    p_v = head_rows(v, i_b, i_h // G, stride_v_b, stride_v_h, VEC)
+    p_out = head_rows(out, i_b, i_h, stride_out_b, stride_out_h, VEC)
     last_key = (start + o_m).to(tl.int32) + (kv_len - q_len)  # that a causal row sees
-    b_q = load_tile(p_q, o_m, m_m, o_d, stride_q_s, D, True)  # [BM, BD]
+    b_q = load_tile(p_q, start, o_m, m_m, o_d, stride_q_s, D, VEC, True)  # [BM, BD]
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BDV], tl.float32)
@@ -113,8 +116,9 @@ def attention_fwd_kernel(
             i_step, n_valid_n = step_at(
                 i + 1, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
             )
-            p_n = p_k + start_n * stride_k_s
-            b_k = load_tile(p_n, o_n, m_n, o_d, stride_k_s, D, MASKED)  # [BN, BD]
+            b_k = load_tile(  # [BN, BD]
+                p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED
+            )
             b_s = _scores(b_q, b_k)
             if MASKED:
                 m_s = m_n[None, :]
@@ -122,8 +126,9 @@ def attention_fwd_kernel(
                     m_s = m_s & ((start_n + o_n).to(tl.int32)[None, :] <= last_key[:, None])
                 b_s = tl.where(m_s, b_s, float("-inf"))
             b_p, b_m, b_l, b_alpha = _online_softmax(b_s, b_m, b_l, scale_log2, MASKED)
-            p_n = p_v + start_n * stride_v_s
-            b_v = load_tile(p_n, o_n, m_n, o_dv, stride_v_s, DV, MASKED)  # [BN, BDV]
+            b_v = load_tile(  # [BN, BDV]
+                p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED
+            )
             b_acc = _add_values(b_acc * b_alpha[:, None], b_p, b_v)
 
     # A row that saw nothing, or is not valid, has sum 0. NaN is not 0 and stays.
@@ -131,8 +136,7 @@ def attention_fwd_kernel(
     b_l = tl.where(m_seen, b_l, 1.0)
     b_out = tl.where(m_seen[:, None], b_acc / b_l[:, None], 0.0)
     b_lse = tl.where(m_seen, b_m * scale + tl.log(b_l), float("-inf"))
-    p_out = out + i_b * stride_out_b + i_h * stride_out_h + start * stride_out_s
-    store_tile(p_out, b_out, o_m, o_m < n_rows, o_dv, stride_out_s, DV)
+    store_tile(p_out, start, b_out, o_m, o_m < n_rows, o_dv, stride_out_s, DV, VEC)
     tl.store(lse + (i_b * HQ + i_h) * q_len + start + o_m, b_lse, mask=o_m < n_rows)
 
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Side, head_args, lens_args, padded
-from .tiles import lens_of_batch, load_tile, own_tile, store_tile
+from .launch import Launch, Side, head_args, lens_args, named_strides, padded
+from .tiles import head_rows, lens_of_batch, load_tile, own_tile, store_tile
 
 _MEAN_TILE = 4096  # numbers in registers at a time
 _SCORES = 2048  # of a row in registers at a time
@@ -19,7 +19,8 @@ def block_mean_kernel(
     x, mean, lens,
     stride_x_b, stride_x_h, stride_x_s, stride_mean_b, stride_mean_h, stride_mean_s,
     stride_lens_b, H, N, length,
-    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr,
+    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    ACC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """mean_n = sum of the valid rows of slot n / their number, 0 where there is none."""
     pid = tl.program_id(0).to(tl.int64)
@@ -27,12 +28,14 @@ def block_mean_kernel(
     p_lens = lens_of_batch(lens, i_b, stride_lens_b)
     _, start, _, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
-    p_x = x + i_b * stride_x_b + i_h * stride_x_h + start * stride_x_s
+    p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
+    p_mean = head_rows(mean, i_b, i_h, stride_mean_b, stride_mean_h, VEC)
     b_sum = tl.zeros([BM, BD], ACC)
     for i in range(0, n_valid, BM):
-        b_sum += load_tile(p_x, i + o_m, i + o_m < n_valid, o_d, stride_x_s, D, True)  # [BM, BD]
+        m_m = i + o_m < n_valid
+        b_sum += load_tile(p_x, start + i, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
     b_mean = tl.sum(b_sum, 0) / tl.maximum(n_valid, 1)
-    p_mean = mean + i_b * stride_mean_b + i_h * stride_mean_h + i_n * stride_mean_s
+    p_mean += i_n * stride_mean_s * VEC
     tl.store(p_mean + o_d, b_mean.to(mean.dtype.element_ty), mask=o_d < D)
 
 
@@ -41,7 +44,8 @@ def block_mean_bwd_kernel(
     grad, dx, lens,
     stride_grad_b, stride_grad_h, stride_grad_s, stride_dx_b, stride_dx_h, stride_dx_s,
     stride_lens_b, H, N, length,
-    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr,
+    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    ACC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """dx = grad of the slot's mean / number of valid rows; 0 in rows that are not valid."""
     pid = tl.program_id(0).to(tl.int64)
@@ -49,14 +53,14 @@ def block_mean_bwd_kernel(
     p_lens = lens_of_batch(lens, i_b, stride_lens_b)
     _, start, n_rows, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
-    p_grad = grad + i_b * stride_grad_b + i_h * stride_grad_h + i_n * stride_grad_s
+    p_grad = head_rows(grad, i_b, i_h, stride_grad_b, stride_grad_h, VEC)
+    p_grad += i_n * stride_grad_s * VEC
     b_grad = tl.load(p_grad + o_d, mask=o_d < D, other=0.0).to(ACC)  # [BD]
     b_dx = b_grad / tl.maximum(n_valid, 1)
-    p_dx = dx + i_b * stride_dx_b + i_h * stride_dx_h + start * stride_dx_s
+    p_dx = head_rows(dx, i_b, i_h, stride_dx_b, stride_dx_h, VEC)
     for i in range(0, n_rows, BM):
-        o_row = i + o_m
-        b_rows = tl.where((o_row < n_valid)[:, None], b_dx[None, :], 0.0)
-        store_tile(p_dx, b_rows, o_row, o_row < n_rows, o_d, stride_dx_s, D)
+        b_rows = tl.where((i + o_m < n_valid)[:, None], b_dx[None, :], 0.0)
+        store_tile(p_dx, start + i, b_rows, o_m, i + o_m < n_rows, o_d, stride_dx_s, D, VEC)
 
 
 @triton.jit
@@ -148,7 +152,7 @@ def select_top_k(scores: Tensor, indices: Tensor, top_k: int, key_lens: Tensor |
     """The launch that fills ``indices`` int32 [B, H, R, top_k], contiguous, from ``scores``."""
     batch, heads, rows, keys = scores.shape
     block = min(_SCORES, padded(keys))
-    args = head_args(scores=scores) | lens_args("lens", key_lens)
+    args = named_strides("scores", scores, "bhs") | lens_args("lens", key_lens)
     args |= {"indices": indices, "H": heads, "R": rows, "n_keys": keys, "top_k": top_k}
     args |= {"LOW_BITS": _LOW_BITS[scores.dtype], "BN": block}
     warps = max(1, block // 512)

@@ -83,23 +83,35 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def named_strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
+def named_strides(name: str, x: Tensor | None, axes: str, unit: int = 1) -> dict[str, Any]:
     """Kernel arguments of a tensor: itself, and the strides of its first axes, each by its letter.
 
-    A stride is 0 where the size is 1: that one serves every index. None gives strides 0.
+    A stride is 0 where the size is 1: that one serves every index. None gives strides 0. Strides
+    count ``unit`` numbers.
     """
     args: dict[str, Any] = {name: x}
     for i, axis in enumerate(axes):
-        args[f"stride_{name}_{axis}"] = 0 if x is None or x.shape[i] == 1 else x.stride(i)
+        stride = 0 if x is None or x.shape[i] == 1 else x.stride(i)
+        args[f"stride_{name}_{axis}"] = stride // unit
     return args
 
 
 def head_args(**tensors: Tensor) -> dict[str, Any]:
-    """Kernel arguments of [B, H, S, D] tensors."""
-    args: dict[str, Any] = {}
+    """Kernel arguments of [B, H, S, D] tensors, and in how many numbers their strides count."""
+    vec = min(vector_length(x) for x in tensors.values())
+    args: dict[str, Any] = {"VEC": vec}
     for name, x in tensors.items():
-        args |= named_strides(name, x, "bhs")
+        args |= named_strides(name, x, "bhs", vec)
     return args
+
+
+def vector_length(x: Tensor) -> int:
+    """The largest vector of up to 16 bytes, in numbers, to which the rows of ``x`` are aligned."""
+    vec = 16 // x.element_size()
+    strides = [x.stride(i) for i in range(3) if x.shape[i] > 1]
+    while any(stride % vec for stride in strides):
+        vec //= 2
+    return vec
 
 
 def lens_args(name: str, lens: Tensor | None) -> dict[str, Any]:

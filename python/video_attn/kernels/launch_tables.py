@@ -12,6 +12,8 @@ from typing import NamedTuple
 from . import launch_tables_amd as amd
 from . import launch_tables_nvidia as nvidia
 
+_SMALLEST = 16  # rows of a tile or step
+
 KERNELS = ("forward", "dq", "dkv")
 ITEMSIZES = (2, 4)
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to its own
@@ -41,13 +43,15 @@ class LaunchRow(NamedTuple):
     def fitted(self, own_slot: int, step_slot: int | None = None) -> LaunchRow:
         """This row for small slots: a tile does not exceed its slot, a step divides its slot.
 
-        A step that does not divide it even when halved stays: the kernel then gathers rows.
+        Neither gets smaller than the matrix units take. A step that does not divide its slot even
+        when halved stays as it is: the kernel then gathers rows.
         """
         own, step = self.own, self.step
-        while own > 16 and own // 2 >= own_slot:
+        while own > _SMALLEST and own // 2 >= own_slot:
             own //= 2
-        if step_slot is not None and step_slot % step != 0 and step_slot % (step // 2) == 0:
-            step //= 2
+        half = max(_SMALLEST, step // 2)
+        if step_slot is not None and step_slot % step != 0 and step_slot % half == 0:
+            step = half
         warps = min(self.num_warps, max(2, self.num_warps * own // self.own))
         return self._replace(own=own, step=step, num_warps=warps)
 

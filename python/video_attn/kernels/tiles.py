@@ -36,9 +36,18 @@ def tile_rows(ROWS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_base, o_row, m_row, o_col, stride, COLS: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a matrix with COLS columns; zero past the columns and in masked rows, never read."""
-    p_tile = p_base + (o_row[:, None] * stride + o_col[None, :])
+def head_rows(p, i_b, i_h, stride_b, stride_h, VEC: tl.constexpr):
+    """Pointer to the rows of a head. Strides count VEC numbers, so that loads can be vectors."""
+    return p + (i_b * stride_b + i_h * stride_h) * VEC
+
+
+@triton.jit
+def load_tile(
+    p_head, start, o_row, m_row, o_col, stride,
+    COLS: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows ``start + o_row``; zero past the COLS columns and in masked rows, which are not read."""
+    p_tile = p_head + start * stride * VEC + (o_row[:, None] * stride * VEC + o_col[None, :])
     EXACT: tl.constexpr = o_col.shape[0] == COLS
     if MASKED:
         if EXACT:
@@ -54,10 +63,13 @@ def load_tile(p_base, o_row, m_row, o_col, stride, COLS: tl.constexpr, MASKED: t
 
 
 @triton.jit
-def store_tile(p_base, b_tile, o_row, m_row, o_col, stride, COLS: tl.constexpr):
-    p_tile = p_base + (o_row[:, None] * stride + o_col[None, :])
+def store_tile(
+    p_head, start, b_tile, o_row, m_row, o_col, stride, COLS: tl.constexpr, VEC: tl.constexpr
+):
+    """Writes the rows ``start + o_row`` that are not masked."""
+    p_tile = p_head + start * stride * VEC + (o_row[:, None] * stride * VEC + o_col[None, :])
     m_tile = m_row[:, None] & (o_col < COLS)[None, :]
-    tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_tile)
+    tl.store(p_tile, b_tile.to(p_head.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
