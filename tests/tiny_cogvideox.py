@@ -1,13 +1,19 @@
-"""A CogVideoX pipeline of some hundred thousand random weights, made offline in a moment.
+"""CogVideoX pipelines of some hundred thousand random weights, made offline in a moment.
 
 All components are the real classes of diffusers and transformers, so saving, loading, text
-encoding, guidance, denoising and decoding are the real code.
+encoding, guidance, denoising and decoding are the real code. :func:`defined_attention` makes such a
+pipeline compute what radial attention is defined to be, by torch's attention and a token mask.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import string
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported
@@ -21,10 +27,26 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from radial_oracle import Definition, block_mask
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from video_attn.integrations.cogvideox import layout_of
+from video_attn.patterns.radial import RadialRule
 
 TEXT = 16  # tokens of a prompt
 HEIGHT, WIDTH, FRAMES = 64, 80, 17  # 5 latent frames of 4 x 5 tokens
+LAYERS, STEPS, BLOCK = 3, 4, 4
+MODELS: dict[str, dict[str, Any]] = {
+    "2b": {},
+    "5b": {"rotary": True},
+    "1.5": {"rotary": True, "patch_t": 2},
+}
+# In tiny frames the published split of 128 drops all far frames, so most tests turn it off.
+RULE = RadialRule(decay_factor=0.2, neighbor_fraction=0.25, split_width=0, min_window=2)
+EVERYTHING = RadialRule(decay_factor=1e6, split_width=0)
+_FOLDERS = tempfile.TemporaryDirectory(prefix="tiny-cogvideox-")  # removed at exit
 
 
 def tiny_pipeline(
@@ -97,3 +119,65 @@ def _tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = [(letter, -6.0) for letter in string.ascii_lowercase + string.punctuation]
     return T5Tokenizer(vocab=special + letters, extra_ids=0)
+
+
+@cache
+def saved(name: str) -> Path:
+    """The folder of a model of ``MODELS``, saved as its real checkpoint would be."""
+    folder = Path(_FOLDERS.name) / name
+    tiny_pipeline(layers=LAYERS, **MODELS[name]).save_pretrained(folder)
+    return folder
+
+
+def load(name: str = "5b") -> CogVideoXPipeline:
+    """A pipeline of its own from that folder; 5b: rotary positions, no temporal patch."""
+    pipe = CogVideoXPipeline.from_pretrained(saved(name), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: CogVideoXPipeline, **options: Any) -> np.ndarray:
+    """The video before the VAE, which would only blur what attention did."""
+    return render(pipe, steps=STEPS, output_type="latent", **options).numpy()
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(got - expected).max() / expected.std())
+
+
+@contextlib.contextmanager
+def defined_attention(
+    pipe: CogVideoXPipeline, mask_of: Callable[[int, int], Tensor | None]
+) -> Iterator[list[int]]:
+    """Runs the DiT's attention with ``mask_of(step, layer)``, bool [1|H, S, S] or None.
+
+    The text encoder calls the same function of torch; it is told by its length.
+    """
+    sdpa, calls = F.scaled_dot_product_attention, [0]
+    layout = layout_of(pipe)
+
+    def masked(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if query.shape[2] != layout.sequence_length:
+            return sdpa(query, key, value, **options)
+        step, layer = divmod(calls[0], LAYERS)
+        calls[0] += 1
+        return sdpa(query, key, value, attn_mask=mask_of(step, layer))
+
+    F.scaled_dot_product_attention = masked
+    try:
+        yield calls
+    finally:
+        F.scaled_dot_product_attention = sdpa
+
+
+def token_mask(pipe: CogVideoXPipeline, rule: RadialRule = RULE, **options: Any) -> Tensor:
+    """bool [S, S] of the definition, for the sequence [text, video] of ``pipe``."""
+    frames, rows, columns = layout_of(pipe).grid
+    definition = Definition(
+        frames, rows * columns, BLOCK, TEXT, text_first=True, decay=rule.decay_factor,
+        neighbor=rule.neighbor_fraction, min_window=rule.min_window, split=rule.split_width,
+        sink=rule.sink_frames, **options,
+    )  # fmt: skip
+    blocks = block_mask(definition)
+    tokens = blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return tokens[: definition.length, : definition.length]
