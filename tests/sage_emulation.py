@@ -57,9 +57,7 @@ def options(
 
 def _build() -> Path:
     tools = find_tools(BuildOptions.from_environment(os.environ))
-    headers = sorted((ROOT / "csrc").glob("sage/**/*.h")) + [
-        ROOT / "csrc/bindings/sage_operators.h"
-    ]
+    headers = [*sorted(ROOT.glob("csrc/sage/**/*.h")), ROOT / "csrc/bindings/sage_operators.h"]
     identity = hashlib.sha256("\n".join([tools.cxx, tools.torch_version, *FLAGS]).encode())
     for path in [*SOURCES, *headers]:
         identity.update(path.read_bytes())

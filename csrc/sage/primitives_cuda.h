@@ -177,7 +177,11 @@ template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads)
     entry(const __grid_constant__ typename Kernel::Params params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-  if constexpr (!Kernel::kNeedsFp8) Kernel::run(params);
+  if constexpr (Kernel::kNeedsFp8) {
+    __trap();  // the launcher below asks first; nothing returns an output that nobody wrote
+  } else {
+    Kernel::run(params);
+  }
 #else
   Kernel::run(params);
 #endif
@@ -186,7 +190,13 @@ __global__ void __launch_bounds__(Kernel::kThreads)
 // Null, or why nothing was launched.
 template <class Kernel>
 const char* launch(const typename Kernel::Params& params, int64_t x, int y, int z, void* stream) {
-  cudaError_t error = cudaSuccess;
+  // A device runs code made for, or from, an older architecture, which may have no FP8.
+  cudaFuncAttributes code;
+  cudaError_t error = cudaFuncGetAttributes(&code, entry<Kernel>);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (Kernel::kNeedsFp8 && (code.binaryVersion < 89 || code.ptxVersion < 89)) {
+    return "this build has no FP8 code for the device; add 89 or newer to VIDEO_ATTN_CUDA_ARCHS";
+  }
   if constexpr (Kernel::kSharedBytes > 48 * 1024) {
     error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  Kernel::kSharedBytes);
