@@ -211,7 +211,7 @@ class _TakeTokens(torch.autograd.Function):
         return _take(x, dim, index, has_holes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, inverse = ctx.saved_tensors
         grad_x = _TakeTokens.apply(
             grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes

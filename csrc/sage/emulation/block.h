@@ -182,7 +182,8 @@ class Block {
     Block& block = current();
     block.body_();
     Fiber& fiber = block.fibers_[block.running_];
-    if (!fiber.issued.empty() || !fiber.committed.empty()) block.fail("copies in flight at the end");
+    if (!fiber.issued.empty() || !fiber.committed.empty())
+      block.fail("copies in flight at the end");
     fiber.done = true;
     longjmp_to(block.scheduler_);
   }
