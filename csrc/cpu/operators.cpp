@@ -17,32 +17,29 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // A stride that stays where it is in a dimension that is broadcast.
-int64_t broadcast_stride(const at::Tensor &x, int64_t dim) {
+int64_t broadcast_stride(const at::Tensor& x, int64_t dim) {
   return x.size(dim) == 1 ? 0 : x.stride(dim);
 }
 
-Rows rows_of(const at::Tensor &x) {
+Rows rows_of(const at::Tensor& x) {
   // Inputs are only read: a lazy copy must not be made real.
-  return {const_cast<void *>(x.const_data_ptr()), x.stride(0), x.stride(1),
-          x.stride(2)};
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Rows rows_of(at::Tensor &x) {
+Rows rows_of(at::Tensor& x) {
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-RowScalars scalars_of(const at::Tensor &x) {
-  return {const_cast<float *>(x.const_data_ptr<float>()), x.stride(0),
-          x.stride(1), x.stride(2)};
+RowScalars scalars_of(const at::Tensor& x) {
+  return {const_cast<float*>(x.const_data_ptr<float>()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-RowScalars scalars_of(at::Tensor &x) {
+RowScalars scalars_of(at::Tensor& x) {
   return {x.mutable_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-BlockLists lists_of(const at::Tensor &counts, const at::Tensor &indices) {
-  BlockLists lists{counts.const_data_ptr<int32_t>(),
-                   indices.const_data_ptr<int32_t>()};
+BlockLists lists_of(const at::Tensor& counts, const at::Tensor& indices) {
+  BlockLists lists{counts.const_data_ptr<int32_t>(), indices.const_data_ptr<int32_t>()};
   for (int64_t d = 0; d < 2; ++d) {
     lists.count_strides[d] = broadcast_stride(counts, d);
     lists.index_strides[d] = broadcast_stride(indices, d);
@@ -53,8 +50,7 @@ BlockLists lists_of(const at::Tensor &counts, const at::Tensor &indices) {
   return lists;
 }
 
-BlockLens lens_of(const OptionalTensor &lens, int64_t block_size,
-                  int64_t length) {
+BlockLens lens_of(const OptionalTensor& lens, int64_t block_size, int64_t length) {
   BlockLens result{nullptr, 0, 0, block_size, length};
   if (lens) {
     result.data = lens->const_data_ptr<int32_t>();
@@ -64,12 +60,10 @@ BlockLens lens_of(const OptionalTensor &lens, int64_t block_size,
   return result;
 }
 
-Geometry geometry_of(const at::Tensor &q, const at::Tensor &k,
-                     const at::Tensor &v, const OptionalTensor &counts,
-                     const OptionalTensor &indices,
-                     const OptionalTensor &q_lens,
-                     const OptionalTensor &kv_lens, int64_t q_block_size,
-                     int64_t kv_block_size, double scale, bool is_causal) {
+Geometry geometry_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                     const OptionalTensor& counts, const OptionalTensor& indices,
+                     const OptionalTensor& q_lens, const OptionalTensor& kv_lens,
+                     int64_t q_block_size, int64_t kv_block_size, double scale, bool is_causal) {
   Geometry g{};
   g.batch = q.size(0);
   g.q_heads = q.size(1);
@@ -79,54 +73,46 @@ Geometry geometry_of(const at::Tensor &q, const at::Tensor &k,
   g.is_dense = !counts;
   g.is_causal = is_causal;
   // A scale outside of fp32 would become 0 or inf, and those times a score NaN.
-  g.scale = static_cast<float>(
-      std::clamp<double>(scale, std::numeric_limits<float>::min(), 1e38));
+  g.scale = static_cast<float>(std::clamp<double>(scale, std::numeric_limits<float>::min(), 1e38));
   g.dtype = q.scalar_type();
   g.bf16_products = bf16_products();
-  if (g.is_dense)
-    q_block_size = kv_block_size = kTile;
+  if (g.is_dense) q_block_size = kv_block_size = kTile;
   g.q = lens_of(q_lens, q_block_size, q.size(2));
   g.kv = lens_of(kv_lens, kv_block_size, k.size(2));
-  if (counts)
-    g.lists = lists_of(*counts, *indices);
+  if (counts) g.lists = lists_of(*counts, *indices);
   return g;
 }
 
-void attention_forward(const at::Tensor &q, const at::Tensor &k,
-                       const at::Tensor &v, const OptionalTensor &kv_num_blocks,
-                       const OptionalTensor &kv_indices,
-                       const OptionalTensor &q_block_lens,
-                       const OptionalTensor &kv_block_lens,
-                       int64_t q_block_size, int64_t kv_block_size,
-                       double scale, bool is_causal, at::Tensor &out,
-                       at::Tensor &lse) {
+void attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const OptionalTensor& kv_num_blocks, const OptionalTensor& kv_indices,
+                       const OptionalTensor& q_block_lens, const OptionalTensor& kv_block_lens,
+                       int64_t q_block_size, int64_t kv_block_size, double scale, bool is_causal,
+                       at::Tensor& out, at::Tensor& lse) {
   check_inputs(q, k, v);
   check_rows("out", out, q, v.size(3));
   check_scalars("lse", lse, q);
-  check_mask(q, k, "kv", kv_num_blocks, kv_indices, q_block_lens, kv_block_lens,
-             q_block_size, kv_block_size, is_causal);
+  check_mask(q, k, "kv", kv_num_blocks, kv_indices, q_block_lens, kv_block_lens, q_block_size,
+             kv_block_size, is_causal);
   ForwardArguments arguments{
-      geometry_of(q, k, v, kv_num_blocks, kv_indices, q_block_lens,
-                  kv_block_lens, q_block_size, kv_block_size, scale, is_causal),
+      geometry_of(q, k, v, kv_num_blocks, kv_indices, q_block_lens, kv_block_lens, q_block_size,
+                  kv_block_size, scale, is_causal),
       rows_of(q),
       rows_of(k),
       rows_of(v),
       rows_of(out),
       scalars_of(lse)};
-  const Geometry &g = arguments.geometry;
-  if (kv_num_blocks)
-    check_lists("kv", g.lists, *kv_num_blocks, *kv_indices, g.kv.blocks());
+  const Geometry& g = arguments.geometry;
+  if (kv_num_blocks) check_lists("kv", g.lists, *kv_num_blocks, *kv_indices, g.kv.blocks());
   kernels().forward(arguments);
 }
 
-void attention_backward(
-    const at::Tensor &grad_out, const OptionalTensor &grad_lse,
-    const at::Tensor &q, const at::Tensor &k, const at::Tensor &v,
-    const at::Tensor &out, const at::Tensor &lse,
-    const OptionalTensor &q_num_blocks, const OptionalTensor &q_indices,
-    const OptionalTensor &q_block_lens, const OptionalTensor &kv_block_lens,
-    int64_t q_block_size, int64_t kv_block_size, double scale, bool is_causal,
-    at::Tensor &dq, at::Tensor &dk, at::Tensor &dv) {
+void attention_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                        const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        const at::Tensor& out, const at::Tensor& lse,
+                        const OptionalTensor& q_num_blocks, const OptionalTensor& q_indices,
+                        const OptionalTensor& q_block_lens, const OptionalTensor& kv_block_lens,
+                        int64_t q_block_size, int64_t kv_block_size, double scale, bool is_causal,
+                        at::Tensor& dq, at::Tensor& dk, at::Tensor& dv) {
   check_inputs(q, k, v);
   check_rows("grad_out", grad_out, q, v.size(3));
   check_rows("out", out, q, v.size(3));
@@ -134,13 +120,12 @@ void attention_backward(
   check_rows("dk", dk, k, k.size(3));
   check_rows("dv", dv, v, v.size(3));
   check_scalars("lse", lse, q);
-  if (grad_lse)
-    check_scalars("grad_lse", *grad_lse, q);
-  check_mask(q, k, "q", q_num_blocks, q_indices, q_block_lens, kv_block_lens,
-             q_block_size, kv_block_size, is_causal);
+  if (grad_lse) check_scalars("grad_lse", *grad_lse, q);
+  check_mask(q, k, "q", q_num_blocks, q_indices, q_block_lens, kv_block_lens, q_block_size,
+             kv_block_size, is_causal);
   BackwardArguments arguments{
-      geometry_of(q, k, v, q_num_blocks, q_indices, q_block_lens, kv_block_lens,
-                  q_block_size, kv_block_size, scale, is_causal),
+      geometry_of(q, k, v, q_num_blocks, q_indices, q_block_lens, kv_block_lens, q_block_size,
+                  kv_block_size, scale, is_causal),
       rows_of(grad_out),
       rows_of(q),
       rows_of(k),
@@ -151,14 +136,13 @@ void attention_backward(
       rows_of(dv),
       scalars_of(lse),
       grad_lse ? scalars_of(*grad_lse) : RowScalars{}};
-  const Geometry &g = arguments.geometry;
-  if (q_num_blocks)
-    check_lists("q", g.lists, *q_num_blocks, *q_indices, g.q.blocks());
+  const Geometry& g = arguments.geometry;
+  if (q_num_blocks) check_lists("q", g.lists, *q_num_blocks, *q_indices, g.q.blocks());
   kernels().backward(arguments);
 }
 
-} // namespace
-} // namespace video_attn::cpu
+}  // namespace
+}  // namespace video_attn::cpu
 
 TORCH_LIBRARY_IMPL(video_attn, CPU, library) {
   library.impl("cpu_attention_forward", &video_attn::cpu::attention_forward);
