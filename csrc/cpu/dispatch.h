@@ -8,14 +8,14 @@
 namespace video_attn::cpu {
 
 struct Kernels {
-  const char *capability;
-  void (*forward)(const ForwardArguments &);
-  void (*backward)(const BackwardArguments &);
+  const char* capability;
+  void (*forward)(const ForwardArguments&);
+  void (*backward)(const BackwardArguments&);
 };
 
 // The kernels for the capability that torch itself runs with
 // (ATEN_CPU_CAPABILITY included).
-const Kernels &kernels();
+const Kernels& kernels();
 
 // Whether bf16 operands can go into the matrix kernel: the CPU has bf16
 // products, and torch was built with, and currently allows, the kernels that
@@ -25,4 +25,4 @@ bool bf16_products();
 // One line for people: the capability and how each dtype is multiplied.
 std::string describe();
 
-} // namespace video_attn::cpu
+}  // namespace video_attn::cpu

@@ -25,26 +25,31 @@ struct SegmentList {
   std::array<RowSegment, kStepKeys / kRowGrain> items;
   int64_t count = 0;
 
-  const RowSegment *begin() const { return items.data(); }
-  const RowSegment *end() const { return items.data() + count; }
+  const RowSegment* begin() const { return items.data(); }
+  const RowSegment* end() const { return items.data() + count; }
 };
 
 // What one thread needs to compute tiles of queries.
-template <typename T, typename C> class TileWorker {
-public:
-  TileWorker(const ForwardArguments &arguments, const KeyPanels<T, C> &panels)
-      : a_(arguments), g_(arguments.geometry), panels_(panels),
+template <typename T, typename C>
+class TileWorker {
+ public:
+  TileWorker(const ForwardArguments& arguments, const KeyPanels<T, C>& panels)
+      : a_(arguments),
+        g_(arguments.geometry),
+        panels_(panels),
         width_(row_width<C>(g_.head_dim)),
-        value_width_(row_width<C>(g_.value_dim)), q_rows_(kTile * width_),
-        q_transposed_(kTile * width_), scores_(kStepKeys * kTile),
+        value_width_(row_width<C>(g_.value_dim)),
+        q_rows_(kTile * width_),
+        q_transposed_(kTile * width_),
+        scores_(kStepKeys * kTile),
         weights_(std::is_same_v<C, float> ? 0 : kStepKeys * kTile),
-        out_transposed_(kTile * value_width_), out_rows_(kTile * value_width_) {
-  }
+        out_transposed_(kTile * value_width_),
+        out_rows_(kTile * value_width_) {}
 
   // Query rows [start, start + rows) of a block; those from `valid` on get 0
   // and -inf.
-  void run(int64_t item, int64_t batch, int64_t head, int64_t block,
-           int64_t start, int64_t rows, int64_t valid) {
+  void run(int64_t item, int64_t batch, int64_t head, int64_t block, int64_t start, int64_t rows,
+           int64_t valid) {
     bool seen = false;
     if (valid > 0) {
       lanes_ = round_up(valid, kLaneGrain);
@@ -55,16 +60,15 @@ public:
     store(batch, head, start, rows, seen ? valid : 0);
   }
 
-private:
+ private:
   void load_queries(int64_t batch, int64_t head, int64_t start, int64_t valid) {
-    copy_rows(a_.q.at<const T>(batch, head, start), a_.q.row_stride, valid,
-              g_.head_dim, q_rows_.data(), width_, lanes_);
+    copy_rows(a_.q.at<const T>(batch, head, start), a_.q.row_stride, valid, g_.head_dim,
+              q_rows_.data(), width_, lanes_);
     transpose_to_b(q_rows_.data(), width_, q_transposed_.data(), lanes_);
   }
 
   // Whether there was any key.
-  bool over_keys(int64_t item, int64_t batch, int64_t head, int64_t block,
-                 int64_t start) {
+  bool over_keys(int64_t item, int64_t batch, int64_t head, int64_t block, int64_t start) {
     const ListRow list = g_.keys_of(batch, head, block);
     step_rows_ = segments_.count = 0;
     bool first_step = true;
@@ -79,19 +83,16 @@ private:
         add_panel(panel, kv_block * g_.kv.block_size + offset);
       }
     }
-    if (step_rows_ == 0)
-      return !first_step;
+    if (step_rows_ == 0) return !first_step;
     finish_step(start, first_step);
     return true;
   }
 
-  void add_panel(const KeyPanel<C> &panel, int64_t first_key) {
+  void add_panel(const KeyPanel<C>& panel, int64_t first_key) {
     const int64_t inner = round_up(g_.head_dim, kPair<C>);
-    multiply(panel.padded_rows, lanes_, inner, panel.keys, width_,
-             q_transposed_.data(), lanes_, scores_.at(step_rows_ * lanes_),
-             lanes_, false);
-    segments_.items[segments_.count] = {step_rows_, panel.rows,
-                                        step_rows_ + panel.padded_rows};
+    multiply(panel.padded_rows, lanes_, inner, panel.keys, width_, q_transposed_.data(), lanes_,
+             scores_.at(step_rows_ * lanes_), lanes_, false);
+    segments_.items[segments_.count] = {step_rows_, panel.rows, step_rows_ + panel.padded_rows};
     step_panels_[segments_.count] = panel;
     step_keys_[segments_.count] = first_key;
     ++segments_.count;
@@ -99,20 +100,15 @@ private:
   }
 
   void finish_step(int64_t start, bool first_step) {
-    if (g_.is_causal)
-      hide_future(start);
-    C *weights = std::is_same_v<C, float>
-                     ? reinterpret_cast<C *>(scores_.data())
-                     : weights_.data();
-    softmax_step(segments_, lanes_, g_.scale * kLog2e, scores_.data(), weights,
-                 state_);
-    if (!first_step)
-      rescale();
+    if (g_.is_causal) hide_future(start);
+    C* weights = std::is_same_v<C, float> ? reinterpret_cast<C*>(scores_.data()) : weights_.data();
+    softmax_step(segments_, lanes_, g_.scale * kLog2e, scores_.data(), weights, state_);
+    if (!first_step) rescale();
     for (int64_t n = 0; n < segments_.count; ++n) {
-      const KeyPanel<C> &panel = step_panels_[n];
-      multiply(g_.value_dim, lanes_, panel.padded_rows, panel.values,
-               panel.values_ld, weights + segments_.items[n].first * lanes_,
-               lanes_, out_transposed_.data(), lanes_, !first_step || n > 0);
+      const KeyPanel<C>& panel = step_panels_[n];
+      multiply(g_.value_dim, lanes_, panel.padded_rows, panel.values, panel.values_ld,
+               weights + segments_.items[n].first * lanes_, lanes_, out_transposed_.data(), lanes_,
+               !first_step || n > 0);
     }
     step_rows_ = segments_.count = 0;
   }
@@ -121,11 +117,9 @@ private:
   void hide_future(int64_t start) {
     for (int64_t n = 0; n < segments_.count; ++n) {
       for (int64_t r = 0; r < segments_.items[n].valid; ++r) {
-        const int64_t first_seeing =
-            step_keys_[n] + r - g_.causal_offset() - start;
-        float *row = scores_.at((segments_.items[n].first + r) * lanes_);
-        std::fill_n(row, std::clamp<int64_t>(first_seeing, 0, lanes_),
-                    -kInfinity);
+        const int64_t first_seeing = step_keys_[n] + r - g_.causal_offset() - start;
+        float* row = scores_.at((segments_.items[n].first + r) * lanes_);
+        std::fill_n(row, std::clamp<int64_t>(first_seeing, 0, lanes_), -kInfinity);
       }
     }
   }
@@ -133,25 +127,22 @@ private:
   void rescale() {
     for (int64_t lane = 0; lane < lanes_; lane += Vec::size()) {
       const Vec correction = Vec::loadu(state_.correction + lane);
-      if (at::vec::vec_reduce_all<float>(
-              [](Vec &x, Vec &y) { return at::vec::minimum(x, y); },
-              correction) == 1.0f) {
-        continue; // no maximum moved
+      if (at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return at::vec::minimum(x, y); },
+                                         correction) == 1.0f) {
+        continue;  // no maximum moved
       }
       for (int64_t d = 0; d < g_.value_dim; ++d) {
-        float *p = out_transposed_.at(d * lanes_ + lane);
+        float* p = out_transposed_.at(d * lanes_ + lane);
         (Vec::loadu(p) * correction).store(p);
       }
     }
   }
 
-  void store(int64_t batch, int64_t head, int64_t start, int64_t rows,
-             int64_t valid) {
-    if (valid > 0)
-      normalise();
+  void store(int64_t batch, int64_t head, int64_t start, int64_t rows, int64_t valid) {
+    if (valid > 0) normalise();
     for (int64_t r = 0; r < rows; ++r) {
-      T *out = a_.out.at<T>(batch, head, start + r);
-      float &lse = a_.lse.at(batch, head, start + r);
+      T* out = a_.out.at<T>(batch, head, start + r);
+      float& lse = a_.lse.at(batch, head, start + r);
       if (r < valid) {
         row_from_float(out_rows_.at(r * value_width_), out, g_.value_dim);
         lse = state_.maximum[r];
@@ -165,25 +156,22 @@ private:
   // O / sum, as rows; the maximum becomes the log-sum-exp.
   void normalise() {
     for (int64_t lane = 0; lane < lanes_; lane += Vec::size()) {
-      const Vec sum = Vec::loadu(state_.sum + lane),
-                maximum = Vec::loadu(state_.maximum + lane);
+      const Vec sum = Vec::loadu(state_.sum + lane), maximum = Vec::loadu(state_.maximum + lane);
       // Without any key in sight the sum is 0, and so is the output.
-      const Vec inverse =
-          Vec::blendv(Vec(1.0f) / sum, Vec(0.0f), sum == Vec(0.0f));
-      at::vec::fmadd(maximum, Vec(kLn2), sum.log())
-          .store(state_.maximum + lane);
+      const Vec inverse = Vec::blendv(Vec(1.0f) / sum, Vec(0.0f), sum == Vec(0.0f));
+      at::vec::fmadd(maximum, Vec(kLn2), sum.log()).store(state_.maximum + lane);
       for (int64_t d = 0; d < g_.value_dim; ++d) {
-        float *p = out_transposed_.at(d * lanes_ + lane);
+        float* p = out_transposed_.at(d * lanes_ + lane);
         (Vec::loadu(p) * inverse).store(p);
       }
     }
-    transpose_words(out_transposed_.data(), lanes_, out_rows_.data(),
-                    value_width_, round_up(g_.value_dim, kLaneGrain), lanes_);
+    transpose_words(out_transposed_.data(), lanes_, out_rows_.data(), value_width_,
+                    round_up(g_.value_dim, kLaneGrain), lanes_);
   }
 
-  const ForwardArguments &a_;
-  const Geometry &g_;
-  const KeyPanels<T, C> &panels_;
+  const ForwardArguments& a_;
+  const Geometry& g_;
+  const KeyPanels<T, C>& panels_;
   const int64_t width_, value_width_;
   Buffer<C> q_rows_, q_transposed_;
   Buffer<float> scores_;
@@ -197,50 +185,42 @@ private:
   ReleaseMatrixUnit<C> release_;
 };
 
-template <typename T, typename C> void run(const ForwardArguments &arguments) {
-  const Geometry &g = arguments.geometry;
-  const int64_t tiles_per_block =
-      ceil_div(std::min(g.q.block_size, g.q.length), kTile);
+template <typename T, typename C>
+void run(const ForwardArguments& arguments) {
+  const Geometry& g = arguments.geometry;
+  const int64_t tiles_per_block = ceil_div(std::min(g.q.block_size, g.q.length), kTile);
   const int64_t tiles = g.q.blocks() * tiles_per_block;
   const int64_t tasks_per_item = g.group() * tiles;
   const int64_t items = g.batch * g.kv_heads;
   // Few heads at a time: their packed keys and values stay in the cache, and
   // memory stays small.
   const int64_t wanted = kTasksPerThread * at::get_num_threads();
-  const int64_t items_per_pass =
-      std::clamp<int64_t>(ceil_div(wanted, tasks_per_item), 1, items);
+  const int64_t items_per_pass = std::clamp<int64_t>(ceil_div(wanted, tasks_per_item), 1, items);
   KeyPanels<T, C> panels(arguments);
   for (int64_t first = 0; first < items; first += items_per_pass) {
     const int64_t count = std::min(items_per_pass, items - first);
     panels.pack(first, count);
     parallel_tasks(count * tasks_per_item, [&] {
-      return [&, worker = std::make_unique<TileWorker<T, C>>(
-                     arguments, panels)](int64_t task) {
-        const int64_t item = task / tasks_per_item,
-                      tile = task % tasks_per_item / g.group();
+      return [&, worker = std::make_unique<TileWorker<T, C>>(arguments, panels)](int64_t task) {
+        const int64_t item = task / tasks_per_item, tile = task % tasks_per_item / g.group();
         const int64_t batch = (first + item) / g.kv_heads;
-        const int64_t head =
-            (first + item) % g.kv_heads * g.group() + task % g.group();
+        const int64_t head = (first + item) % g.kv_heads * g.group() + task % g.group();
         const int64_t block = tile / tiles_per_block;
         const int64_t offset = tile % tiles_per_block * kTile;
         const int64_t start = block * g.q.block_size + offset;
-        const int64_t rows =
-            std::min({kTile, g.q.block_size - offset, g.q.length - start});
-        if (rows <= 0)
-          return;
-        const int64_t valid =
-            std::clamp<int64_t>(g.q.at(batch, block) - offset, 0, rows);
+        const int64_t rows = std::min({kTile, g.q.block_size - offset, g.q.length - start});
+        if (rows <= 0) return;
+        const int64_t valid = std::clamp<int64_t>(g.q.at(batch, block) - offset, 0, rows);
         worker->run(item, batch, head, block, start, rows, valid);
       };
     });
   }
 }
 
-} // namespace
+}  // namespace
 
-void attention_forward(const ForwardArguments &arguments) {
-  with_dtypes(arguments.geometry,
-              [&]<typename T, typename C>() { run<T, C>(arguments); });
+void attention_forward(const ForwardArguments& arguments) {
+  with_dtypes(arguments.geometry, [&]<typename T, typename C>() { run<T, C>(arguments); });
 }
 
-} // namespace video_attn::cpu::CPU_CAPABILITY
+}  // namespace video_attn::cpu::CPU_CAPABILITY

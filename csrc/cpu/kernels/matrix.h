@@ -23,7 +23,8 @@ constexpr int64_t kPair = std::is_same_v<C, float> ? 1 : 2;
 constexpr int64_t kRowGrain = 8;
 
 // Columns of a packed row of `dim` numbers.
-template <typename C> constexpr int64_t row_width(int64_t dim) {
+template <typename C>
+constexpr int64_t row_width(int64_t dim) {
   return round_up(dim, kLaneGrain * kPair<C>);
 }
 
@@ -31,49 +32,45 @@ template <typename C> constexpr int64_t row_width(int64_t dim) {
 // kernel compiled at its first use on a thread, so callers keep to few shapes:
 // m in multiples of 8, n of 16.
 template <typename C>
-inline void multiply(int64_t m, int64_t n, int64_t k, const C *a, int64_t lda,
-                     const C *b, int64_t ldb, float *c, int64_t ldc,
-                     bool accumulate) {
+inline void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b,
+                     int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   constexpr bool is_vnni = !std::is_same_v<C, float>;
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c,
-                              is_vnni);
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, is_vnni);
 }
 
 // Calls f<T, C>(): T is the dtype of the tensors, C that of the operands of
 // products. fp16 goes through fp32: few CPUs multiply it, and bf16 would lose
 // its bits.
-template <typename F> void with_dtypes(const Geometry &geometry, const F &f) {
+template <typename F>
+void with_dtypes(const Geometry& geometry, const F& f) {
   switch (geometry.dtype) {
-  case at::kFloat:
-    return f.template operator()<float, float>();
-  case at::kHalf:
-    return f.template operator()<at::Half, float>();
-  case at::kBFloat16:
+    case at::kFloat:
+      return f.template operator()<float, float>();
+    case at::kHalf:
+      return f.template operator()<at::Half, float>();
+    case at::kBFloat16:
 #if defined(CPU_CAPABILITY_AVX512)
-    if (geometry.bf16_products)
-      return f.template operator()<at::BFloat16, at::BFloat16>();
+      if (geometry.bf16_products) return f.template operator()<at::BFloat16, at::BFloat16>();
 #endif
-    return f.template operator()<at::BFloat16, float>();
-  default:
-    TORCH_CHECK_TYPE(false, "q must be float32, bfloat16 or float16, got ",
-                     geometry.dtype);
+      return f.template operator()<at::BFloat16, float>();
+    default:
+      TORCH_CHECK_TYPE(false, "q must be float32, bfloat16 or float16, got ", geometry.dtype);
   }
 }
 
 // The bf16 kernels may hold the tile registers of the CPU until they are told
 // to let go.
-template <typename C> struct ReleaseMatrixUnit {
+template <typename C>
+struct ReleaseMatrixUnit {
   ReleaseMatrixUnit() = default;
-  ReleaseMatrixUnit(const ReleaseMatrixUnit &) = delete;
-  ReleaseMatrixUnit &operator=(const ReleaseMatrixUnit &) = delete;
-  ~ReleaseMatrixUnit() {
-    at::native::cpublas::brgemm_release(!std::is_same_v<C, float>);
-  }
+  ReleaseMatrixUnit(const ReleaseMatrixUnit&) = delete;
+  ReleaseMatrixUnit& operator=(const ReleaseMatrixUnit&) = delete;
+  ~ReleaseMatrixUnit() { at::native::cpublas::brgemm_release(!std::is_same_v<C, float>); }
 };
 
 // One row of n numbers to fp32, and back.
 template <typename T>
-inline void row_to_float(const T *source, float *target, int64_t n) {
+inline void row_to_float(const T* source, float* target, int64_t n) {
   if constexpr (std::is_same_v<T, float>) {
     std::memcpy(target, source, n * sizeof(float));
   } else {
@@ -81,29 +78,25 @@ inline void row_to_float(const T *source, float *target, int64_t n) {
     for (int64_t i = 0; i < n; i += Short::size()) {
       const int64_t count = std::min<int64_t>(Short::size(), n - i);
       auto [low, high] = at::vec::convert_to_float<T>(
-          count == Short::size() ? Short::loadu(source + i)
-                                 : Short::loadu(source + i, count));
+          count == Short::size() ? Short::loadu(source + i) : Short::loadu(source + i, count));
       low.store(target + i, std::min<int64_t>(count, Vec::size()));
-      if (count > Vec::size())
-        high.store(target + i + Vec::size(), count - Vec::size());
+      if (count > Vec::size()) high.store(target + i + Vec::size(), count - Vec::size());
     }
   }
 }
 
 template <typename T>
-inline void row_from_float(const float *source, T *target, int64_t n) {
+inline void row_from_float(const float* source, T* target, int64_t n) {
   if constexpr (std::is_same_v<T, float>) {
     std::memcpy(target, source, n * sizeof(float));
   } else {
     using Short = at::vec::Vectorized<T>;
     for (int64_t i = 0; i < n; i += Short::size()) {
       const int64_t count = std::min<int64_t>(Short::size(), n - i);
-      const Vec low =
-          Vec::loadu(source + i, std::min<int64_t>(count, Vec::size()));
-      const Vec high =
-          count > Vec::size()
-              ? Vec::loadu(source + i + Vec::size(), count - Vec::size())
-              : Vec(0.0f);
+      const Vec low = Vec::loadu(source + i, std::min<int64_t>(count, Vec::size()));
+      const Vec high = count > Vec::size()
+                           ? Vec::loadu(source + i + Vec::size(), count - Vec::size())
+                           : Vec(0.0f);
       at::vec::convert_from_float<T>(low, high).store(target + i, count);
     }
   }
@@ -112,32 +105,29 @@ inline void row_from_float(const float *source, T *target, int64_t n) {
 // n rows of T, `stride` apart, to rows of C with `width` columns; the rest of
 // [padded_rows, width] becomes 0.
 template <typename T, typename C>
-void copy_rows(const T *source, int64_t stride, int64_t rows, int64_t columns,
-               C *target, int64_t width, int64_t padded_rows) {
+void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, C* target,
+               int64_t width, int64_t padded_rows) {
   for (int64_t r = 0; r < rows; ++r) {
-    C *row = target + r * width;
+    C* row = target + r * width;
     if constexpr (std::is_same_v<T, C>) {
       std::memcpy(row, source + r * stride, columns * sizeof(T));
     } else {
       row_to_float(source + r * stride, row, columns);
     }
-    std::memset(static_cast<void *>(row + columns), 0,
-                (width - columns) * sizeof(C));
+    std::memset(static_cast<void*>(row + columns), 0, (width - columns) * sizeof(C));
   }
-  std::memset(static_cast<void *>(target + rows * width), 0,
+  std::memset(static_cast<void*>(target + rows * width), 0,
               (padded_rows - rows) * width * sizeof(C));
 }
 
 // Transpose of 32-bit words, [rows, columns] to [columns, rows]; both multiples
 // of 16.
-inline void transpose_words(const float *source, int64_t ld_source,
-                            float *target, int64_t ld_target, int64_t rows,
-                            int64_t columns) {
+inline void transpose_words(const float* source, int64_t ld_source, float* target,
+                            int64_t ld_target, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t c = 0; c < columns; c += 16) {
-      at::vec::transpose_mxn<float, 16, 16>(
-          source + r * ld_source + c, ld_source, target + c * ld_target + r,
-          ld_target);
+      at::vec::transpose_mxn<float, 16, 16>(source + r * ld_source + c, ld_source,
+                                            target + c * ld_target + r, ld_target);
     }
   }
 }
@@ -145,23 +135,22 @@ inline void transpose_words(const float *source, int64_t ld_source,
 // rows [n, width] to the operand B = rows^T [width, n], where n is a multiple
 // of 16. In VNNI order that is a transpose of pairs.
 template <typename C>
-void transpose_to_b(const C *rows, int64_t width, C *target, int64_t n) {
+void transpose_to_b(const C* rows, int64_t width, C* target, int64_t n) {
   const int64_t words = width / kPair<C>;
-  transpose_words(reinterpret_cast<const float *>(rows), words,
-                  reinterpret_cast<float *>(target), n, n, words);
+  transpose_words(reinterpret_cast<const float*>(rows), words, reinterpret_cast<float*>(target), n,
+                  n, words);
 }
 
 // rows [n, width] to the operand A = rows^T [width, n], ld n.
 template <typename C>
-void transpose_to_a(const C *rows, int64_t width, C *target, int64_t n) {
+void transpose_to_a(const C* rows, int64_t width, C* target, int64_t n) {
   if constexpr (std::is_same_v<C, float>) {
     transpose_words(rows, width, target, n, n, width);
   } else {
     for (int64_t r = 0; r < n; r += 32) {
       for (int64_t c = 0; c < width; c += 32) {
-        at::vec::transpose_mxn<C>(
-            rows + r * width + c, width, target + c * n + r, n,
-            std::min<int64_t>(32, n - r), std::min<int64_t>(32, width - c));
+        at::vec::transpose_mxn<C>(rows + r * width + c, width, target + c * n + r, n,
+                                  std::min<int64_t>(32, n - r), std::min<int64_t>(32, width - c));
       }
     }
   }
@@ -181,19 +170,17 @@ inline IntVec interleave_bf16(Vec even, Vec odd) {
 
 // rows [n, width] to the operand B = rows, n even.
 template <typename C>
-void pack_b(const C *rows, int64_t width, C *target, int64_t n) {
+void pack_b(const C* rows, int64_t width, C* target, int64_t n) {
   if constexpr (std::is_same_v<C, float>) {
     std::memcpy(target, rows, n * width * sizeof(float));
   } else {
     using Short = at::vec::Vectorized<C>;
     for (int64_t r = 0; r < n; r += 2) {
       for (int64_t c = 0; c < width; c += Short::size()) {
-        const C *source = rows + r * width + c;
-        const auto [even_low, even_high] =
-            at::vec::convert_to_float<C>(Short::loadu(source));
-        const auto [odd_low, odd_high] =
-            at::vec::convert_to_float<C>(Short::loadu(source + width));
-        C *pairs = target + r * width + 2 * c;
+        const C* source = rows + r * width + c;
+        const auto [even_low, even_high] = at::vec::convert_to_float<C>(Short::loadu(source));
+        const auto [odd_low, odd_high] = at::vec::convert_to_float<C>(Short::loadu(source + width));
+        C* pairs = target + r * width + 2 * c;
         interleave_bf16(even_low, odd_low).store(pairs);
         interleave_bf16(even_high, odd_high).store(pairs + Short::size());
       }
@@ -201,4 +188,4 @@ void pack_b(const C *rows, int64_t width, C *target, int64_t n) {
   }
 }
 
-} // namespace video_attn::cpu::CPU_CAPABILITY
+}  // namespace video_attn::cpu::CPU_CAPABILITY

@@ -27,11 +27,10 @@ struct RowSegment {
 
 // Largest score of each of one vector of lanes.
 template <typename Segments>
-Vec column_maximum(const Segments &segments, const float *scores,
-                   int64_t lanes) {
+Vec column_maximum(const Segments& segments, const float* scores, int64_t lanes) {
   Vec a(-kInfinity), b(-kInfinity), c(-kInfinity), d(-kInfinity);
-  for (const RowSegment &s : segments) {
-    const float *row = scores + s.first * lanes;
+  for (const RowSegment& s : segments) {
+    const float* row = scores + s.first * lanes;
     int64_t r = 0;
     for (; r + 4 <= s.valid; r += 4, row += 4 * lanes) {
       a = max_ignoring_nan(a, Vec::loadu(row));
@@ -39,8 +38,7 @@ Vec column_maximum(const Segments &segments, const float *scores,
       c = max_ignoring_nan(c, Vec::loadu(row + 2 * lanes));
       d = max_ignoring_nan(d, Vec::loadu(row + 3 * lanes));
     }
-    for (; r < s.valid; ++r, row += lanes)
-      a = max_ignoring_nan(a, Vec::loadu(row));
+    for (; r < s.valid; ++r, row += lanes) a = max_ignoring_nan(a, Vec::loadu(row));
   }
   return max_ignoring_nan(max_ignoring_nan(a, b), max_ignoring_nan(c, d));
 }
@@ -48,16 +46,15 @@ Vec column_maximum(const Segments &segments, const float *scores,
 // Weights 2^(scale * score - pivot) of one vector of lanes, written as operand
 // B; returns their sum.
 template <typename C, typename Segments>
-Vec column_weights(const Segments &segments, const float *scores, int64_t lanes,
-                   Vec scale, Vec pivot, C *weights) {
+Vec column_weights(const Segments& segments, const float* scores, int64_t lanes, Vec scale,
+                   Vec pivot, C* weights) {
   Vec sum(0.0f);
   const auto weight = [&](int64_t row) {
-    const Vec p =
-        exp2(at::vec::fmsub(Vec::loadu(scores + row * lanes), scale, pivot));
+    const Vec p = exp2(at::vec::fmsub(Vec::loadu(scores + row * lanes), scale, pivot));
     sum = sum + p;
     return p;
   };
-  for (const RowSegment &s : segments) {
+  for (const RowSegment& s : segments) {
     const int64_t valid_end = s.first + s.valid;
     for (int64_t r = s.first; r < s.end; r += kPair<C>) {
       const Vec even = r < valid_end ? weight(r) : Vec(0.0f);
@@ -75,8 +72,8 @@ Vec column_weights(const Segments &segments, const float *scores, int64_t lanes,
 // One step: `scores` [rows, lanes] to `weights`, with `state` brought up to
 // date. For fp32 the two may be the same memory.
 template <typename C, typename Segments>
-void softmax_step(const Segments &segments, int64_t lanes, float scale_log2,
-                  const float *scores, C *weights, RunningSoftmax &state) {
+void softmax_step(const Segments& segments, int64_t lanes, float scale_log2, const float* scores,
+                  C* weights, RunningSoftmax& state) {
   const Vec scale(scale_log2);
   for (int64_t lane = 0; lane < lanes; lane += Vec::size()) {
     const Vec before = Vec::loadu(state.maximum + lane);
@@ -85,13 +82,12 @@ void softmax_step(const Segments &segments, int64_t lanes, float scale_log2,
     // A query that has seen nothing yet: any finite pivot gives weights of 0.
     const Vec pivot = Vec::blendv(now, Vec(0.0f), now == Vec(-kInfinity));
     const Vec correction = exp2(before - pivot);
-    const Vec sum = column_weights(segments, scores + lane, lanes, scale, pivot,
-                                   weights + lane * kPair<C>);
+    const Vec sum =
+        column_weights(segments, scores + lane, lanes, scale, pivot, weights + lane * kPair<C>);
     now.store(state.maximum + lane);
     correction.store(state.correction + lane);
-    at::vec::fmadd(Vec::loadu(state.sum + lane), correction, sum)
-        .store(state.sum + lane);
+    at::vec::fmadd(Vec::loadu(state.sum + lane), correction, sum).store(state.sum + lane);
   }
 }
 
-} // namespace video_attn::cpu::CPU_CAPABILITY
+}  // namespace video_attn::cpu::CPU_CAPABILITY

@@ -26,7 +26,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // with the exponent bias, in the low bits of the mantissa; the polynomial is
 // 2^f on [-1/2, 1/2], fitted for the least relative error.
 inline Vec exp2(Vec x) {
-  const Vec shifter(12582912.0f + 127.0f); // 1.5 * 2^23, and the bias
+  const Vec shifter(12582912.0f + 127.0f);  // 1.5 * 2^23, and the bias
   x = at::vec::clamp_min(x, Vec(-127.0f));
   const Vec shifted = x + shifter;
   const Vec f = x - (shifted - shifter);
@@ -43,4 +43,4 @@ inline Vec exp2(Vec x) {
 // exp2, not the maximum.
 inline Vec max_ignoring_nan(Vec a, Vec b) { return at::vec::clamp_min(a, b); }
 
-} // namespace video_attn::cpu::CPU_CAPABILITY
+}  // namespace video_attn::cpu::CPU_CAPABILITY
