@@ -1,5 +1,4 @@
-// What a kernel is given: tensors as pointers and strides, the shape of the
-// problem, the lists.
+// What a kernel is given: tensors as pointers and strides, the shape of the problem, the lists.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -9,15 +8,14 @@
 
 namespace video_attn::cpu {
 
-// Lanes and rows that one step of a kernel works on. A block of the mask is cut
-// into tiles of this size; smaller blocks are one tile.
+// Lanes and rows that one step of a kernel works on. A block of the mask is cut into tiles of this
+// size; smaller blocks are one tile.
 constexpr int64_t kTile = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// A [B, H, S, D] tensor read or written in place; strides in elements, the last
-// one is 1.
+// A [B, H, S, D] tensor read or written in place; strides in elements, the last one is 1.
 struct Rows {
   void* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
@@ -38,13 +36,11 @@ struct RowScalars {
   }
 };
 
-// Valid tokens of each block of one side, [B|1, N]; without data every block is
-// full.
+// Valid tokens of each block of one side, [B|1, N]; without data every block is full.
 struct BlockLens {
   const int32_t* data = nullptr;
   int64_t batch_stride = 0, block_stride = 0;
-  int64_t block_size = 0,
-          length = 0;  // tokens per block, tokens of the sequence
+  int64_t block_size = 0, length = 0;  // tokens per block, tokens of the sequence
 
   int64_t blocks() const { return ceil_div(length, block_size); }
 
@@ -64,8 +60,8 @@ struct ListRow {
   int64_t operator[](int64_t n) const { return indices ? indices[n * stride] : first + n; }
 };
 
-// Lists [B|1, H|1, N] of counts and [B|1, H|1, N, K] of indices; dimensions of
-// size 1 have stride 0.
+// Lists [B|1, H|1, N] of counts and [B|1, H|1, N, K] of indices; dimensions of size 1 have stride
+// 0.
 struct BlockLists {
   const int32_t* counts = nullptr;
   const int32_t* indices = nullptr;
@@ -84,18 +80,15 @@ struct Geometry {
   int64_t batch, q_heads, kv_heads;
   int64_t head_dim, value_dim;
   BlockLens q, kv;   // for dense attention: full blocks of kTile
-  BlockLists lists;  // key blocks of each query block (forward), or the
-                     // transpose (backward)
+  BlockLists lists;  // key blocks of each query block (forward), or the transpose (backward)
   bool is_dense, is_causal;
   float scale;
   c10::ScalarType dtype;
-  bool bf16_products;  // bf16 operands go into the matrix kernel as they are,
-                       // else as fp32
+  bool bf16_products;  // bf16 operands go into the matrix kernel as they are, else as fp32
 
   int64_t group() const { return q_heads / kv_heads; }
 
-  // Causal attention is aligned at the bottom right: query i sees keys up to i
-  // + offset.
+  // Causal attention is aligned at the bottom right: query i sees keys up to i + offset.
   int64_t causal_offset() const { return kv.length - q.length; }
 
   ListRow keys_of(int64_t batch, int64_t head, int64_t q_block) const {

@@ -1,6 +1,5 @@
-// What must hold for the kernels to stay inside their tensors. The public
-// function has checked the user's arguments; these checks also serve a direct
-// call of the operators, and read the lists.
+// What must hold for the kernels to stay inside their tensors. The public function has checked the
+// user's arguments; these checks also serve a direct call of the operators, and read the lists.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,15 +13,13 @@ namespace video_attn::cpu {
 // q, k, v fit together and have unit last strides.
 void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
 
-// `x` is [B, H, S, dim] with the sizes and dtype of `like`, and a unit last
-// stride.
+// `x` is [B, H, S, dim] with the sizes and dtype of `like`, and a unit last stride.
 void check_rows(const char* name, const at::Tensor& x, const at::Tensor& like, int64_t dim);
 
 // `x` is fp32 [B, Hq, Sq].
 void check_scalars(const char* name, const at::Tensor& x, const at::Tensor& q);
 
-// Shapes and dtypes of the mask; `side` is the side that is listed, "kv" or
-// "q".
+// Shapes and dtypes of the mask; `side` is the side that is listed, "kv" or "q".
 void check_mask(const at::Tensor& q, const at::Tensor& k, const char* side,
                 const std::optional<at::Tensor>& counts, const std::optional<at::Tensor>& indices,
                 const std::optional<at::Tensor>& q_lens, const std::optional<at::Tensor>& kv_lens,

@@ -31,8 +31,7 @@ Kernels choose() {
   return VIDEO_ATTN_KERNELS(DEFAULT);
 }
 
-// The kernel itself is asked, with a product of one pair: torch does not export
-// its own check.
+// The kernel itself is asked, with a product of one pair: torch does not export its own check.
 bool probe_bf16_products() {
 #if defined(__x86_64__)
   if (std::string(kernels().capability) != "AVX512") return false;
@@ -40,8 +39,7 @@ bool probe_bf16_products() {
   alignas(64) const at::BFloat16 a[2] = {1.0f, 2.0f}, b[2] = {3.0f, 4.0f};
   alignas(64) float c[1] = {0.0f};
   try {
-    at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, c,
-                                /*is_vnni=*/true);
+    at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, c, /*is_vnni=*/true);
     at::native::cpublas::brgemm_release(true);
   } catch (const c10::Error&) {
     return false;
@@ -60,8 +58,7 @@ const Kernels& kernels() {
 }
 
 bool bf16_products() {
-  // Asked each time: torch.backends.mkldnn can be switched off, and then the
-  // kernel refuses.
+  // Asked each time: torch.backends.mkldnn can be switched off, and then the kernel refuses.
   if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool supported = probe_bf16_products();
   return supported;

@@ -13,13 +13,11 @@ struct Kernels {
   void (*backward)(const BackwardArguments&);
 };
 
-// The kernels for the capability that torch itself runs with
-// (ATEN_CPU_CAPABILITY included).
+// The kernels for the capability that torch itself runs with (ATEN_CPU_CAPABILITY included).
 const Kernels& kernels();
 
-// Whether bf16 operands can go into the matrix kernel: the CPU has bf16
-// products, and torch was built with, and currently allows, the kernels that
-// use them.
+// Whether bf16 operands can go into the matrix kernel: the CPU has bf16 products, and torch was
+// built with, and currently allows, the kernels that use them.
 bool bf16_products();
 
 // One line for people: the capability and how each dtype is multiplied.

@@ -1,6 +1,5 @@
-// The operators of this component: arguments to plain structs, checks, the
-// call. Schemas stand in python/video_attn/backends/cpu.py; outputs are
-// allocated there.
+// The operators of this component: arguments to plain structs, checks, the call. Schemas stand in
+// python/video_attn/backends/cpu.py; outputs are allocated there.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>

@@ -1,11 +1,9 @@
-// Backward: for every tile of keys, over the queries that see it. S^T = K Q^T
-// and dP^T = V dO^T are made again; then dV += P^T dO, dK += dS^T Q and dQ^T +=
-// K^T dS^T. Five products per pair.
+// Backward: for every tile of keys, over the queries that see it. S^T = K Q^T and dP^T = V dO^T are
+// made again; then dV += P^T dO, dK += dS^T Q and dQ^T += K^T dS^T. Five products per pair.
 //
-// Whoever owns a tile of keys owns its dK and dV. dQ is shared by all tiles of
-// a head, so the keys of a head are cut into chunks, each chunk sums its own
-// dQ, and these sums are added in the order of the chunks: the result does not
-// depend on timing.
+// Whoever owns a tile of keys owns its dK and dV. dQ is shared by all tiles of a head, so the keys
+// of a head are cut into chunks, each chunk sums its own dQ, and these sums are added in the order
+// of the chunks: the result does not depend on timing.
 
 #include <algorithm>
 #include <array>
@@ -22,9 +20,9 @@ struct Plan {
   int64_t items, chunks;
 };
 
-// A task for every thread, out of as few heads as possible: the queries of the
-// heads at work share the cache. Chunks of many blocks can be cut to about
-// equal work; small ones are better than idle threads.
+// A task for every thread, out of as few heads as possible: the queries of the heads at work share
+// the cache. Chunks of many blocks can be cut to about equal work; small ones are better than idle
+// threads.
 Plan plan_pass(int64_t heads_left, int64_t kv_blocks, int64_t threads) {
   constexpr int64_t kMaxChunks = 16;
   Plan best{};
@@ -86,8 +84,7 @@ class KeyWorker {
         dk_(kTile * width_),
         dv_(kTile * value_width_) {}
 
-  // All of one key block: gradients of its keys and values, and its share of
-  // dQ.
+  // All of one key block: gradients of its keys and values, and its share of dQ.
   void run_block(int64_t item, int64_t batch, int64_t kv_head, int64_t block,
                  QueryGradients& query_grads) {
     const int64_t length = g_.kv.at(batch, block);
@@ -157,9 +154,8 @@ class KeyWorker {
     grads.set_written(q.slot);
   }
 
-  // P = 2^(scale S - lse) and dS = P (dP - delta) of key rows r (and r + 1,
-  // where pairs are interleaved). The factor `scale` of dS is put on the sums
-  // at the end.
+  // P = 2^(scale S - lse) and dS = P (dP - delta) of key rows r (and r + 1, where pairs are
+  // interleaved). The factor `scale` of dS is put on the sums at the end.
   void differentiate_rows(int64_t r, const QueryPanel<C>& q, int64_t first_query) {
     const Vec scale(g_.scale * kLog2e);
     const int64_t lanes = q.lanes;
@@ -196,8 +192,7 @@ class KeyWorker {
     at::vec::convert_from_float<C>(x, x).store(target, Vec::size());
   }
 
-  // Queries before the first one that may see key row r: score -inf, so weight
-  // 0.
+  // Queries before the first one that may see key row r: score -inf, so weight 0.
   void hide_past(int64_t r, int64_t lanes, int64_t first_query) {
     const int64_t first_seeing = first_key_ + r - g_.causal_offset() - first_query;
     std::fill_n(scores_.at(r * lanes), std::clamp<int64_t>(first_seeing, 0, lanes), -kInfinity);
@@ -235,8 +230,7 @@ class KeyWorker {
   const int64_t width_, value_width_;
   Buffer<C> keys_, keys_transposed_, values_;
   Buffer<float> scores_, score_grads_;  // S^T and dP^T
-  Buffer<C> weights_, ds_,
-      ds_pairs_;  // P^T and dS^T as operands A, dS^T as operand B
+  Buffer<C> weights_, ds_, ds_pairs_;   // P^T and dS^T as operands A, dS^T as operand B
   Buffer<float> dk_, dv_;
   int64_t valid_ = 0, padded_ = 0, first_key_ = 0;
   ReleaseMatrixUnit<C> release_;
@@ -261,8 +255,7 @@ class Backward {
   }
 
  private:
-  // Chunk c of an item is the key blocks [bounds[c], bounds[c + 1]), with about
-  // equal work.
+  // Chunk c of an item is the key blocks [bounds[c], bounds[c + 1]), with about equal work.
   void cut_into_chunks() {
     bounds_.assign(plan_.items * (plan_.chunks + 1), 0);
     std::vector<int64_t> work(g_.kv.blocks());

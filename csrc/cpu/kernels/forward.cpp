@@ -1,7 +1,6 @@
-// Forward: for every tile of queries, over the listed keys, softmax(scale Q
-// K^T) V. All products are made transposed, S^T = K Q^T and O^T = V^T P^T:
-// queries are vector lanes, K is read as it lies, and the weights come out in
-// the layout that the second product wants.
+// Forward: for every tile of queries, over the listed keys, softmax(scale Q K^T) V. All products
+// are made transposed, S^T = K Q^T and O^T = V^T P^T: queries are vector lanes, K is read as it
+// lies, and the weights come out in the layout that the second product wants.
 
 #include <algorithm>
 #include <array>
@@ -14,8 +13,7 @@
 namespace video_attn::cpu::CPU_CAPABILITY {
 namespace {
 
-// Keys per softmax step: enough to make rescaling cheap, few enough for the L2
-// cache.
+// Keys per softmax step: enough to make rescaling cheap, few enough for the L2 cache.
 constexpr int64_t kStepKeys = 256;
 
 // Tasks per thread and pass over heads: bounds what an uneven end costs.
@@ -46,8 +44,7 @@ class TileWorker {
         out_transposed_(kTile * value_width_),
         out_rows_(kTile * value_width_) {}
 
-  // Query rows [start, start + rows) of a block; those from `valid` on get 0
-  // and -inf.
+  // Query rows [start, start + rows) of a block; those from `valid` on get 0 and -inf.
   void run(int64_t item, int64_t batch, int64_t head, int64_t block, int64_t start, int64_t rows,
            int64_t valid) {
     bool seen = false;
@@ -192,8 +189,7 @@ void run(const ForwardArguments& arguments) {
   const int64_t tiles = g.q.blocks() * tiles_per_block;
   const int64_t tasks_per_item = g.group() * tiles;
   const int64_t items = g.batch * g.kv_heads;
-  // Few heads at a time: their packed keys and values stay in the cache, and
-  // memory stays small.
+  // Few heads at a time: their packed keys and values stay in the cache, and memory stays small.
   const int64_t wanted = kTasksPerThread * at::get_num_threads();
   const int64_t items_per_pass = std::clamp<int64_t>(ceil_div(wanted, tasks_per_item), 1, items);
   KeyPanels<T, C> panels(arguments);

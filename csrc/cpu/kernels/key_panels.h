@@ -1,6 +1,6 @@
-// Keys and values of the blocks that some query sees, packed for the forward
-// pass: once per call and key head, then read by every query tile. Blocks that
-// nobody lists, and tokens past a block's length, are never read.
+// Keys and values of the blocks that some query sees, packed for the forward pass: once per call
+// and key head, then read by every query tile. Blocks that nobody lists, and tokens past a block's
+// length, are never read.
 #pragma once
 
 #include <vector>
@@ -29,8 +29,8 @@ class KeyPanels {
         value_width_(row_width<C>(g_.value_dim)),
         panel_rows_(round_up(std::min({g_.kv.block_size, g_.kv.length, kTile}), kLaneGrain)) {}
 
-  // Packs what the queries of key heads [first, first + count) see; key heads
-  // are counted over all batch entries.
+  // Packs what the queries of key heads [first, first + count) see; key heads are counted over all
+  // batch entries.
   void pack(int64_t first, int64_t count) {
     struct Use {
       int64_t kv_item, block, slot;
@@ -56,8 +56,7 @@ class KeyPanels {
     });
   }
 
-  // The panel that starts `offset` tokens into a block of `length` valid
-  // tokens.
+  // The panel that starts `offset` tokens into a block of `length` valid tokens.
   KeyPanel<C> panel(int64_t item, int64_t block, int64_t offset, int64_t length) const {
     const int64_t rows = std::min(kTile, length - offset);
     C* keys = panel_data(slots_[item * g_.kv.blocks() + block], offset);

@@ -1,6 +1,6 @@
-// Matrix products of fp32 or bf16 operands with fp32 results, on ATen's own
-// kernels, and the layouts they want. In C = A B, A is row-major, and B too,
-// except that a bf16 B holds pairs of rows interleaved ("VNNI"): [K/2, N, 2].
+// Matrix products of fp32 or bf16 operands with fp32 results, on ATen's own kernels, and the
+// layouts they want. In C = A B, A is row-major, and B too, except that a bf16 B holds pairs of
+// rows interleaved ("VNNI"): [K/2, N, 2].
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -13,13 +13,11 @@
 
 namespace video_attn::cpu::CPU_CAPABILITY {
 
-// Rows of B that are interleaved: the inner dimension of a product is padded to
-// this number.
+// Rows of B that are interleaved: the inner dimension of a product is padded to this number.
 template <typename C>
 constexpr int64_t kPair = std::is_same_v<C, float> ? 1 : 2;
 
-// Rows of an operand A are padded to this number, to keep the shapes of
-// products few.
+// Rows of an operand A are padded to this number, to keep the shapes of products few.
 constexpr int64_t kRowGrain = 8;
 
 // Columns of a packed row of `dim` numbers.
@@ -28,9 +26,8 @@ constexpr int64_t row_width(int64_t dim) {
   return round_up(dim, kLaneGrain * kPair<C>);
 }
 
-// C[m, n] = A[m, k] B[k, n], or += with `accumulate`. Every (m, n, k) is a
-// kernel compiled at its first use on a thread, so callers keep to few shapes:
-// m in multiples of 8, n of 16.
+// C[m, n] = A[m, k] B[k, n], or += with `accumulate`. Every (m, n, k) is a kernel compiled at its
+// first use on a thread, so callers keep to few shapes: m in multiples of 8, n of 16.
 template <typename C>
 inline void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b,
                      int64_t ldb, float* c, int64_t ldc, bool accumulate) {
@@ -38,9 +35,8 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, c
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, is_vnni);
 }
 
-// Calls f<T, C>(): T is the dtype of the tensors, C that of the operands of
-// products. fp16 goes through fp32: few CPUs multiply it, and bf16 would lose
-// its bits.
+// Calls f<T, C>(): T is the dtype of the tensors, C that of the operands of products. fp16 goes
+// through fp32: few CPUs multiply it, and bf16 would lose its bits.
 template <typename F>
 void with_dtypes(const Geometry& geometry, const F& f) {
   switch (geometry.dtype) {
@@ -58,8 +54,7 @@ void with_dtypes(const Geometry& geometry, const F& f) {
   }
 }
 
-// The bf16 kernels may hold the tile registers of the CPU until they are told
-// to let go.
+// The bf16 kernels may hold the tile registers of the CPU until they are told to let go.
 template <typename C>
 struct ReleaseMatrixUnit {
   ReleaseMatrixUnit() = default;
@@ -102,8 +97,8 @@ inline void row_from_float(const float* source, T* target, int64_t n) {
   }
 }
 
-// n rows of T, `stride` apart, to rows of C with `width` columns; the rest of
-// [padded_rows, width] becomes 0.
+// n rows of T, `stride` apart, to rows of C with `width` columns; the rest of [padded_rows, width]
+// becomes 0.
 template <typename T, typename C>
 void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, C* target,
                int64_t width, int64_t padded_rows) {
@@ -120,8 +115,7 @@ void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, C
               (padded_rows - rows) * width * sizeof(C));
 }
 
-// Transpose of 32-bit words, [rows, columns] to [columns, rows]; both multiples
-// of 16.
+// Transpose of 32-bit words, [rows, columns] to [columns, rows]; both multiples of 16.
 inline void transpose_words(const float* source, int64_t ld_source, float* target,
                             int64_t ld_target, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += 16) {
@@ -132,8 +126,8 @@ inline void transpose_words(const float* source, int64_t ld_source, float* targe
   }
 }
 
-// rows [n, width] to the operand B = rows^T [width, n], where n is a multiple
-// of 16. In VNNI order that is a transpose of pairs.
+// rows [n, width] to the operand B = rows^T [width, n], where n is a multiple of 16. In VNNI order
+// that is a transpose of pairs.
 template <typename C>
 void transpose_to_b(const C* rows, int64_t width, C* target, int64_t n) {
   const int64_t words = width / kPair<C>;
@@ -156,9 +150,9 @@ void transpose_to_a(const C* rows, int64_t width, C* target, int64_t n) {
   }
 }
 
-// Two fp32 vectors as one of words: bf16 of `even` in the low halves, of `odd`
-// in the high ones, rounded to nearest, ties away from zero. A NaN stays one:
-// it comes from bf16 operands, so the bits that rounding touches are 0.
+// Two fp32 vectors as one of words: bf16 of `even` in the low halves, of `odd` in the high ones,
+// rounded to nearest, ties away from zero. A NaN stays one: it comes from bf16 operands, so the
+// bits that rounding touches are 0.
 inline IntVec interleave_bf16(Vec even, Vec odd) {
   const auto rounded = [](Vec x) {
     const IntVec bits = at::vec::cast<int32_t, float>(x);

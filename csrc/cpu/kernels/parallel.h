@@ -34,10 +34,9 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// Runs tasks 0..count-1 on torch's threads. `make_worker()` is called once per
-// thread, and what it returns is called with one task after the other, so that
-// scratch memory is reused. Tasks go to whoever is free: lists differ in
-// length. Results must not depend on who runs a task.
+// Runs tasks 0..count-1 on torch's threads. `make_worker()` is called once per thread, and what it
+// returns is called with one task after the other, so that scratch memory is reused. Tasks go to
+// whoever is free: lists differ in length. Results must not depend on who runs a task.
 template <typename MakeWorker>
 void parallel_tasks(int64_t count, const MakeWorker& make_worker) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);

@@ -1,6 +1,5 @@
-// What the backward pass needs of the queries, packed once per call and query
-// head: Q and dO in both orders, log-sum-exp and delta per row. Only blocks
-// that see a key.
+// What the backward pass needs of the queries, packed once per call and query head: Q and dO in
+// both orders, log-sum-exp and delta per row. Only blocks that see a key.
 #pragma once
 
 #include <vector>
@@ -10,9 +9,8 @@
 
 namespace video_attn::cpu::CPU_CAPABILITY {
 
-// Up to kTile valid queries of one block, as vector lanes. Padding is 0; the
-// log-sum-exp of a lane that gets no gradient is +inf, which makes its weights
-// 0.
+// Up to kTile valid queries of one block, as vector lanes. Padding is 0; the log-sum-exp of a lane
+// that gets no gradient is +inf, which makes its weights 0.
 template <typename C>
 struct QueryPanel {
   int64_t slot, lanes;
@@ -31,8 +29,7 @@ class QueryPanels {
         value_width_(row_width<C>(g_.value_dim)),
         lanes_(round_up(std::min({g_.q.block_size, g_.q.length, kTile}), kLaneGrain)) {}
 
-  // Panels are numbered through; those of an item are [first_slot(item),
-  // first_slot(item + 1)).
+  // Panels are numbered through; those of an item are [first_slot(item), first_slot(item + 1)).
   int64_t first_slot(int64_t item) const { return first_slots_[item]; }
   int64_t lanes() const { return lanes_; }
 
@@ -136,8 +133,7 @@ class QueryPanels {
     }
   }
 
-  // sum(dO * O), less the gradient of the log-sum-exp: what every score
-  // gradient is short of.
+  // sum(dO * O), less the gradient of the log-sum-exp: what every score gradient is short of.
   float delta(const Use& use, int64_t query, float* row) const {
     float *grad = row, *out = row + g_.value_dim;
     row_to_float(a_.grad_out.at<const T>(use.batch, use.head, query), grad, g_.value_dim);

@@ -1,13 +1,12 @@
-// The softmax of the forward pass over a transposed tile of scores: keys are
-// rows, queries are lanes, so that nothing is ever reduced across a vector.
+// The softmax of the forward pass over a transposed tile of scores: keys are rows, queries are
+// lanes, so that nothing is ever reduced across a vector.
 #pragma once
 
 #include "cpu/kernels/matrix.h"
 
 namespace video_attn::cpu::CPU_CAPABILITY {
 
-// Running maximum (base 2, scaled) and sum per query, and what to multiply
-// earlier sums with.
+// Running maximum (base 2, scaled) and sum per query, and what to multiply earlier sums with.
 struct RunningSoftmax {
   alignas(64) float maximum[kTile];
   alignas(64) float sum[kTile];
@@ -19,8 +18,7 @@ struct RunningSoftmax {
   }
 };
 
-// Rows [first, first + valid) of a step hold scores; rows up to `end` are
-// padding and get weight 0.
+// Rows [first, first + valid) of a step hold scores; rows up to `end` are padding and get weight 0.
 struct RowSegment {
   int64_t first, valid, end;
 };
@@ -43,8 +41,8 @@ Vec column_maximum(const Segments& segments, const float* scores, int64_t lanes)
   return max_ignoring_nan(max_ignoring_nan(a, b), max_ignoring_nan(c, d));
 }
 
-// Weights 2^(scale * score - pivot) of one vector of lanes, written as operand
-// B; returns their sum.
+// Weights 2^(scale * score - pivot) of one vector of lanes, written as operand B; returns their
+// sum.
 template <typename C, typename Segments>
 Vec column_weights(const Segments& segments, const float* scores, int64_t lanes, Vec scale,
                    Vec pivot, C* weights) {
@@ -69,8 +67,8 @@ Vec column_weights(const Segments& segments, const float* scores, int64_t lanes,
   return sum;
 }
 
-// One step: `scores` [rows, lanes] to `weights`, with `state` brought up to
-// date. For fp32 the two may be the same memory.
+// One step: `scores` [rows, lanes] to `weights`, with `state` brought up to date. For fp32 the two
+// may be the same memory.
 template <typename C, typename Segments>
 void softmax_step(const Segments& segments, int64_t lanes, float scale_log2, const float* scores,
                   C* weights, RunningSoftmax& state) {

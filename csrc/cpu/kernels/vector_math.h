@@ -1,5 +1,4 @@
-// Vector types and the base-2 exponential. Compiled once per CPU capability,
-// like all of kernels/.
+// Vector types and the base-2 exponential. Compiled once per CPU capability, like all of kernels/.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -21,10 +20,9 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 2^x for x < 128, relative error below 2e-7; exactly 0 for x <= -127 (and
-// -inf), NaN for NaN. Adding `shifter` rounds x to an integer and leaves it,
-// with the exponent bias, in the low bits of the mantissa; the polynomial is
-// 2^f on [-1/2, 1/2], fitted for the least relative error.
+// 2^x for x < 128, relative error below 2e-7; exactly 0 for x <= -127 (and -inf), NaN for NaN.
+// Adding `shifter` rounds x to an integer and leaves it, with the exponent bias, in the low bits
+// of the mantissa; the polynomial is 2^f on [-1/2, 1/2], fitted for the least relative error.
 inline Vec exp2(Vec x) {
   const Vec shifter(12582912.0f + 127.0f);  // 1.5 * 2^23, and the bias
   x = at::vec::clamp_min(x, Vec(-127.0f));
@@ -39,8 +37,7 @@ inline Vec exp2(Vec x) {
   return p * at::vec::cast<float, int32_t>(power);
 }
 
-// The larger one, a where b is NaN: a NaN score reaches the result through
-// exp2, not the maximum.
+// The larger one, a where b is NaN: a NaN score reaches the result through exp2, not the maximum.
 inline Vec max_ignoring_nan(Vec a, Vec b) { return at::vec::clamp_min(a, b); }
 
 }  // namespace video_attn::cpu::CPU_CAPABILITY
