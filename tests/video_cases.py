@@ -25,7 +25,8 @@ DTYPES = [
 
 def quick_backend() -> AbstractContextManager[None]:
     """On the CPU the compiled backend, or the reference; not the interpreter, which is slow."""
-    usable = [b.name for b in backends() if b.name != "triton" and b.available() is None]
+    names = ("cpu", "reference")
+    usable = [b.name for b in backends() if b.name in names and b.available() is None]
     return use_backend(usable[0])
 
 
