@@ -1,0 +1,328 @@
+"""Compiles the Triton kernels for chips that are not here, and prints what came of it.
+
+    python benchmarks/compile_matrix.py [--arch sm_90,gfx942] [--kernel forward] [--head-dim 128]
+                                        [--variant lens] [--cover] [--jobs 2] [--json FILE]
+
+Every kernel, for every row of the launch tables and every chip: registers and spills per thread,
+shared memory, and the matrix instruction. It needs no GPU; the launches are those of the backend
+itself, on meta tensors. ``--cover`` takes the rows for 16-bit numbers once, and some of the rest.
+
+Exit status 1 if a kernel does not compile or does not fit its chip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from video_attn import BlockMask
+from video_attn.backends.triton import backward_launches, forward_launches
+from video_attn.kernels.launch import Launch, Saved, Side
+from video_attn.kernels.launch_tables import (
+    GRAINS,
+    HEAD_DIMS,
+    ITEMSIZES,
+    KERNELS,
+    SHARED_MEMORY,
+    LaunchRow,
+    family,
+    launch_row,
+)
+
+LENGTH, HEADS = 6400, 24
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+VARIANTS = ("steps", "lens", "gather", "dense", "causal", "odd")
+POOL_KERNELS = ("block_mean", "block_mean_backward", "select_top_k", "step_lists")
+
+
+class Case(NamedTuple):
+    """One compile.
+
+    Args:
+        kernel: one of the attention kernels, "prepare", or one of ``POOL_KERNELS``.
+        variant: of the mask: "steps" (slots that are steps), "lens" (with valid lengths), "gather"
+            (slots of 100 tokens), "dense", "causal"; "odd" is "lens" with a padded head dim.
+    """
+
+    arch: str
+    kernel: str
+    itemsize: int = 2
+    head_dim: int = 128
+    grain: int = 64
+    variant: str = "lens"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compile gave; ``error`` is None when it succeeded.
+
+    ``spills`` are bytes of local memory on NVIDIA, spilled vector registers on AMD.
+    """
+
+    case: Case
+    row: str = ""
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    instruction: str = ""
+    seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.error is None and self.shared <= SHARED_MEMORY[self.case.arch]
+
+
+class _Driver:
+    """Stands for the driver of a machine with the chip, as far as a compile asks."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        if arch.startswith("sm_"):
+            self.target = GPUTarget("cuda", int(arch[3:]), 32)
+        else:
+            self.target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """Triton's compiled kernel of a launch, for a chip that need not be here."""
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(arch))
+    return launch.kernel.warmup(**launch.keywords(), grid=(1,))
+
+
+def compile_case(case: Case, row: LaunchRow | None = None) -> Result:
+    """Compiles a case, with the options of its table or with others, and reads the result."""
+    start = time.perf_counter()
+    try:
+        launch = case_launch(case, row)
+        compiled = compile_launch(launch, case.arch)
+    except Exception as error:  # whatever the compiler raises is the result
+        return Result(case, error=f"{type(error).__name__}: {error}")
+    tile = " x ".join(str(launch.args[name]) for name in ("BM", "BN") if name in launch.args)
+    options = " ".join(f"{name.replace('num_', '')} {x}" for name, x in launch.options.items())
+    return Result(
+        case,
+        f"{tile}, {options}",
+        *_resources(compiled, case.arch),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _resources(compiled: Any, arch: str) -> tuple[int, int, int, str]:
+    """(registers, spills, shared memory, matrix instruction)."""
+    if arch.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers, spills = (
+            int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        found = re.search(r"v_(mfma|wmma)\w+", text)
+        return registers, spills, compiled.metadata.shared, found[0] if found else ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [_cuobjdump(), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
+    ptx = compiled.asm["ptx"]
+    instructions = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    found = next((x for x in instructions if x in ptx), "")
+    return registers, stack, compiled.metadata.shared, found
+
+
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+# -- launches -------------------------------------------------------------------------------------
+
+
+def case_launch(case: Case, row: LaunchRow | None = None) -> Launch:
+    """The launch of a case, as the backend makes it."""
+    if case.kernel in POOL_KERNELS:
+        return _pool_launch(case)
+    slot = None if case.variant in ("dense", "causal") else case.grain
+    slot = 100 if case.variant == "gather" else slot
+    head_dim = case.head_dim - (8 if case.variant == "odd" else 0)
+    q = _meta(1, HEADS, LENGTH, head_dim, dtype=DTYPES[case.itemsize])
+    out, lse = torch.empty_like(q), _meta(1, HEADS, LENGTH)
+    mask = None if slot is None else _mask(slot, case.variant in ("lens", "odd"))
+    options: dict[str, Any] = {"scale": 0.1, "is_causal": case.variant == "causal"}
+    rows = {
+        name: launch_row(case.arch, name, case.head_dim, case.itemsize, case.grain)
+        for name in KERNELS
+    }
+    if row is not None:
+        rows[case.kernel] = row
+    if case.kernel == "forward":
+        launches = forward_launches(q, q, q, out, lse, mask, row=rows["forward"], **options)
+    else:
+        saved = Saved(q, q, q, out, lse, out, lse)
+        options |= {"dq_row": rows["dq"], "dkv_row": rows["dkv"]}
+        launches = backward_launches(saved, (q, q, q), mask, **options)
+    return attention_launch(launches, case.kernel)
+
+
+def attention_launch(launches: Sequence[Launch], kernel: str) -> Launch:
+    """The launch of an attention kernel, without what must run before it."""
+    name = "attention_fwd_kernel" if kernel == "forward" else f"attention_bwd_kernel_{kernel}"
+    return next(x for x in launches if x.kernel.__name__ == name)
+
+
+def _pool_launch(case: Case) -> Launch:
+    from video_attn.kernels import block_pool, step_lists
+
+    x = _meta(1, HEADS, LENGTH, case.head_dim, dtype=DTYPES[case.itemsize])
+    side = Side(case.grain, LENGTH, _meta(1, LENGTH // case.grain, dtype=torch.int32))
+    mean = x[:, :, : LENGTH // case.grain]
+    if case.kernel == "block_mean":
+        return block_pool.block_mean(x, mean, side)
+    if case.kernel == "block_mean_backward":
+        return block_pool.block_mean_backward(mean, x, side)
+    if case.kernel == "select_top_k":
+        scores = _meta(1, HEADS, 10, LENGTH, dtype=x.dtype)
+        lens = _meta(1, LENGTH, dtype=torch.int32)
+        return block_pool.select_top_k(scores, _meta(1, HEADS, 10, 76), 76, lens)
+    mask = _mask(case.grain, True)
+    args = (mask.kv_num_blocks, mask.kv_indices, side, case.grain // 2)
+    return step_lists.split_slots(*args)[1]
+
+
+def _mask(slot: int, with_lens: bool) -> BlockMask:
+    blocks = LENGTH // slot
+    lens = _meta(1, blocks, dtype=torch.int32) if with_lens else None
+    lists = _meta(1, HEADS, blocks, blocks, dtype=torch.int32)
+    return BlockMask.from_indices(
+        lists, slot, slot, q_len=LENGTH, kv_len=LENGTH, q_block_lens=lens, kv_block_lens=lens
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# -- which cases ----------------------------------------------------------------------------------
+
+
+def full_matrix() -> Iterator[Case]:
+    """Every row on every chip; rows for 16-bit numbers and head dim 128 in every variant."""
+    for arch in SHARED_MEMORY:
+        yield from _small_kernels(arch)
+        for kernel, itemsize, head_dim, grain in product(KERNELS, ITEMSIZES, HEAD_DIMS, GRAINS):
+            for variant in VARIANTS if (itemsize, head_dim) == (2, 128) else ("lens",):
+                if grain == GRAINS[0] and variant in ("dense", "causal", "gather"):
+                    continue  # no mask, and slots of 100, are the other grain's
+                yield Case(arch, kernel, itemsize, head_dim, grain, variant)
+
+
+def cover() -> Iterator[Case]:
+    """Every row for 16-bit numbers on one chip per table; on the others, and in fp32, some."""
+    tables = set()
+    for arch in SHARED_MEMORY:
+        head_dims = (128,) if family(arch) in tables else HEAD_DIMS
+        tables.add(family(arch))
+        yield from _small_kernels(arch)
+        for kernel in KERNELS:
+            for head_dim in head_dims:
+                fine, coarse = (launch_row(arch, kernel, head_dim, 2, x) for x in GRAINS)
+                yield Case(arch, kernel, 2, head_dim, GRAINS[0], "lens")
+                if coarse != fine:
+                    yield Case(arch, kernel, 2, head_dim, GRAINS[1], "lens")
+            if arch in ("sm_80", "gfx942"):
+                yield Case(arch, kernel, 4, 64, 64, "lens")
+            if arch in ("sm_90", "gfx942"):
+                for variant in ("steps", "gather", "causal", "odd"):
+                    yield Case(arch, kernel, 2, 128, 128, variant)
+
+
+def _small_kernels(arch: str) -> Iterator[Case]:
+    for kernel in ("prepare", *POOL_KERNELS):
+        yield Case(arch, kernel)
+
+
+def run(cases: Sequence[Case], jobs: int) -> Iterator[Result]:
+    """Compiles in ``jobs`` processes; results in the order of the cases."""
+    # Interpreted kernels cannot be compiled.
+    os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_case, cases)
+
+
+# -- command line ---------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Results as a table."""
+    columns = ("chip", "kernel", "bytes", "head dim", "grain", "variant", "row", "registers")
+    columns += ("spills", "shared KB", "instruction", "s")
+    grid = Table(*columns)
+    for x in results:
+        figures = [str(x.registers), str(x.spills), f"{x.shared / 1024:.0f}", x.instruction]
+        if not x.fits:
+            figures[-1] = f"[red]{x.error or 'too much shared memory'}[/]"
+        grid.add_row(*(str(value) for value in x.case), x.row, *figures, f"{x.seconds:.1f}")
+    return grid
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    for name, choices in (
+        ("arch", tuple(SHARED_MEMORY)),
+        ("kernel", (*KERNELS, "prepare", *POOL_KERNELS)),
+        ("head-dim", tuple(str(x) for x in HEAD_DIMS)),
+        ("variant", VARIANTS),
+    ):
+        parser.add_argument(f"--{name}", help=f"only these, with commas: {', '.join(choices)}")
+    parser.add_argument("--cover", action="store_true", help="every row once")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args(arguments)
+    cases = list(cover() if options.cover else full_matrix())
+    for name in ("arch", "kernel", "head_dim", "variant"):
+        if getattr(options, name):
+            wanted = getattr(options, name).split(",")
+            cases = [case for case in cases if str(getattr(case, name)) in wanted]
+    if not cases:
+        parser.error("no case is left")
+    results = list(run(cases, options.jobs))
+    Console(width=None if sys.stdout.isatty() else 170).print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(x) for x in results], indent=1) + "\n")
+    return 0 if all(x.fits for x in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Finds launch options for the GPU at hand, and prints them as rows of its launch table.
+
+    python benchmarks/tune_triton.py [--kernel forward] [--bytes 2] [--head-dim 128] [--grain 64]
+                                     [--arch sm_90 --dry-run] [--jobs 16] [--out FILE.json]
+
+For every row of the table: candidates that fit the chip are compiled side by side, those that spill
+are dropped, the rest is timed in turn on one problem (random lists, an eighth of the key slots) and
+must give what the present row gives. ``--dry-run`` compiles and lists the candidates of any chip
+without a GPU. Paste the printed rows into ``python/video_attn/kernels/launch_tables_*.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from compile_matrix import (
+    DTYPES,
+    HEADS,
+    Case,
+    Result,
+    attention_launch,
+    compile_case,
+)
+from torch import Tensor
+
+from video_attn import BlockMask
+from video_attn.backends.triton import backward_launches, forward_launches
+from video_attn.device import device_info
+from video_attn.kernels.launch import Saved, padded, run_launches
+from video_attn.kernels.launch_tables import (
+    GRAINS,
+    HEAD_DIMS,
+    ITEMSIZES,
+    KERNELS,
+    SHARED_MEMORY,
+    LaunchRow,
+    launch_row,
+)
+from video_attn.tools import bench
+
+LENGTH, DENSITY = 16384, 1 / 8
+LIMIT = {2: 2e-2, 4: 1e-4}  # relative error against the present row
+
+
+class Problem(NamedTuple):
+    """Tensors on the GPU, and what the kernels write."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+    out: Tensor
+    lse: Tensor
+    mask: BlockMask
+    arch: str
+
+
+def candidates(case: Case) -> Iterator[LaunchRow]:
+    """Rows worth compiling: tiles no larger than the grain, stages that may fit the chip."""
+    cdna = case.arch.startswith("gfx9")
+    stages = (1, 2) if case.arch.startswith("gfx") else (1, 2, 3, 4)
+    vendors = [_vendor(w, m) for w in (0, 2) for m in (16, 32)] if cdna else [()]
+    sizes = [x for x in (16, 32, 64, 128) if x <= case.grain]
+    for own, step, warps, stage in itertools.product(sizes, sizes, (4, 8), stages):
+        shared = 2 * step * padded(case.head_dim) * case.itemsize * max(1, stage - 1)
+        # Without matrix units for fp32 a product is unrolled into single multiply-adds.
+        unrolled = 0 if cdna or case.itemsize == 2 else own * step
+        if shared <= SHARED_MEMORY[case.arch] and own >= 2 * warps and unrolled <= 2048:
+            for vendor in vendors:
+                yield LaunchRow(own, step, warps, stage, vendor)
+
+
+def _vendor(waves: int, matrix: int) -> tuple[tuple[str, int], ...]:
+    options = (("waves_per_eu", waves), ("matrix_instr_nonkdim", matrix))
+    return tuple((name, x) for name, x in options if x)
+
+
+def compiled(case: Case, jobs: int) -> list[tuple[LaunchRow, Result]]:
+    """Candidates that fit and do not spill; where all spill, the one that spills least."""
+    rows = list(candidates(case))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        results = pool.map(compile_case, [case] * len(rows), rows)
+        fitting = [(row, x) for row, x in zip(rows, results, strict=True) if x.fits]
+    if not fitting:
+        raise RuntimeError(f"no candidate fits {case}")
+    least = min(x.spills for _, x in fitting)
+    return [(row, x) for row, x in fitting if x.spills == least]
+
+
+def problem(case: Case) -> Problem:
+    """A random problem for a case, its forward pass done with the present row."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    shape = (1, HEADS, LENGTH, case.head_dim)
+    q, k, v, grad_out = (
+        torch.randn(shape, generator=generator, device="cuda").to(DTYPES[case.itemsize])
+        for _ in range(4)
+    )
+    blocks = LENGTH // case.grain
+    kept = max(1, int(blocks * DENSITY))
+    order = torch.rand(1, HEADS, blocks, blocks, generator=generator, device="cuda").argsort(-1)
+    lists = order[..., :kept].sort(-1).values.int()
+    mask = BlockMask.from_indices(lists, case.grain, case.grain, q_len=LENGTH, kv_len=LENGTH)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
+    row = launch_row(case.arch, "forward", case.head_dim, case.itemsize, case.grain)
+    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "is_causal": False, "row": row}
+    run_launches(forward_launches(q, k, v, out, lse, mask, **options), q.device)
+    return Problem(q, k, v, grad_out, out, lse, mask, case.arch)
+
+
+def runner(case: Case, x: Problem, row: LaunchRow) -> tuple[Any, Tensor]:
+    """(call that launches only the kernel, a tensor that it fills), what it needs being done."""
+    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "is_causal": False}
+    if case.kernel == "forward":
+        filled = torch.empty_like(x.out)
+        lse = torch.empty_like(x.lse)
+        launches = forward_launches(x.q, x.k, x.v, filled, lse, x.mask, row=row, **options)
+    else:
+        rows = {
+            f"{name}_row": launch_row(x.arch, name, case.head_dim, case.itemsize, case.grain)
+            for name in ("dq", "dkv")
+        }
+        rows[f"{case.kernel}_row"] = row
+        saved = Saved(x.q, x.k, x.v, x.out, x.lse, x.grad_out, None)
+        grads = tuple(torch.empty_like(t) for t in (x.q, x.k, x.v))
+        launches = backward_launches(saved, grads, x.mask, **options, **rows)
+        filled = grads[0] if case.kernel == "dq" else grads[1]
+    run_launches(launches, x.q.device)
+    return attention_launch(launches, case.kernel).run, filled
+
+
+def tune(case: Case, jobs: int, repeats: int) -> list[bench.Result]:
+    """Times the candidates of a case; fastest first."""
+    x = problem(case)
+    present = launch_row(case.arch, case.kernel, case.head_dim, case.itemsize, case.grain)
+    expected = runner(case, x, present)[1].clone()
+    calls = {}
+    for row, _ in compiled(case, jobs):
+        call, filled = runner(case, x, row)
+        bench.require_correct(f"{case} {row}", filled, expected, LIMIT[case.itemsize])
+        calls[row] = call
+    calls.setdefault(present, runner(case, x, present)[0])
+    named = {text(row): call for row, call in calls.items()}
+    timings = bench.time_interleaved(named, device="cuda", repeats=repeats, warmup=3)
+    flops = x.mask.flops(case.head_dim) * {"forward": 1, "dq": 1.5, "dkv": 2}[case.kernel]
+    results = [
+        bench.Result(case._asdict(), name, timing, {"tflops": flops / timing.median / 1e12})
+        for name, timing in timings.items()
+    ]
+    return sorted(results, key=lambda result: result.timing.median)
+
+
+def text(row: LaunchRow) -> str:
+    """A row as it stands in a table."""
+    vendor = "".join(f", {name}={x}" for name, x in row.vendor)
+    return f"({row.own}, {row.step}, {row.num_warps}, {row.num_stages}{vendor})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kernel", choices=KERNELS)
+    parser.add_argument("--bytes", type=int, choices=ITEMSIZES, default=2)
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--grain", type=int, choices=GRAINS)
+    parser.add_argument("--arch", choices=tuple(SHARED_MEMORY), help="default: that of the GPU")
+    parser.add_argument("--dry-run", action="store_true", help="compile only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiles side by side")
+    parser.add_argument("--repeats", type=int, default=20, help="of every timing")
+    parser.add_argument("--out", type=Path, help="also write a JSON record")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("there is no GPU: --dry-run --arch ARCH lists the candidates")
+    arch = options.arch or device_info("cuda").arch
+    results: list[bench.Result] = []
+    for kernel in [options.kernel] if options.kernel else KERNELS:
+        for head_dim in [options.head_dim] if options.head_dim else HEAD_DIMS:
+            for grain in [options.grain] if options.grain else GRAINS:
+                case = Case(arch, kernel, options.bytes, head_dim, grain, "steps")
+                if options.dry_run:
+                    for row, x in compiled(case, options.jobs):
+                        print(*case[1:5], text(row), x.registers, x.spills, x.shared, sep="\t")
+                    continue
+                best = tune(case, options.jobs, options.repeats)
+                results += best
+                for result in best[:3]:
+                    print(*case[1:5], result.provider, result.timing, result.metrics, sep="\t")
+    if options.out:
+        bench.write_record(bench.Record.of("tune_triton", results, "cuda"), options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

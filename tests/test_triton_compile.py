@@ -1,0 +1,115 @@
+"""The Triton kernels compile for every chip of the launch tables, and fit it. No GPU is needed.
+
+The compiles run in a process of their own, because kernels that Triton interprets cannot be
+compiled. What is read of each: shared memory against the chip's, spills, the matrix instruction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from video_attn.kernels import launch_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+CHIPS = sorted(launch_tables.SHARED_MEMORY)
+SMALL = ("prepare", "block_mean", "block_mean_backward", "select_top_k", "step_lists")
+
+
+def compile_matrix(folder: Path, *options: str) -> list[dict]:
+    """The results of benchmarks/compile_matrix.py."""
+    out = folder / "results.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_matrix.py"), "--json", str(out)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    assert out.exists(), done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def covered(tmp_path_factory) -> list[dict]:
+    return compile_matrix(tmp_path_factory.mktemp("cover"), "--cover")
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> list[dict]:
+    return compile_matrix(tmp_path_factory.mktemp("all"))
+
+
+def check(results: list[dict], arch: str) -> None:
+    """Every result of a chip, with all that is wrong in one message."""
+    of_chip = [result for result in results if result["case"][0] == arch]
+    assert of_chip, f"nothing was compiled for {arch}"
+    wrong = [f"{x['case'][1:]} ({x['row']}): {y}" for x in of_chip for y in mistakes(x)]
+    assert not wrong, "\n".join(wrong)
+
+
+def mistakes(result: dict) -> list[str]:
+    """What is wrong with a compile, in words."""
+    arch, kernel, itemsize, head_dim, _, _ = result["case"]
+    if result["error"]:
+        return [result["error"]]
+    found = []
+    if result["shared"] > launch_tables.SHARED_MEMORY[arch]:
+        found.append(f"{result['shared']} bytes of shared memory")
+    forward = kernel == "forward" and itemsize == 2 and head_dim <= 128
+    if result["spills"] and (forward or kernel in SMALL):
+        found.append(f"{result['spills']} spills")
+    allowed = instructions(arch, kernel, itemsize)
+    if not result["instruction"].startswith(allowed):
+        found.append(f"instruction {result['instruction']!r} is none of {allowed}")
+    return found
+
+
+def instructions(arch: str, kernel: str, itemsize: int) -> tuple[str, ...]:
+    """Beginnings of the matrix instruction that must be there; "" allows none at all."""
+    if kernel in SMALL:
+        return ("",)
+    if itemsize == 4:  # in full precision only CDNA has one
+        return ("v_mfma_f32",) if arch.startswith("gfx9") else ("",)
+    if arch.startswith("gfx"):
+        return ("v_mfma_f32",) if arch.startswith("gfx9") else ("v_wmma_f32",)
+    special = {"sm_90": ("wgmma", "mma.sync"), "sm_100": ("tcgen05", "mma.sync")}
+    return special.get(arch, ("mma.sync",))
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_rows_compile_and_fit(arch: str, covered: list[dict]):
+    check(covered, arch)
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma"), ("sm_100", "tcgen05")])
+def test_the_newest_instructions_are_used(arch: str, instruction: str, covered: list[dict]):
+    """On Hopper and Blackwell the rows of up to 128 dims own tiles large enough for them."""
+    found = []
+    for result in covered:
+        chip, kernel, itemsize, head_dim, _, _ = result["case"]
+        if chip == arch and kernel not in SMALL and itemsize == 2 and head_dim <= 128:
+            found.append(result["instruction"])
+    assert len(found) >= 9 and all(x.startswith(instruction) for x in found), found
+
+
+def test_the_cover_holds_every_row_of_16_bit_numbers(covered: list[dict]):
+    """No row of a table escapes by an oversight in the benchmark."""
+    seen: dict[str, set] = {}
+    for result in covered:
+        arch, kernel, itemsize, head_dim, grain, _ = result["case"]
+        rows = seen.setdefault(launch_tables.family(arch), set())
+        if kernel not in SMALL and itemsize == 2:
+            row = launch_tables.launch_row(arch, kernel, head_dim, itemsize, grain)
+            rows.add((kernel, head_dim, row))
+    for name in {launch_tables.family(arch) for arch in CHIPS}:
+        for (kernel, itemsize, head_dim), rows in launch_tables.TABLES[name].items():
+            expected = {(kernel, head_dim, row) for row in rows if itemsize == 2}
+            assert expected <= seen[name], (name, expected - seen[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", CHIPS)
+def test_every_row_compiles_and_fits(arch: str, everything: list[dict]):
+    check(everything, arch)
