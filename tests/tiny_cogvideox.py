@@ -53,7 +53,7 @@ def tiny_pipeline(
     *, rotary: bool = False, patch_t: int | None = None, layers: int = 3, weights: int = 0
 ) -> CogVideoXPipeline:
     """A pipeline as 2b (default), 5b (``rotary``) or 1.5 (``rotary``, ``patch_t=2``) has it."""
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(weights)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2,
@@ -114,7 +114,7 @@ def render(pipe: CogVideoXPipeline, *, steps: int = 4, **options: Any) -> np.nda
     return pipe(**(arguments | options)).frames[0]
 
 
-def _tokenizer() -> T5Tokenizer:
+def tiny_tokenizer() -> T5Tokenizer:
     """Letters, the space mark, and the special tokens."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = [(letter, -6.0) for letter in string.ascii_lowercase + string.punctuation]

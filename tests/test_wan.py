@@ -1,0 +1,178 @@
+"""Sliding tile attention in a Wan pipeline, on tiny weights, against SDPA with a token mask."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from oracle import raster_coordinates, sliding_tile_tokens
+from tiny_cogvideox import tiny_tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import UMT5Config, UMT5EncoderModel
+
+from video_attn.integrations import Schedule
+from video_attn.integrations.sdpa import call_with_attention
+from video_attn.integrations.wan import apply_sliding_tile
+
+HEIGHT, WIDTH, FRAMES = 64, 96, 13  # 4 latent frames of 4 x 6 tokens
+GRID, TILE, WINDOW = (4, 4, 6), (2, 2, 2), (1, 1, 2)
+LAYERS, STEPS = 2, 3
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_pipeline(*, experts: int = 1) -> WanPipeline:
+    """The real classes of Wan with random weights; two experts are Wan 2.2."""
+    torch.manual_seed(0)
+    transformers = [
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16,
+            out_channels=16, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=LAYERS,
+        ).eval()
+        for _ in range(experts)
+    ]  # fmt: skip
+    for transformer in transformers:  # sharper attention makes the mask matter
+        for block in transformer.blocks:
+            torch.nn.init.constant_(block.attn1.norm_q.weight, 3.0)
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    config = UMT5Config(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4,
+        pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    pipe = WanPipeline(
+        tiny_tokenizer(),
+        UMT5EncoderModel(config).eval(),
+        vae.eval(),
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        *transformers,
+        boundary_ratio=0.5 if experts == 2 else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: WanPipeline) -> np.ndarray:
+    """The video before the VAE, the same for the same pipeline."""
+    frames = pipe(
+        prompt="a cat", negative_prompt="", height=HEIGHT, width=WIDTH, num_frames=FRAMES,
+        num_inference_steps=STEPS, guidance_scale=4.0, max_sequence_length=16,
+        generator=torch.Generator("cpu").manual_seed(3), output_type="latent",
+    ).frames  # fmt: skip
+    return frames.numpy()
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(got - expected).max() / expected.std())
+
+
+def defined_latents(pipe: WanPipeline) -> np.ndarray:
+    """The same with torch's attention and the token mask of the definition."""
+    keep = sliding_tile_tokens(raster_coordinates(GRID), GRID, TILE, [WINDOW])
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=scale)
+
+    class Defined:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, *arguments: Any) -> Tensor:
+            return call_with_attention(attend, self.inner, *arguments)
+
+    for block in pipe.transformer.blocks:
+        block.attn1.set_processor(Defined(block.attn1.processor))
+    return latents(pipe)
+
+
+def test_sliding_tile_is_the_definition_and_differs_from_dense() -> None:
+    pipe = tiny_pipeline()
+    dense = latents(pipe)
+    with apply_sliding_tile(pipe, WINDOW, tile=TILE) as applied:
+        sparse = latents(pipe)
+    assert (applied.sparse_calls, applied.dense_calls) == (2 * STEPS * LAYERS, 0)
+    assert error(sparse, defined_latents(tiny_pipeline())) < 1e-4
+    assert error(sparse, dense) > 1e-2
+
+
+def test_a_window_over_everything_is_dense_and_undo_restores_every_bit() -> None:
+    pipe = tiny_pipeline()
+    dense = latents(pipe)
+    with apply_sliding_tile(pipe, GRID, tile=TILE) as applied:
+        assert error(latents(pipe), dense) < 1e-4
+    assert applied.sparse_calls > 0
+    assert np.array_equal(latents(pipe), dense)
+    applied.undo()  # a second undo does nothing
+    assert np.array_equal(latents(pipe), dense)
+
+
+def test_schedule_counts_and_two_pipelines_do_not_meet() -> None:
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    dense = latents(other)
+    schedule = Schedule(dense_layers=1, dense_first_steps=1)
+    with apply_sliding_tile(pipe, WINDOW, tile=TILE, schedule=schedule) as applied:
+        latents(pipe)
+        assert np.array_equal(latents(other), dense)
+    calls = 2 * STEPS * LAYERS  # guidance runs every step twice
+    assert applied.sparse_calls == 2 * (STEPS - 1) * (LAYERS - 1)
+    assert applied.sparse_calls + applied.dense_calls == calls
+
+
+def test_both_experts_of_wan_2_2_are_served() -> None:
+    pipe = tiny_pipeline(experts=2)
+    with apply_sliding_tile(pipe, WINDOW, tile=TILE) as applied:
+        latents(pipe)
+    assert (applied.sparse_calls, applied.dense_calls) == (2 * STEPS * LAYERS, 0)
+
+
+def test_wrong_input_is_refused_by_name() -> None:
+    pipe = tiny_pipeline()
+    with pytest.raises(TypeError, match="pipe must be .*WanTransformer3DModel"):
+        apply_sliding_tile(object(), WINDOW)
+    with pytest.raises(ValueError, match="window"):
+        apply_sliding_tile(pipe, (0, 1, 1))
+    with pytest.raises(ValueError, match="overrides"):
+        apply_sliding_tile(pipe, WINDOW, schedule=Schedule(overrides={0: "dense"}))
+    with pytest.raises(ValueError, match="dense_layers"):
+        apply_sliding_tile(pipe, WINDOW, schedule=Schedule(dense_layers=LAYERS + 1))
+    with (
+        apply_sliding_tile(pipe, WINDOW),
+        pytest.raises(RuntimeError, match="applied"),
+    ):
+        apply_sliding_tile(pipe, WINDOW)
+
+
+def test_the_documented_script_writes_a_video(tmp_path: Path) -> None:
+    model, output = tmp_path / "model", tmp_path / "sta.mp4"
+    tiny_pipeline().save_pretrained(model)
+    command = ["bash", "scripts/inference/v1_inference_wan_STA.sh"]
+    options = [
+        "--height", str(HEIGHT), "--width", str(WIDTH), "--num_frames", str(FRAMES),
+        "--num_inference_steps", "3", "--dense_timesteps", "1", "--window", "1x1x2",
+        "--tile", "2x2x2", "--dtype", "float32", "--output_file", str(output),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHON": sys.executable, "MODEL_BASE": str(model)}
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 sparse and 4 dense attention calls" in done.stdout
+    with av.open(str(output)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == FRAMES
