@@ -115,6 +115,8 @@ def test_commands_are_real(page: str, command: str) -> None:
     elif program == "python" and not words[0].startswith("-"):
         source = ROOT / words[0]
         compile(source.read_text(encoding="utf-8"), str(source), "exec")
+    elif program == "bash":
+        assert subprocess.run(["bash", "-n", words[0]], cwd=ROOT, check=False).returncode == 0
     else:
         pytest.fail(f"{page} shows a command that nobody checks: {command}")
 
