@@ -404,3 +404,13 @@ def test_from_flex_without_mask_mod_takes_all_blocks_as_whole():
     indices = torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int32)
     flex = FlexBlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=16, seq_lengths=(32, 32))
     assert BlockMask.from_flex(flex).to_dense().tolist() == [[[[False, True], [True, True]]]]
+
+
+def test_lists_of_width_zero_see_nothing() -> None:
+    """Without counts the lists' width is the count, also when that is 0."""
+    empty = torch.empty(1, 1, 2, 0, dtype=torch.int32)
+    mask = BlockMask.from_indices(empty, 4, 4, q_len=8, kv_len=8)
+    assert mask.attended_pairs() == 0
+    q, k, v = torch.randn(3, 1, 1, 8, 4)
+    out, lse = attention(q, k, v, mask, return_lse=True, backend="reference")
+    assert out.eq(0).all() and lse.isneginf().all()

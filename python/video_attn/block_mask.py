@@ -161,7 +161,7 @@ class BlockMask:
         """
         _check_tensor("kv_indices", kv_indices, 4, kv_indices)
         if kv_num_blocks is None:
-            kv_num_blocks = torch.full_like(kv_indices[..., 0], kv_indices.shape[-1])
+            kv_num_blocks = kv_indices.new_full(kv_indices.shape[:-1], kv_indices.shape[-1])
         return cls(
             kv_num_blocks,
             kv_indices,
