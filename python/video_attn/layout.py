@@ -31,8 +31,10 @@ def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> 
     Raises:
         TypeError: ``value`` is none of these. ValueError: not three integers >= ``minimum``.
     """
-    if isinstance(value, str):
-        parts: Sequence[object] = [int(p) if p.strip().isdigit() else p for p in value.split("x")]
+    if isinstance(value, tuple):  # the common case: masks of many heads ask for many triples
+        parts: Sequence[object] = value
+    elif isinstance(value, str):
+        parts = [int(p) if p.strip().isdigit() else p for p in value.split("x")]
     elif isinstance(value, int) and not isinstance(value, bool):
         parts = (value,) * 3
     elif isinstance(value, Sequence):
