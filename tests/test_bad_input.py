@@ -253,4 +253,5 @@ def test_a_kernel_that_runs_is_noticed():
 
 def test_mask_values_are_not_read():
     """Documented: lists may be on a GPU, so their values are the caller's promise."""
-    GOOD_MASK.to("meta").refine(2)
+    finer = GOOD_MASK.to("meta").refine(2)
+    assert finer.q_block_size * 2 == GOOD_MASK.q_block_size and finer.device.type == "meta"

@@ -8,6 +8,7 @@ latents themselves: any size of video, and no size to be said beforehand.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,13 +99,13 @@ class SlidingTileWanProcessor:
         arguments = attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
         if self.grid is None:
             return self.inner(*arguments)
-        return call_with_attention(self._attend, self.inner, *arguments)
+        return call_with_attention(partial(self._attend, self.grid), self.inner, *arguments)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        if self.grid is None:
-            raise RuntimeError("sliding tile attention was called without the grid of its video")
+    def _attend(
+        self, grid: Triple, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
         return sliding_tile(
-            query, key, value, self.grid, self.window,
+            query, key, value, grid, self.window,
             tile=self.tile, text_length=0, scale=scale, backend=self.backend,
         )  # fmt: skip
 
