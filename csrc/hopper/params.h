@@ -1,0 +1,69 @@
+// What a launch of the Hopper kernels is given: plain structs, read by bindings, launchers, kernels
+// and the host planning alike. No torch, no ThunderKittens. Offsets are 64-bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace video_attn::hopper {
+
+enum class Element : int32_t { kFloat16, kBFloat16 };
+
+// A [batch, heads, tokens, channels] tensor: channel stride 1; the address and the other strides
+// are multiples of 16 bytes, as the tensor memory accelerator needs.
+struct Tensor4 {
+  void* data;
+  int64_t batch_stride, head_stride, token_stride;  // in elements
+};
+
+// Valid tokens of each block slot, int32 [batch or 1, slots]; data is null when all are valid.
+struct BlockLens {
+  const int32_t* data;
+  int64_t batch_stride;
+};
+
+// One side of the problem: its tokens, the block slots they are cut into, and the valid ones.
+struct Side {
+  int32_t length;
+  int32_t block_size;  // dense attention: 128
+  BlockLens lens;
+};
+
+// For each block slot of one side an ascending list of slots of the other; counts is null for dense
+// attention. Broadcast dimensions have stride 0.
+struct BlockLists {
+  const int32_t* counts;   // [batch or 1, heads or 1, rows]
+  const int32_t* indices;  // [batch or 1, heads or 1, rows, longest]
+  int32_t longest;
+  int64_t counts_batch_stride, counts_head_stride, counts_row_stride;
+  int64_t indices_batch_stride, indices_head_stride, indices_row_stride, indices_stride;
+};
+
+struct Problem {
+  int32_t batch, heads, kv_heads;
+  int32_t head_dim;  // of q, k and v: at most 128, a multiple of 8
+  Element element;
+  Side q_side, kv_side;
+  float scale;  // of the scores
+};
+
+struct ForwardParams {
+  Problem problem;
+  BlockLists lists;  // the key blocks of each query block
+  Tensor4 q, k, v;
+  Tensor4 out;
+  float* lse;  // natural log, [batch, heads, q length], contiguous
+};
+
+struct BackwardParams {
+  Problem problem;
+  BlockLists lists;       // the key blocks of each query block
+  BlockLists transposed;  // the query blocks of each key block
+  Tensor4 q, k, v, out, grad_out;
+  const float* lse;       // [batch, heads, q length], contiguous
+  const float* grad_lse;  // the same shape; null when the lse has no gradient
+  Tensor4 dq, dk, dv;
+  bool deterministic;  // bitwise the same gradients in every run
+};
+
+}  // namespace video_attn::hopper
