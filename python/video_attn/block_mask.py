@@ -22,10 +22,13 @@ def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
 
     Columns ascend and are padded with 0. Static shapes on the device of ``keep``: no host sync.
     """
-    counts = keep.sum(-1, dtype=torch.int32)
-    order = torch.argsort(keep, dim=-1, descending=True, stable=True).int()
-    position = torch.arange(keep.shape[-1], device=keep.device)
-    return counts, order.masked_fill_(position >= counts[..., None], 0)
+    kept = keep.cumsum(-1, dtype=torch.int32)
+    counts = kept[..., -1:]
+    column = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device)
+    # A stable partition, several times faster than a sort: kept columns move to the front.
+    target = torch.where(keep, kept - 1, counts + column - kept).long()
+    columns = torch.zeros_like(kept).scatter_(-1, target, torch.where(keep, column, 0))
+    return counts.squeeze(-1).contiguous(), columns
 
 
 def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
