@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
 from build_ext import settings
 
-setup(**settings("cpu", "sta", "vsa", "sage"))
+setup(**settings("cpu", "sta", "vsa", "sage", "planning"))

@@ -112,4 +112,8 @@ SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "select_top_k": select_top_k,
 }
 # Launchers of CUDA kernels: only attention_forward calls them, and they exist on a GPU alone.
-GPU_ONLY = {"sage_attention", "sage_quantize"}
+GPU_ONLY = {
+    "sage_attention",
+    "sage_quantize",
+    *(f"hopper_{grain}_{way}" for grain in ("coarse", "fine") for way in ("forward", "backward")),
+}

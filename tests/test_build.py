@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import build_checks
@@ -19,7 +20,10 @@ from build_checks import BuildError
 from build_plan import COMPONENTS, BuildOptions, Tools
 from build_tree import ROOT, put_source, script
 
-TOOLS = Tools("/bin/cmake", "/bin/ninja", "/bin/make", "/bin/c++", "/bin/nvcc", Path("/torch"), "2")
+TOOLS = Tools(
+    cmake="/bin/cmake", ninja="/bin/ninja", make="/bin/make", cxx="/bin/c++", nvcc="/bin/nvcc",
+    torch_dir=Path("/torch"), torch_version="2", python_include="/python", thunderkittens="/tk",
+)  # fmt: skip
 
 
 def options(**environment: str) -> BuildOptions:
@@ -29,8 +33,9 @@ def options(**environment: str) -> BuildOptions:
 @pytest.fixture
 def sources(tmp_path):
     """A tree with sources for every component."""
-    for name in ("cpu/attention.cpp", "bindings/sta.cpp", "bindings/vsa.cpp", "bindings/sage.cpp"):
-        put_source(tmp_path, name)
+    put_source(tmp_path, "cpu/attention.cpp")
+    for name in ("sta", "vsa", "sage", "planning"):
+        put_source(tmp_path, f"bindings/{name}.cpp")
     return tmp_path
 
 
@@ -113,6 +118,9 @@ def test_tools_of_this_machine():
         ({"cxx": ""}, "cpu", "no C.. compiler found; install g.. 11"),
         ({"nvcc": ""}, "sta", "nvcc not found; install the CUDA toolkit.*Triton serves"),
         ({"nvcc": ""}, "sage", "nvcc not found"),
+        ({"thunderkittens": ""}, "sta", "git submodule update --init third_party/ThunderKittens"),
+        ({"thunderkittens": ""}, "vsa", "THUNDERKITTENS_ROOT.*Triton serves"),
+        ({"python_include": ""}, "planning", "Python.h not found; install"),
     ],
 )
 def test_something_absent_leaves_the_component_out(sources, missing, component, words):
@@ -124,10 +132,37 @@ def test_something_absent_leaves_the_component_out(sources, missing, component, 
         build_plan.make_plan((component,), options(VIDEO_ATTN_BUILD_EXT="1"), tools, sources)
 
 
-@pytest.mark.parametrize("missing", [{}, {"ninja": ""}, {"make": ""}, {"nvcc": ""}])
-def test_cpu_component_needs_neither_nvcc_nor_both_build_programs(sources, missing):
-    tools = Tools(**{**TOOLS.__dict__, **missing})
-    assert build_plan.make_plan(("cpu",), options(), tools, sources)[0].reason is None
+@pytest.mark.parametrize("component", ["cpu", "planning"])
+@pytest.mark.parametrize("missing", ["", "ninja", "make", "nvcc", "thunderkittens"])
+def test_host_components_need_neither_cuda_nor_both_build_programs(sources, component, missing):
+    tools = Tools(**{**TOOLS.__dict__, **({missing: ""} if missing else {})})
+    assert build_plan.make_plan((component,), options(), tools, sources)[0].reason is None
+
+
+def test_sage_needs_no_thunderkittens(sources):
+    tools = Tools(**{**TOOLS.__dict__, "thunderkittens": ""})
+    assert build_plan.make_plan(("sage",), options(), tools, sources)[0].reason is None
+
+
+def test_thunderkittens_is_looked_for(tmp_path):
+    """An empty submodule is absent; a folder that was named is taken, and checked by the build."""
+    submodule = tmp_path / build_checks.SUBMODULE
+    assert build_plan.find_thunderkittens(tmp_path, "") == ""
+    submodule.mkdir(parents=True)
+    assert build_plan.find_thunderkittens(tmp_path, "") == ""
+    (submodule / "include").mkdir()
+    (submodule / "include" / "kittens.cuh").touch()
+    assert build_plan.find_thunderkittens(tmp_path, "") == str(submodule)
+    assert build_plan.find_thunderkittens(tmp_path, "/named") == "/named"
+
+
+def test_file_of_a_python_module_names_its_interpreter():
+    names = {name: build_ext.file_name(spec) for name, spec in COMPONENTS.items()}
+    assert names.pop("planning") == f"_planning{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert f"{sys.version_info[0]}{sys.version_info[1]}" in build_ext.file_name(
+        COMPONENTS["planning"]
+    )
+    assert names == {name: f"_{name}.so" for name in names}
 
 
 def test_no_sources_never_fails_a_build(tmp_path):

@@ -130,7 +130,7 @@ def check_installed(environment: Environment, tree: Path, way: str) -> None:
     assert answer["answer"] == 42
     inside = [path for path in answer["entries"] if path.startswith(str(environment.site))]
     assert len(inside) == 1 and inside[0].endswith(".dist-info"), answer["entries"]
-    wanted = COMPONENTS.get(way, {"cpu", "sta", "vsa", "sage"})
+    wanted = COMPONENTS.get(way, {"cpu", "sta", "vsa", "sage", "planning"})
     if way != "pip -e":  # a source tree keeps the records of earlier builds
         assert set(answer["components"]) == wanted
     assert (environment.python.parent / "video-attn").is_file()

@@ -123,7 +123,7 @@ def test_components_are_all_listed_in_order():
 
 @pytest.mark.parametrize("name", ["", "CPU", "hopper", None])
 def test_unknown_component(name):
-    with pytest.raises(ValueError, match="name must be one of cpu, sta, vsa, sage; got"):
+    with pytest.raises(ValueError, match="name must be one of cpu, sta, vsa, sage, planning; got"):
         native.component(name)
 
 

@@ -6,6 +6,7 @@ Nothing is compiled here. Every way of installing, one after the other: test_ins
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -25,7 +26,7 @@ def tree(tmp_path_factory):
 @pytest.mark.parametrize(
     ("setup_file", "names"),
     [
-        ("setup.py", {"cpu", "sta", "vsa", "sage"}),
+        ("setup.py", {"cpu", "sta", "vsa", "sage", "planning"}),
         ("setup_sta.py", {"cpu", "sta"}),
         ("setup_vsa.py", {"cpu", "vsa"}),
     ],
@@ -99,12 +100,30 @@ def test_sdist_holds_what_a_build_needs(tree, tmp_path, wheel):
     assert [built.name for built in (unpacked / "out").iterdir()] == [wheel.name]
 
 
+NAMED = {
+    "THUNDERKITTENS_ROOT": "/nowhere"
+}  # what is named must be there; an empty submodule is absent
+
+
 @pytest.fixture
 def cuda_tree(tmp_path):
     """A tree with one CUDA component, for builds that are refused before a compiler runs."""
     tree = copy_tree(tmp_path)
     put_source(tree, "bindings/sta.cpp")
     return tree
+
+
+def test_build_without_thunderkittens_goes_on(cuda_tree, tmp_path):
+    """A checkout without submodules builds the rest, and says what is missing."""
+    nvcc = script(tmp_path / "nvcc", 'echo "Cuda compilation tools, release 13.0, V"\n')
+    shutil.rmtree(cuda_tree / "third_party", ignore_errors=True)
+    done = run_setup(
+        cuda_tree, "build_ext", CUDACXX=nvcc, VIDEO_ATTN_COMPONENTS="sta", THUNDERKITTENS_ROOT=""
+    )
+    assert done.returncode == 0, done.stdout
+    last = done.stdout.rstrip().splitlines()[-2:]
+    assert last[0].endswith("ThunderKittens is not in third_party/ThunderKittens")
+    assert "git submodule update --init third_party/ThunderKittens" in last[1]
 
 
 def test_build_without_nvcc_says_so_once(cuda_tree):
@@ -120,9 +139,13 @@ def test_build_without_nvcc_says_so_once(cuda_tree):
 @pytest.mark.parametrize(
     ("release", "environment", "words"),
     [
-        ("12.2", {}, "CUDA is too old for sm_90a: found 12.2"),
-        ("13.0", {}, "git submodule update --init third_party/ThunderKittens"),
-        ("13.0", {"THUNDERKITTENS_ROOT": "/nowhere"}, "ThunderKittens is not in /nowhere"),
+        ("12.2", NAMED, "CUDA is too old for sm_90a: found 12.2"),
+        (
+            "13.0",
+            {"VIDEO_ATTN_BUILD_EXT": "1"},
+            "git submodule update --init third_party/ThunderKittens",
+        ),
+        ("13.0", NAMED, "ThunderKittens is not in /nowhere"),
         ("13.0", {"CXX": "old-compiler"}, "cannot compile C++20: found"),
         ("13.0", {"VIDEO_ATTN_BUILD_EXT": "maybe"}, "VIDEO_ATTN_BUILD_EXT is 'maybe'"),
     ],
@@ -131,7 +154,7 @@ def test_refused_builds_end_with_the_remedy(cuda_tree, tmp_path, release, enviro
     nvcc = script(tmp_path / "nvcc", f'echo "Cuda compilation tools, release {release}, V"\n')
     old = script(tmp_path / "old", 'test "$1" = --version && echo "old 9.1" || exit 1\n')
     if "CXX" in environment:
-        environment = {"CXX": old}
+        environment = {**NAMED, "CXX": old}
     done = run_setup(
         cuda_tree, "build_ext", CUDACXX=nvcc, VIDEO_ATTN_COMPONENTS="sta", **environment
     )

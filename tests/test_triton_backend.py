@@ -348,6 +348,7 @@ def test_cpu_tensors_in_the_interpreter(monkeypatch):
 
 
 def test_without_triton(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
     triton_backend._available.cache_clear()
     try:

@@ -36,6 +36,7 @@ CUDA_FOR_ARCH = {
 CUDA_FOR_CXX20 = (12, 0)
 OLDEST_TORCH = (2, 10)
 SUBMODULE = "third_party/ThunderKittens"
+KITTENS_HEADER = "include/kittens.cuh"
 
 CXX20_PROGRAM = """
 #include <bit>
@@ -149,10 +150,10 @@ def thunderkittens_dir(root: Path, override: str) -> Path:
 
 def check_thunderkittens(component: str, folder: Path) -> None:
     """Refuse an empty or missing checkout before the compiler does in its own words."""
-    if (folder / "include" / "kittens.cuh").is_file():
+    if (folder / KITTENS_HEADER).is_file():
         return
     raise BuildError(
-        f"component {component}: ThunderKittens is not in {folder} (no include/kittens.cuh).\n"
+        f"component {component}: ThunderKittens is not in {folder} (no {KITTENS_HEADER}).\n"
         "Fetch the submodule:\n"
         f"    git submodule update --init {SUBMODULE}\n"
         "or set THUNDERKITTENS_ROOT to a checkout, or leave the CUDA components out: "

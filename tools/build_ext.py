@@ -26,10 +26,17 @@ from build_checks import (
     check_torch,
     probe_host_compiler,
     probe_nvcc,
-    thunderkittens_dir,
 )
 from build_install import PACKAGE, PipInstall
-from build_plan import ROOT, BuildOptions, Planned, Tools, find_tools, make_plan
+from build_plan import (
+    ROOT,
+    BuildOptions,
+    ComponentSpec,
+    Planned,
+    Tools,
+    find_tools,
+    make_plan,
+)
 from build_record import format_table, git_revision, make_record, write_record
 from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -81,7 +88,11 @@ class CleanBuild(build):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """No component holds a Python symbol, so a wheel with components serves every Python 3."""
+    """A wheel with components serves every Python 3: their libraries hold no Python symbol.
+
+    The module `_planning` alone is for one interpreter; its file name says so, and the others go
+    without it.
+    """
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -105,9 +116,9 @@ class NativeBuild(build_ext):
         for item in self.plan:
             if item in prepared:
                 definitions, facts = prepared[item]
-                facts["architectures"] = self.compile_into(folder, item.spec.name, definitions)
+                facts["architectures"] = self.compile_into(folder, item.spec, definitions)
             else:
-                (folder / f"_{item.spec.name}.so").unlink(missing_ok=True)
+                (folder / file_name(item.spec)).unlink(missing_ok=True)
                 facts = {"reason": item.reason}
             record = make_record(item.spec.name, version, revision, **facts)
             write_record(folder, record)
@@ -146,17 +157,21 @@ class NativeBuild(build_ext):
             definitions["CMAKE_CUDA_COMPILER"] = tools.nvcc
             definitions["VIDEO_ATTN_CUDA_ARCHS"] = ";".join(item.cuda_archs)
         if spec.hopper_only:
-            kittens = thunderkittens_dir(ROOT, self.options.thunderkittens)
-            check_thunderkittens(spec.name, kittens)
-            definitions["VIDEO_ATTN_THUNDERKITTENS_DIR"] = str(kittens)
+            check_thunderkittens(spec.name, Path(tools.thunderkittens))
+            definitions["VIDEO_ATTN_THUNDERKITTENS_DIR"] = tools.thunderkittens
+        if spec.is_module:
+            definitions["VIDEO_ATTN_PYTHON_INCLUDE"] = tools.python_include
+            definitions["VIDEO_ATTN_MODULE_SUFFIX"] = spec.suffix
         return definitions, facts
 
-    def compile_into(self, folder: Path, name: str, definitions: Mapping[str, str]) -> list[str]:
+    def compile_into(
+        self, folder: Path, spec: ComponentSpec, definitions: Mapping[str, str]
+    ) -> list[str]:
         """Compile a component with CMake, put it into `folder`, return its architectures.
 
         The CMake tree is named by its settings, so that a changed setting starts afresh.
         """
-        tools = self.tools
+        tools, name = self.tools, spec.name
         generator = "Ninja" if tools.ninja else "Unix Makefiles"
         configure = [tools.cmake, "-S", str(ROOT), "-G", generator, "-DCMAKE_BUILD_TYPE=Release"]
         configure.append(f"-DCMAKE_MAKE_PROGRAM={tools.ninja or tools.make}")
@@ -169,7 +184,7 @@ class NativeBuild(build_ext):
             with locked(tree):
                 subprocess.run([*configure, "-B", str(tree)], check=True)
                 subprocess.run([tools.cmake, "--build", str(tree), "--parallel", jobs], check=True)
-                place_library(tree / f"_{name}.so", folder)
+                place_library(tree / file_name(spec), folder)
         except subprocess.CalledProcessError as error:
             raise BuildError(
                 f"component {name} does not compile (the compiler's own message is above); "
@@ -180,12 +195,17 @@ class NativeBuild(build_ext):
     def get_outputs(self) -> list[str]:
         """Every file that `run` puts into the package."""
         folder = self.component_folder()
-        libraries = [f"_{item.spec.name}.so" for item in self.plan if item.reason is None]
+        libraries = [file_name(item.spec) for item in self.plan if item.reason is None]
         records = [f"_{item.spec.name}.json" for item in self.plan]
         return [str(folder / name) for name in libraries + records]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # libraries are written where they belong, none is copied from a build folder
+
+
+def file_name(spec: ComponentSpec) -> str:
+    """The file of a component in the package, and in its CMake tree."""
+    return f"_{spec.name}{spec.suffix}"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_checks import BuildError
+from build_checks import KITTENS_HEADER, SUBMODULE, BuildError, thunderkittens_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = ("auto", "0", "1")
@@ -25,16 +25,22 @@ NO_SOURCES = "no sources in this version"
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """One native library of the package, `video_attn/_<name>.so`."""
+    """One native library of the package: `_<name>.so`, or a Python module `_<name>.<tag>.so`."""
 
     name: str
     entry: str  # the sources that implement the operators; without them there is no component
     cuda_archs: tuple[str, ...] = ()  # default architectures; empty for a component without CUDA
     hopper_only: bool = False  # written with ThunderKittens for exactly these architectures
+    is_module: bool = False  # a Python module, for the interpreter it is compiled for
 
     @property
     def is_cuda(self) -> bool:
         return bool(self.cuda_archs)
+
+    @property
+    def suffix(self) -> str:
+        """How the file name ends; other interpreters do not pick up a module of this one."""
+        return str(sysconfig.get_config_var("EXT_SUFFIX")) if self.is_module else ".so"
 
     def has_sources(self, root: Path) -> bool:
         return any(root.glob(self.entry))
@@ -47,6 +53,7 @@ COMPONENTS = {
         ComponentSpec("sta", "csrc/bindings/sta*.cpp", ("90a",), hopper_only=True),
         ComponentSpec("vsa", "csrc/bindings/vsa*.cpp", ("90a",), hopper_only=True),
         ComponentSpec("sage", "csrc/bindings/sage*.cpp", ("80", "89", "90a")),
+        ComponentSpec("planning", "csrc/bindings/planning.cpp", is_module=True),
     )
 }
 
@@ -115,6 +122,8 @@ class Tools:
     torch_dir: Path | None = None
     torch_version: str = ""
     system: str = "Linux"
+    python_include: str = ""
+    thunderkittens: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,20 @@ def find_tools(options: BuildOptions, which: Callable[[str], str | None] = find_
         torch_dir=torch_dir,
         torch_version=torch_version,
         system=platform.system(),
+        python_include=find_header("Python.h", sysconfig.get_path("include")),
+        thunderkittens=find_thunderkittens(ROOT, options.thunderkittens),
     )
+
+
+def find_header(name: str, folder: str) -> str:
+    """`folder` if it holds the header."""
+    return folder if (Path(folder) / name).is_file() else ""
+
+
+def find_thunderkittens(root: Path, override: str) -> str:
+    """The checkout named by THUNDERKITTENS_ROOT (whatever it holds), or the submodule if filled."""
+    folder = thunderkittens_dir(root, override)
+    return str(folder) if override or (folder / KITTENS_HEADER).is_file() else ""
 
 
 def find_nvcc(options: BuildOptions, which: Callable[[str], str | None]) -> str:
@@ -181,6 +203,13 @@ def absent(spec: ComponentSpec, tools: Tools) -> str | None:
         return "no C++ compiler found; install g++ 11 or newer, or set CXX"
     if spec.is_cuda and not tools.nvcc:
         return "nvcc not found; install the CUDA toolkit and set CUDA_HOME (Triton serves instead)"
+    if spec.hopper_only and not tools.thunderkittens:
+        return (
+            f"ThunderKittens is not in {SUBMODULE}; git submodule update --init {SUBMODULE}, or "
+            "set THUNDERKITTENS_ROOT to a checkout (Triton serves instead)"
+        )
+    if spec.is_module and not tools.python_include:
+        return "Python.h not found; install Python's development files (python3-dev)"
     return None
 
 

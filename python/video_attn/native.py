@@ -1,24 +1,29 @@
 """The compiled components of the package: which are here, what they were built from, why not.
 
-A component is a library `_<name>.so` beside this file, with a record `_<name>.json` that the build
-wrote (tools/build_record.py). Nothing here raises on a broken install: a component that cannot be
+A component is a library `_<name>.so` beside this file (for `planning` a Python module, with the
+tag of its interpreter in the name), with a record `_<name>.json` that the build wrote
+(tools/build_record.py). Nothing here raises on a broken install: a component that cannot be
 loaded says why, and the rest of the package works without it.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from sysconfig import get_config_var
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-NAMES = ("cpu", "sta", "vsa", "sage")
+NAMES = ("cpu", "sta", "vsa", "sage", "planning")
+_MODULE = "planning"  # the component that is a Python module, and registers no operators
 REBUILD = "rebuild with `pip install --no-build-isolation .` (in place: `make build`)"
 
 
@@ -28,7 +33,7 @@ class Component:
 
     Args:
         name: one of ``NAMES``.
-        loaded: its operators are registered with torch.
+        loaded: its operators are registered with torch, or its module is imported.
         reason: why it is not loaded; None when it is.
         record: what the build wrote down (version, git_revision, architectures, compiler, torch,
             cuda); empty when there is no record.
@@ -64,11 +69,12 @@ def _component(name: str) -> Component:
 def load_component(
     name: str, folder: Path, torch_version: str, package_version: str | None
 ) -> Component:
-    """Load ``_<name>.so`` from ``folder``, if its record fits this torch and this package.
+    """Load a component from ``folder``, if its record fits this torch and this package.
 
     ``package_version`` is None for a source tree that was never built or installed.
     """
-    library, record_file = folder / f"_{name}.so", folder / f"_{name}.json"
+    suffix = str(get_config_var("EXT_SUFFIX")) if name == _MODULE else ".so"
+    library, record_file = folder / f"_{name}{suffix}", folder / f"_{name}.json"
     try:
         record = json.loads(record_file.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
@@ -83,11 +89,24 @@ def load_component(
     reason = _refusal(name, library, record, torch_version, package_version)
     if reason is None:
         try:
-            torch.ops.load_library(str(library))
-        except (OSError, RuntimeError) as error:
+            if name == _MODULE:
+                _import_module(f"video_attn._{name}", library)
+            else:
+                torch.ops.load_library(str(library))
+        except (OSError, RuntimeError, ImportError) as error:
             # torch puts its own sentence before the loader's, which is the one that helps.
             reason = f"{library.name} cannot be loaded: {error.__cause__ or error}; {REBUILD}"
     return Component(name, reason is None, reason, MappingProxyType(record))
+
+
+def _import_module(name: str, library: Path) -> None:
+    """Imports a compiled module from its file: ``import <name>`` finds it from then on."""
+    spec = spec_from_file_location(name, library)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{library.name} is no module for this Python")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
 
 
 def _refusal(

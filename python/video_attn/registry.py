@@ -75,6 +75,8 @@ class Backend:
             ``quantization=`` too, with the options, when the precision is a quantized one.
         backward: ``(grad_out, grad_lse, q, k, v, out, lse, mask, *, scale, is_causal,
             deterministic) -> (dq, dk, dv)``, or None for a backend without one.
+        built: for a backend of several components, None when the one that serves the problem is
+            here, else one sentence that says how to build it.
     """
 
     name: str
@@ -83,12 +85,19 @@ class Backend:
     supports: Callable[[Problem], str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
+    built: Callable[[Problem], str | None] | None = None
 
     def refusal(self, problem: Problem) -> str | None:
-        """Why this backend does not serve ``problem`` here; None when it does."""
+        """Why this backend does not serve ``problem`` here; None when it does.
+
+        What no install can change comes first: nobody shall build kernels that cannot serve.
+        """
         if problem.direction == "backward" and self.backward is None:
             return "has no backward pass"
-        return self.available() or self.supports(problem)
+        reason = self.supports(problem) or self.available()
+        if reason is None and self.built is not None:
+            reason = self.built(problem)
+        return reason
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ VARIABLES = (
     ),
     Variable(
         "VIDEO_ATTN_COMPONENTS", "build", "names, comma-separated", "those of the setup file",
-        "which native components to build: cpu, sta, vsa, sage",
+        "which native components to build: cpu, sta, vsa, sage, planning",
     ),
     Variable(
         "VIDEO_ATTN_CUDA_ARCHS", "build", "as 80,90a", "each component's own list",

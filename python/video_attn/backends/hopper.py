@@ -1,0 +1,179 @@
+"""Compiled kernels for NVIDIA H100 and H200 (sm_90), forward and backward: see csrc/hopper.
+
+Two components: ``sta`` serves blocks of at least 128 tokens and dense attention, ``vsa`` blocks of
+64. Either works without the other.
+
+The kernels move tensors with the tensor memory accelerator, which wants addresses and strides that
+are multiples of 16 bytes. A q, k, v or gradient that is not so (a view of odd offset, say) is
+copied once, whole; everything else is read in place.
+
+Nothing about a mask is kept from one call to the next. What a launch derives from the lists (steps,
+the order of rows) it derives on the GPU, again in every call: that costs microseconds, and a CUDA
+graph may put other lists into the same memory, which no cache on the host would see.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..block_mask import BlockMask
+from ..registry import Backend, Problem, register
+from .outputs import empty_like_heads, empty_lse
+
+MAX_HEAD_DIM = 128
+FINE_BLOCK = 64  # the block size of component vsa; also what larger ones are a multiple of
+SMALLEST_COARSE_BLOCK = 128
+_ALIGNMENT = 16  # bytes
+_DTYPES = (torch.float16, torch.bfloat16)
+_COMPONENTS = {"coarse": "sta", "fine": "vsa"}
+
+_library = torch.library.Library("video_attn", "FRAGMENT")
+_LISTS = "Tensor? kv_num_blocks, Tensor? kv_indices"
+_LENS = "Tensor? q_block_lens, Tensor? kv_block_lens, int q_block_size, int kv_block_size"
+# Results are arguments: they are allocated here, so that C++ only fills them.
+for _grain in _COMPONENTS:
+    _library.define(
+        f"hopper_{_grain}_forward(Tensor q, Tensor k, Tensor v, {_LISTS}, {_LENS}, float scale, "
+        "Tensor(a!) out, Tensor(b!) lse) -> ()"
+    )
+    _library.define(
+        f"hopper_{_grain}_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
+        f"Tensor v, Tensor out, Tensor lse, {_LISTS}, Tensor? q_num_blocks, Tensor? q_indices, "
+        f"{_LENS}, float scale, bool deterministic, "
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+    )
+    for _direction in ("forward", "backward"):
+        # They return nothing and change their last arguments: there is nothing to allocate.
+        torch.library.register_fake(
+            f"video_attn::hopper_{_grain}_{_direction}", lambda *args: None, lib=_library
+        )
+
+
+def _available() -> str | None:
+    reasons = [native.component(name).reason for name in _COMPONENTS.values()]
+    return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
+
+
+def _built(problem: Problem) -> str | None:
+    return native.component(_COMPONENTS[_grain_of(problem.kv_block_size)]).reason
+
+
+def _grain_of(block_size: int | None) -> str:
+    return "fine" if block_size == FINE_BLOCK else "coarse"
+
+
+def _supports(problem: Problem) -> str | None:
+    if problem.device_type != "cuda" or problem.arch != "sm_90":
+        return f"device {problem.arch} is not sm_90 (H100, H200)"
+    if problem.precision != "native":
+        return f"precision {problem.precision!r} is not 'native'"
+    if problem.dtype not in _DTYPES:
+        return f"dtype {problem.dtype} is not float16 or bfloat16"
+    if problem.is_causal:
+        return "is_causal is not in these kernels"
+    return _refuse_head_dims(problem) or _refuse_blocks(problem)
+
+
+def _refuse_head_dims(problem: Problem) -> str | None:
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {problem.head_dim} is more than {MAX_HEAD_DIM}"
+    if problem.head_dim % 8:
+        return f"head_dim {problem.head_dim} is not a multiple of 8"
+    if problem.head_dim_v != problem.head_dim:
+        return f"head_dim of v {problem.head_dim_v} is not head_dim {problem.head_dim}"
+    return None
+
+
+def _refuse_blocks(problem: Problem) -> str | None:
+    sizes = {name: getattr(problem, name) for name in ("q_block_size", "kv_block_size")}
+    if set(sizes.values()) in ({None}, {FINE_BLOCK}):
+        return None
+    for name, size in sizes.items():
+        if size < SMALLEST_COARSE_BLOCK or size % FINE_BLOCK:
+            return (
+                f"{name} {size} is not a multiple of {FINE_BLOCK} from {SMALLEST_COARSE_BLOCK} on "
+                f"(or both {FINE_BLOCK})"
+            )
+    return None
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
+    operator = getattr(torch.ops.video_attn, f"hopper_{_mask_grain(mask)}_forward")
+    operator(aligned(q), aligned(k), aligned(v), *_mask_arguments(mask), scale, out, lse)
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (q, k, v))
+    lists, lens = _mask_arguments(mask)[:2], _mask_arguments(mask)[2:]
+    transposed = (None, None) if mask is None else mask.transposed()
+    grad_out, q, k, v, out = (aligned(x) for x in (grad_out, q, k, v, out))
+    grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
+    operator = getattr(torch.ops.video_attn, f"hopper_{_mask_grain(mask)}_backward")
+    operator(
+        grad_out, grad_lse, q, k, v, out, lse.contiguous(), *lists, *transposed, *lens,
+        scale, deterministic, dq, dk, dv,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _mask_grain(mask: BlockMask | None) -> str:
+    return _grain_of(None if mask is None else mask.kv_block_size)
+
+
+def _mask_arguments(mask: BlockMask | None) -> tuple:
+    """Lists, block lengths and block sizes, as the operators take them."""
+    if mask is None:
+        return None, None, None, None, 0, 0
+    q_lens, kv_lens = (
+        x if x is None else x.contiguous() for x in (mask.q_block_lens, mask.kv_block_lens)
+    )
+    sizes = (mask.q_block_size, mask.kv_block_size)
+    return mask.kv_num_blocks, mask.kv_indices, q_lens, kv_lens, *sizes
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` [B, H, S, D] if the tensor memory accelerator can read it in place, else a copy."""
+    step = _ALIGNMENT // x.element_size()
+    fits = x.stride(3) == 1 and x.data_ptr() % _ALIGNMENT == 0
+    if fits and all(x.stride(i) % step == 0 or x.shape[i] == 1 for i in range(3)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+register(
+    Backend(
+        name="hopper",
+        priority=40,
+        available=_available,
+        supports=_supports,
+        built=_built,
+        forward=_forward,
+        backward=_backward,
+    )
+)
