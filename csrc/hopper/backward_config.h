@@ -1,0 +1,94 @@
+// The backward kernels: tile shapes, shared memory, and what a launch is given.
+//
+// Two walks share one template. The key walk keeps 64 keys per warpgroup and streams the query
+// blocks that see them (dk, dv); the query walk keeps 64 queries and streams the key blocks they
+// see (dq). "First" names the operands of the scores (q, k), "second" the others (grad_out, v).
+// Nothing is added across blocks of threads, so the gradients are bitwise the same in every run.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "hopper/params.h"
+#include "kittens.cuh"
+
+namespace video_attn::hopper {
+
+constexpr int kUnit = 64;  // tokens of one tile: rows of a warpgroup, and of one streamed step
+
+enum class Walk { kKeys, kQueries };
+
+// kSharedList: both warpgroups of a block of threads lie in one block slot (its size is a multiple
+// of 128) and walk its list together; otherwise each has a list, a ring and a producer of its own.
+template <typename ValueT, int kHeadDimT, Walk kWalkT, bool kSharedListT>
+struct BackwardConfig {
+  using Value = ValueT;
+  static constexpr int kHeadDim = kHeadDimT;
+  static constexpr Walk kWalk = kWalkT;
+  static constexpr bool kSharedList = kSharedListT;
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "channels are padded to 64 or 128");
+
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 24;
+
+  static constexpr int kRings = kSharedList ? 1 : kWarpgroups;
+  static constexpr int kRingReaders = kWarpgroups / kRings;
+  static constexpr int kStages = (kHeadDim == 64 ? 8 : 4) / kRings;
+
+  using Tile = kittens::st<Value, kUnit, kHeadDim>;
+  static constexpr int kTileBytes = sizeof(Tile);
+  static constexpr int kPanels = kHeadDim / 64;  // a panel is 64 channels: one box of the TMA
+  static constexpr int kPanelBytes = kTileBytes / kPanels;
+
+  // Row statistics of one streamed query tile: see backward_prepare.h.
+  static constexpr int kStatisticsBytes = 2 * kUnit * sizeof(float);
+  static constexpr int kStepBytes =
+      2 * kTileBytes + (kWalk == Walk::kKeys ? kStatisticsBytes : 0);
+
+  struct Stage {
+    Tile first, second;
+  };
+  struct Shared {
+    Stage kept[kWarpgroups];
+    Stage streamed[kRings][kStages];
+    float statistics[kRings][kStages][2 * kUnit];
+    uint64_t full[kRings][kStages], empty[kRings][kStages], kept_full;
+    int32_t valid[kRings][kStages];  // rows of the step that count; -1 ends the walk
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // the base is aligned by hand
+  static_assert(kSharedBytes <= 227 * 1024, "shared memory of one multiprocessor");
+};
+
+struct BackwardGlobals {
+  CUtensorMap kept_first, kept_second, streamed_first, streamed_second;
+  CUtensorMap result_first, result_second;  // dk and dv, or dq alone
+  const float* statistics;
+  BlockLists lists;  // one row per block slot of the kept side
+  Side kept, streamed;
+  int32_t list_heads;  // query heads that one kept head answers to: the GQA group, or 1
+  int32_t group;       // query heads per key head
+  int32_t kept_heads, heads;
+  int32_t tiles;  // pairs of units of the kept side
+  float scale, scale_log2;
+};
+
+// Valid tokens of a block slot, whatever its lens says about tokens past the end.
+__host__ __device__ inline int32_t valid_tokens(const Side& side, int32_t batch, int32_t slot) {
+  const int64_t start = static_cast<int64_t>(slot) * side.block_size;
+  int64_t valid = side.length - start;
+  if (valid > side.block_size) valid = side.block_size;
+  if (side.lens.data != nullptr) {
+    const int32_t given = side.lens.data[batch * side.lens.batch_stride + slot];
+    if (valid > given) valid = given;
+  }
+  return valid > 0 ? static_cast<int32_t>(valid) : 0;
+}
+
+__host__ __device__ constexpr int32_t units_of(int32_t length) {
+  return (length + kUnit - 1) / kUnit;
+}
+
+}  // namespace video_attn::hopper

@@ -1,0 +1,285 @@
+// The two walks of the backward: see backward_config.h.
+#pragma once
+
+#include "hopper/backward_config.h"
+#include "hopper/backward_producer.h"
+#include "hopper/backward_tiles.h"
+
+namespace video_attn::hopper {
+
+// The reading end of a ring. A stage is handed back one step late, when the products that read it
+// are known to be done.
+template <typename Config>
+struct RingReader {
+  typename Config::Shared& shared;
+  const int ring;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  // Waits for the next step: its valid rows, or -1 at the end.
+  __device__ int wait() const {
+    barrier_wait(shared_address(&shared.full[ring][stage]), parity);
+    return shared.valid[ring][stage];
+  }
+  __device__ void advance() {
+    if (++stage == Config::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ void release_previous() {
+    const int previous = (stage == 0 ? Config::kStages : stage) - 1;
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.empty[ring][previous]));
+  }
+};
+
+template <typename Config>
+using Scores = kittens::rt<float, 16, kUnit>;
+
+// Minus lse (base 2) and minus delta of the two rows of a thread, in the query walk.
+struct RowStatistics {
+  float lse[2], delta[2];
+};
+
+__device__ inline RowStatistics load_row_statistics(const float* unit_statistics) {
+  RowStatistics rows;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rows.lse[i] = unit_statistics[row_of(i)];
+    rows.delta[i] = unit_statistics[kUnit + row_of(i)];
+  }
+  return rows;
+}
+
+// A pair of neighbouring columns of the statistics of a streamed query tile.
+__device__ inline float2 column_pair(const float* statistics, int j, int k) {
+  return *reinterpret_cast<const float2*>(statistics + column_of(j, k));
+}
+
+// scores <- probabilities
+template <typename Config>
+__device__ inline void probabilities(Scores<Config>& scores, float scale_log2,
+                                     const float* statistics, const RowStatistics& rows) {
+#pragma unroll
+  for (int j = 0; j < kUnit / 16; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float2& pair = scores.tiles[0][j].data[k];
+      float2 minus_lse;
+      if constexpr (Config::kWalk == Walk::kKeys) {
+        minus_lse = column_pair(statistics, j, k);
+      } else {
+        minus_lse = {rows.lse[k % 2], rows.lse[k % 2]};
+      }
+      pair.x = exp2_approximate(fmaf(pair.x, scale_log2, minus_lse.x));
+      pair.y = exp2_approximate(fmaf(pair.y, scale_log2, minus_lse.y));
+    }
+  }
+}
+
+// grad_probabilities <- gradients of the scores (without the scale)
+template <typename Config>
+__device__ inline void score_gradients(Scores<Config>& grad_probabilities,
+                                       const Scores<Config>& probabilities,
+                                       const float* statistics, const RowStatistics& rows) {
+#pragma unroll
+  for (int j = 0; j < kUnit / 16; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float2& pair = grad_probabilities.tiles[0][j].data[k];
+      const float2 p = probabilities.tiles[0][j].data[k];
+      float2 minus_delta;
+      if constexpr (Config::kWalk == Walk::kKeys) {
+        minus_delta = column_pair(statistics + kUnit, j, k);
+      } else {
+        minus_delta = {rows.delta[k % 2], rows.delta[k % 2]};
+      }
+      pair.x = p.x * (pair.x + minus_delta.x);
+      pair.y = p.y * (pair.y + minus_delta.y);
+    }
+  }
+}
+
+// Scores of keys that are not valid: zeroed keys have score 0, whose probability could overflow.
+template <typename Config>
+__device__ inline void mask_columns(Scores<Config>& scores, int valid) {
+#pragma unroll
+  for (int j = 0; j < kUnit / 16; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float2& pair = scores.tiles[0][j].data[k];
+      if (column_of(j, k) >= valid) pair.x = -INFINITY;
+      if (column_of(j, k) + 1 >= valid) pair.y = -INFINITY;
+    }
+  }
+}
+
+// dk and dv of 64 keys.
+template <typename Config>
+__device__ inline void walk_keys(const BackwardGlobals& globals, typename Config::Shared& shared,
+                                 int group) {
+  using Value = typename Config::Value;
+  using Gradient = kittens::rt<float, 16, Config::kHeadDim>;
+  using Packed = kittens::rt<Value, 16, kUnit>;
+  const int barrier_id = 1 + group;
+  auto& kept = shared.kept[group];
+  RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
+
+  Gradient dk, dv;
+  kittens::warp::zero(dk);
+  kittens::warp::zero(dv);
+  barrier_wait(shared_address(&shared.kept_full), 0);
+  Packed packed_p, packed_ds;  // outside the loop: products read them until the next step
+  kittens::warp::zero(packed_p);
+  kittens::warp::zero(packed_ds);
+  bool first = true;
+  while (true) {
+    const int valid = reader.wait();
+    if (valid < 0) break;
+    auto& step = shared.streamed[reader.ring][reader.stage];
+    const float* statistics = shared.statistics[reader.ring][reader.stage];
+    if (valid < kUnit) zero_tail(step.first, step.second, valid, barrier_id);
+
+    Scores<Config> p, ds;
+    products_begin();
+    product_transposed<false>(p, kept.first, step.first);
+    product_transposed<false>(ds, kept.second, step.second);
+    products_wait<1>();
+    settle(p);
+    settle(packed_p);
+    settle(packed_ds);
+    if (!first) reader.release_previous();
+    first = false;
+
+    probabilities<Config>(p, globals.scale_log2, statistics, {});
+    round_to(packed_p, p);
+    settle(packed_p);
+    products_begin();
+    product(dv, packed_p, step.second);
+    products_wait<0>();
+    settle(ds);
+
+    score_gradients<Config>(ds, p, statistics, {});
+    round_to(packed_ds, ds);
+    settle(packed_ds);
+    products_begin();
+    product(dk, packed_ds, step.first);
+    reader.advance();
+  }
+  products_wait<0>();
+  settle(dk);
+  settle(dv);
+
+  const Place place = place_of(globals);
+  const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+  if (token >= globals.kept.length) return;
+  WarpGroup::sync(barrier_id);
+  const int slot = token / globals.kept.block_size;
+  const int valid = valid_tokens(globals.kept, place.batch, slot) -
+                    (token - slot * globals.kept.block_size);
+  store_gradient(dv, 1.f, valid, kept.second, &globals.result_second, token, place.head,
+                 place.batch, barrier_id);
+  store_gradient(dk, globals.scale, valid, kept.first, &globals.result_first, token, place.head,
+                 place.batch, barrier_id);
+  if (threadIdx.x % 128 == 0) store_wait<0>();
+}
+
+// dq of 64 queries, which stay in registers with their grad_out.
+template <typename Config>
+__device__ inline void walk_queries(const BackwardGlobals& globals,
+                                    typename Config::Shared& shared, int group) {
+  using Value = typename Config::Value;
+  using Kept = kittens::rt<Value, 16, Config::kHeadDim>;
+  const int barrier_id = 1 + group;
+  const Place place = place_of(globals);
+  const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+  auto& kept = shared.kept[group];
+  RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
+
+  const int64_t unit = (static_cast<int64_t>(place.batch) * globals.heads + place.head) *
+                           units_of(globals.kept.length) + token / kUnit;
+  RowStatistics rows{};
+  if (token < globals.kept.length) {
+    rows = load_row_statistics(globals.statistics + unit * (2 * kUnit));
+  }
+  kittens::rt<float, 16, Config::kHeadDim> dq;
+  kittens::rt<Value, 16, kUnit> packed_ds;  // outside the loop, as in the key walk
+  kittens::warp::zero(dq);
+  kittens::warp::zero(packed_ds);
+  barrier_wait(shared_address(&shared.kept_full), 0);
+  Kept q, grad_out;
+  WarpGroup::load(q, kept.first);
+  WarpGroup::load(grad_out, kept.second);
+  bool first = true;
+  while (true) {
+    const int valid = reader.wait();
+    if (valid < 0) break;
+    auto& step = shared.streamed[reader.ring][reader.stage];
+    if (valid < kUnit) zero_tail(step.first, step.second, valid, barrier_id);
+
+    Scores<Config> p, ds;
+    products_begin();
+    product_transposed<false>(p, q, step.first);
+    product_transposed<false>(ds, grad_out, step.second);
+    products_wait<1>();
+    settle(p);
+    settle(packed_ds);
+    if (!first) reader.release_previous();
+    first = false;
+
+    if (valid < kUnit) mask_columns<Config>(p, valid);
+    probabilities<Config>(p, globals.scale_log2, nullptr, rows);
+    products_wait<0>();
+    settle(ds);
+    score_gradients<Config>(ds, p, nullptr, rows);
+    round_to(packed_ds, ds);
+    settle(packed_ds);
+    products_begin();
+    product(dq, packed_ds, step.first);
+    reader.advance();
+  }
+  products_wait<0>();
+  settle(dq);
+
+  if (token >= globals.kept.length) return;
+  WarpGroup::sync(barrier_id);
+  const int slot = token / globals.kept.block_size;
+  const int valid = valid_tokens(globals.kept, place.batch, slot) -
+                    (token - slot * globals.kept.block_size);
+  store_gradient(dq, globals.scale, valid, kept.first, &globals.result_first, token, place.head,
+                 place.batch, barrier_id);
+  if (threadIdx.x % 128 == 0) store_wait<0>();
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardGlobals globals) {
+  extern __shared__ uint8_t raw_shared[];
+  const uint64_t base = (reinterpret_cast<uint64_t>(raw_shared) + 1023) & ~uint64_t{1023};
+  auto& shared = *reinterpret_cast<typename Config::Shared*>(base);
+  const int group = threadIdx.x / 128;
+  if (threadIdx.x == 0) {
+    barrier_init(shared_address(&shared.kept_full), 1);
+    for (int ring = 0; ring < Config::kRings; ++ring) {
+      for (int stage = 0; stage < Config::kStages; ++stage) {
+        barrier_init(shared_address(&shared.full[ring][stage]), 1);
+        barrier_init(shared_address(&shared.empty[ring][stage]), 4 * Config::kRingReaders);
+      }
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (group == Config::kWarpgroups) {
+    WarpGroup::decrease_registers<Config::kProducerRegisters>();
+    produce<Config>(globals, shared);
+  } else {
+    WarpGroup::increase_registers<Config::kConsumerRegisters>();
+    if constexpr (Config::kWalk == Walk::kKeys) {
+      walk_keys<Config>(globals, shared, group);
+    } else {
+      walk_queries<Config>(globals, shared, group);
+    }
+  }
+}
+
+}  // namespace video_attn::hopper

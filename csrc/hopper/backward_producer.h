@@ -1,0 +1,152 @@
+// The producer warps of the backward: they alone know the block lists. A step of a ring is one tile
+// of 64 streamed tokens, its first and second operand together.
+#pragma once
+
+#include "hopper/backward_config.h"
+#include "hopper/tma.h"
+
+namespace video_attn::hopper {
+
+// Copies `bytes` (a multiple of 16) of contiguous memory; they count on `barrier`.
+__device__ inline void load_bulk(uint32_t destination, const void* source, uint32_t bytes,
+                                 uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Where in the problem a block of threads works.
+struct Place {
+  int32_t tile, head, batch;  // the head of the kept side
+};
+
+__device__ inline Place place_of(const BackwardGlobals& globals) {
+  const int32_t rest = blockIdx.x / globals.tiles;
+  return {static_cast<int32_t>(blockIdx.x % globals.tiles), rest % globals.kept_heads,
+          rest / globals.kept_heads};
+}
+
+template <typename Config>
+__device__ inline void load_kept(const BackwardGlobals& globals, typename Config::Shared& shared,
+                                 const Place& place) {
+  const uint32_t barrier = shared_address(&shared.kept_full);
+  barrier_arrive_expect(barrier, Config::kWarpgroups * 2 * Config::kTileBytes);
+  for (int group = 0; group < Config::kWarpgroups; ++group) {
+    const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+    for (int panel = 0; panel < Config::kPanels; ++panel) {
+      const int offset = panel * Config::kPanelBytes;
+      load_box(&globals.kept_first, shared_address(&shared.kept[group].first) + offset, barrier,
+               64 * panel, token, place.head, place.batch);
+      load_box(&globals.kept_second, shared_address(&shared.kept[group].second) + offset, barrier,
+               64 * panel, token, place.head, place.batch);
+    }
+  }
+}
+
+// Fills one ring, in the order of the lists. Called by a whole warp.
+template <typename Config>
+struct RingWriter {
+  const BackwardGlobals& globals;
+  typename Config::Shared& shared;
+  const int ring;
+  const int lane;
+  int stage = 0;
+  uint32_t parity = 1;  // the first round finds every stage empty
+
+  // Waits for a free stage and fills it by `issue(stage, barrier)`, called by one lane.
+  template <typename Issue>
+  __device__ void push(int valid, Issue issue) {
+    barrier_wait(shared_address(&shared.empty[ring][stage]), parity);
+    if (lane == 0) {
+      shared.valid[ring][stage] = valid;
+      issue(stage, shared_address(&shared.full[ring][stage]));
+    }
+    __syncwarp();
+    if (++stage == Config::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+
+  __device__ void push_tile(int32_t token, int32_t valid, int32_t head, int32_t batch) {
+    push(valid, [&](int at, uint32_t barrier) {
+      barrier_arrive_expect(barrier, Config::kStepBytes);
+      auto& step = shared.streamed[ring][at];
+      const bool keys = Config::kWalk == Walk::kKeys;
+      const int source_head = keys ? head : head / globals.group;
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; ++panel) {
+        load_box(&globals.streamed_first,
+                 shared_address(&step.first) + panel * Config::kPanelBytes, barrier, 64 * panel,
+                 token, source_head, batch);
+      }
+      if constexpr (Config::kWalk == Walk::kKeys) {
+        const int64_t unit = (static_cast<int64_t>(batch) * globals.heads + head) *
+                                 units_of(globals.streamed.length) + token / kUnit;
+        load_bulk(shared_address(shared.statistics[ring][at]),
+                  globals.statistics + unit * (2 * kUnit), Config::kStatisticsBytes, barrier);
+      }
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; ++panel) {
+        load_box(&globals.streamed_second,
+                 shared_address(&step.second) + panel * Config::kPanelBytes, barrier, 64 * panel,
+                 token, source_head, batch);
+      }
+    });
+  }
+
+  // Every tile of the list of one block slot of the kept side.
+  __device__ void push_list(int32_t slot, int32_t head, int32_t batch) {
+    const BlockLists& lists = globals.lists;
+    const bool dense = lists.counts == nullptr;
+    const int32_t block_size = globals.streamed.block_size;
+    const int32_t count = dense ? (globals.streamed.length + block_size - 1) / block_size
+                                : lists.counts[batch * lists.counts_batch_stride +
+                                               head * lists.counts_head_stride +
+                                               slot * lists.counts_row_stride];
+    const int32_t* indices = lists.indices + batch * lists.indices_batch_stride +
+                             head * lists.indices_head_stride + slot * lists.indices_row_stride;
+    for (int32_t base = 0; base < count; base += 32) {
+      int32_t my_slot = base + lane, my_valid = 0;
+      if (my_slot < count) {
+        if (!dense) my_slot = indices[my_slot * lists.indices_stride];
+        my_valid = valid_tokens(globals.streamed, batch, my_slot);
+      }
+      const int32_t here = min(32, count - base);
+      for (int32_t i = 0; i < here; ++i) {
+        const int32_t start = __shfl_sync(~0u, my_slot, i) * block_size;
+        const int32_t valid = __shfl_sync(~0u, my_valid, i);
+        for (int32_t done = 0; done < valid; done += kUnit) {
+          push_tile(start + done, min(kUnit, valid - done), head, batch);
+        }
+      }
+    }
+  }
+
+  __device__ void push_end() {
+    push(-1, [](int, uint32_t barrier) { barrier_arrive(barrier); });
+  }
+};
+
+template <typename Config>
+__device__ inline void produce(const BackwardGlobals& globals, typename Config::Shared& shared) {
+  const int warp = threadIdx.x % 128 / 32;
+  if (warp >= Config::kRings) return;
+  const Place place = place_of(globals);
+  const int lane = threadIdx.x % 32;
+  if (warp == 0 && lane == 0) load_kept<Config>(globals, shared, place);
+
+  RingWriter<Config> writer{globals, shared, warp, lane};
+  const int32_t token = (place.tile * Config::kWarpgroups + warp) * kUnit;
+  if (token < globals.kept.length) {
+    const int32_t slot = token / globals.kept.block_size;
+    for (int32_t member = 0; member < globals.list_heads; ++member) {
+      writer.push_list(slot, place.head * globals.list_heads + member, place.batch);
+    }
+  }
+  writer.push_end();
+}
+
+}  // namespace video_attn::hopper
