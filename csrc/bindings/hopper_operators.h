@@ -21,20 +21,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline constexpr int32_t kGrain = 64;        // block sizes are multiples of it
+inline constexpr int32_t kDenseBlock = 128;  // into which dense attention is cut
+inline constexpr int32_t kMaxHeadDim = 128;
+inline constexpr int32_t kAlignment = 16;  // bytes, of addresses and strides
+inline constexpr int32_t kLongestList = 1 << 24;
+
+// The block sizes that an operator takes.
+struct BlockSizes {
+  int32_t smallest, largest;
+  bool dense;  // takes dense attention too
+};
+
+inline constexpr BlockSizes kCoarseBlocks{128, 1 << 20, true};
+inline constexpr BlockSizes kFineBlocks{64, 64, false};
+
 // One operator: its name in messages, its launcher, and the block sizes it takes.
 template <class Params>
 struct Kernel {
   const char* name;
   size_t (*workspace)(const Params&);
   cudaError_t (*launch)(const Params&, void* workspace, cudaStream_t);
-  int32_t smallest_block, largest_block;  // 128 and more: dense too
+  BlockSizes blocks;
 };
-
-inline constexpr int32_t kGrain = 64;        // block sizes are multiples of it
-inline constexpr int32_t kDenseBlock = 128;  // into which dense attention is cut
-inline constexpr int32_t kMaxHeadDim = 128;
-inline constexpr int32_t kAlignment = 16;  // bytes, of addresses and strides
-inline constexpr int32_t kAnyBlock = 1 << 20;
 
 // What all tensors of a call are measured by.
 struct Call {
@@ -130,14 +139,14 @@ Side make_side(const Kernel<Params>& kernel, const Call& call, const char* name,
                int64_t block_size, const OptionalTensor& lens) {
   Side side{static_cast<int32_t>(length), kDenseBlock, {nullptr, 0}};
   if (block_size == 0) {  // dense attention
-    STD_TORCH_CHECK(kernel.largest_block >= kDenseBlock, kernel.name, " needs block lists");
+    STD_TORCH_CHECK(kernel.blocks.dense, kernel.name, " needs block lists");
     STD_TORCH_CHECK(!lens, name, "_block_lens without a block size");
     return side;
   }
-  STD_TORCH_CHECK(block_size % kGrain == 0 && block_size >= kernel.smallest_block &&
-                      block_size <= kernel.largest_block,
+  STD_TORCH_CHECK(block_size % kGrain == 0 && block_size >= kernel.blocks.smallest &&
+                      block_size <= kernel.blocks.largest,
                   name, "_block_size is ", block_size, ", allowed: multiples of ", kGrain, " from ",
-                  kernel.smallest_block, " to ", kernel.largest_block);
+                  kernel.blocks.smallest, " to ", kernel.blocks.largest);
   side.block_size = static_cast<int32_t>(block_size);
   if (lens) {
     STD_TORCH_CHECK(lens->dim() == 2 && (lens->size(0) == 1 || lens->size(0) == call.batch) &&
@@ -164,8 +173,8 @@ inline BlockLists make_lists(const Call& call, const char* name, const OptionalT
                     name, " must be [1 or ", call.batch, ", 1 or ", call.heads, ", ", rows,
                     " blocks]");
   }
-  STD_TORCH_CHECK(indices->size(3) <= kAnyBlock, name, " have ", indices->size(3),
-                  " entries a row, allowed: up to ", kAnyBlock);
+  STD_TORCH_CHECK(indices->size(3) <= kLongestList, name, " have ", indices->size(3),
+                  " entries a row, allowed: up to ", kLongestList);
   return {call.integers(name, *counts),
           call.integers(name, *indices),
           static_cast<int32_t>(indices->size(3)),

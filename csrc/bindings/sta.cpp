@@ -5,9 +5,9 @@ namespace video_attn::hopper {
 namespace {
 
 constexpr Kernel<ForwardParams> kForward{"hopper_coarse_forward", coarse_forward_workspace,
-                                         coarse_forward, 128, kAnyBlock};
+                                         coarse_forward, kCoarseBlocks};
 constexpr Kernel<BackwardParams> kBackward{"hopper_coarse_backward", coarse_backward_workspace,
-                                           coarse_backward, 128, kAnyBlock};
+                                           coarse_backward, kCoarseBlocks};
 
 }  // namespace
 }  // namespace video_attn::hopper

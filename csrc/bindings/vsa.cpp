@@ -5,9 +5,9 @@ namespace video_attn::hopper {
 namespace {
 
 constexpr Kernel<ForwardParams> kForward{"hopper_fine_forward", fine_forward_workspace,
-                                         fine_forward, 64, 64};
+                                         fine_forward, kFineBlocks};
 constexpr Kernel<BackwardParams> kBackward{"hopper_fine_backward", fine_backward_workspace,
-                                           fine_backward, 64, 64};
+                                           fine_backward, kFineBlocks};
 
 }  // namespace
 }  // namespace video_attn::hopper

@@ -1,0 +1,96 @@
+// Python module video_attn._planning: the planning of csrc/hopper/plan.h, for tests and curiosity.
+// The launchers do not need it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "hopper/plan.h"
+
+namespace py = pybind11;
+
+namespace video_attn::hopper {
+namespace {
+
+void check_positive(const char* name, int64_t value) {
+  if (value < 1) {
+    throw std::invalid_argument(std::string(name) + " must be at least 1, got " +
+                                std::to_string(value));
+  }
+}
+
+Grain grain_of(const std::string& name) {
+  if (name == "coarse") return Grain::kCoarse;
+  if (name == "fine") return Grain::kFine;
+  throw std::invalid_argument("grain must be 'coarse' or 'fine', got '" + name + "'");
+}
+
+py::dict forward_plan(const std::string& grain, int32_t batch, int32_t heads, int32_t length,
+                      int32_t block_size, int32_t head_dim, int32_t multiprocessors) {
+  for (const auto& [name, value] :
+       {std::pair{"batch", batch}, std::pair{"heads", heads}, std::pair{"length", length},
+        std::pair{"block_size", block_size}, std::pair{"head_dim", head_dim},
+        std::pair{"multiprocessors", multiprocessors}}) {
+    check_positive(name, value);
+  }
+  if (head_dim > 128) throw std::invalid_argument("head_dim must be at most 128");
+  Problem problem{};
+  problem.batch = batch;
+  problem.heads = heads;
+  problem.head_dim = head_dim;
+  problem.q_side = {length, block_size, {nullptr, 0}};
+  const ForwardPlan plan = plan_forward(grain_of(grain), problem, multiprocessors);
+  py::dict result;
+  result["channels"] = plan.config.head_dim;
+  result["tile_tokens"] = kTileTokens;
+  result["step_tokens"] = kStepTokens;
+  result["threads"] = kForwardThreads;
+  result["stages"] = plan.config.slots;
+  result["shared_bytes"] = plan.config.shared_bytes();
+  result["tiles"] = plan.tiles;
+  result["blocks"] = plan.blocks;
+  return result;
+}
+
+py::dict row_plan(const std::vector<int32_t>& slots, int32_t block_size, int32_t length,
+                  const std::optional<std::vector<int32_t>>& lens) {
+  check_positive("block_size", block_size);
+  check_positive("length", length);
+  const int32_t blocks = divide_up(length, block_size);
+  if (lens && static_cast<int32_t>(lens->size()) != blocks) {
+    throw std::invalid_argument("lens must have " + std::to_string(blocks) + " entries, has " +
+                                std::to_string(lens->size()));
+  }
+  for (const int32_t slot : slots) {
+    if (slot < 0 || slot >= blocks) {
+      throw std::invalid_argument("slots must lie in 0 to " + std::to_string(blocks - 1) +
+                                  ", got " + std::to_string(slot));
+    }
+  }
+  const Side side{length, block_size, {lens ? lens->data() : nullptr, 0}};
+  const RowPlan row = plan_row(slots, side);
+  py::list halves;
+  for (const KeyHalf& half : row.halves) halves.append(py::make_tuple(half.token, half.valid));
+  py::dict result;
+  result["halves"] = halves;
+  result["full_steps"] = row.counts.full_steps();
+  result["steps"] = row.counts.steps();
+  return result;
+}
+
+}  // namespace
+}  // namespace video_attn::hopper
+
+PYBIND11_MODULE(_planning, m) {
+  using namespace video_attn::hopper;
+  m.doc() = "Host-side planning of the Hopper kernels: see csrc/hopper/plan.h.";
+  m.def("forward_plan", &forward_plan, py::arg("grain"), py::kw_only(), py::arg("batch"),
+        py::arg("heads"), py::arg("length"), py::arg("block_size"), py::arg("head_dim"),
+        py::arg("multiprocessors"),
+        "Tile shape, shared memory, stages and grid of a forward launch.");
+  m.def("row_plan", &row_plan, py::arg("slots"), py::kw_only(), py::arg("block_size"),
+        py::arg("length"), py::arg("lens") = py::none(),
+        "The halves (first key, valid keys) of a query row that sees the key blocks `slots`, and "
+        "how many steps of two halves they make, of which the first ones need no mask.");
+}
