@@ -7,9 +7,9 @@
 #pragma once
 
 #include "cursor.h"
-#include "elements.h"
 #include "params.h"
 #include "primitives.h"
+#include "results.h"
 #include "scores.h"
 #include "softmax.h"
 #include "tiles.h"
@@ -25,7 +25,7 @@ struct AttentionConfig {
   static constexpr int kDim = kDim_;  // padded head dim of Q, K and V
   static constexpr int kRowTiles = kRowTiles_;
 
-  static constexpr bool kNeedsFp8 = kQk == QkCode::kFp8 || kV == VCode::kFp8;
+  static constexpr Feature kNeeds = kV == VCode::kFp8 ? Feature::kFp8 : Feature::kNone;
   static constexpr int kThreads = 128;
   static constexpr int kRows = kTile * kRowTiles;
   static constexpr int kQBytes = kRowTiles * kQkTileBytes<kDim>;
@@ -36,14 +36,15 @@ struct AttentionConfig {
   static constexpr int kWalkBytes = 128;  // the cursor and two tiles of it
   static constexpr int kSharedBytes =
       kQBytes + kBuffers * (kKBytes + kVBytes) + kFactorBytes + kWalkBytes;
-  static constexpr int kPitch = kDim + 8;  // floats from row to row of staged results
-  static_assert(kTile * (kPitch + 1) * sizeof(float) <= kSharedBytes);
+  static_assert(ResultTile<kV, kDim>::kSharedBytes <= kSharedBytes);
   static_assert(kDim == 64 || kDim == 128, "rows of codes are 64 or 128 bytes");
   static_assert(kRowTiles == 1 || kRowTiles == 2);
 };
 
 template <class C>
 class AttentionBlock {
+  using Result = ResultTile<C::kV, C::kDim>;
+
  public:
   SAGE_DEVICE explicit AttentionBlock(const AttentionParams& p)
       : p_(p),
@@ -106,9 +107,9 @@ class AttentionBlock {
     float keep[C::kRowTiles][2];
     SAGE_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) {
-      float s[kTile / 8][4];
-      multiply_scores<C::kQk, C::kDim>(s, q_ + r * kQkTileBytes<C::kDim>, keys(buffer));
-      ScoreScale scale{Scores<C::kQk>::kOffset, factors()[r * C::kThreads] * k_scale};
+      float s[1][kTile / 8][4];
+      multiply_scores<C::kQk, C::kDim>(s[0], q_ + r * kQkTileBytes<C::kDim>, keys(buffer));
+      ScoreScale scale[1] = {{Scores<C::kQk>::kOffset, factors()[r * C::kThreads] * k_scale}};
       const int last_seen_by_all = (first_tile_ + r) * kTile + causal_offset_;
       const bool cut_by_causal = p_.is_causal && tile.index * kTile + kTile - 1 > last_seen_by_all;
       if (tile.valid < kTile || cut_by_causal) {
@@ -118,10 +119,10 @@ class AttentionBlock {
           const int seen = row(r, i) + causal_offset_ - tile.index * kTile + 1;
           limit[i] = cut_by_causal && seen < tile.valid ? seen : tile.valid;
         }
-        scale = hide_keys(s, scale, limit);
+        scale[0] = hide_keys(s[0], scale[0], limit);
       }
       weigh<Values<C::kV>::kExponent>(s, scale, state_[r], keep[r]);
-      Values<C::kV>::pack(weights[r], s);
+      Values<C::kV>::pack(weights[r], s[0]);
     }
     multiply_values<C::kV, C::kHalfSums, C::kDim>(out_, weights, keep, values(buffer));
   }
@@ -187,9 +188,6 @@ class AttentionBlock {
 
   // -- results ----------------------------------------------------------------------------------
 
-  SAGE_DEVICE int row_in_tile(int i) const {
-    return thread_index() / 32 * 16 + thread_index() % 32 / 4 + i * 8;
-  }
   SAGE_DEVICE int row(int r, int i) const { return (first_tile_ + r) * kTile + row_in_tile(i); }
 
   // Valid rows of a row tile; 0 past the end of the sequence.
@@ -198,69 +196,13 @@ class AttentionBlock {
     return tile < tiles_in(p_.q_side.length) ? valid_in_tile(p_.q_side, batch_, tile) : 0;
   }
 
-  // A row tile at a time through shared memory, for whole lines to global memory.
   SAGE_DEVICE void store() const {
-    auto* rows = reinterpret_cast<float*>(q_);
-    float* inverse = rows + kTile * C::kPitch;
     SAGE_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) {
       block_barrier();  // nobody reads any more what shared memory held before
-      SAGE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const float total = row_total(state_[r].total[i]);
-        const bool seen = row_in_tile(i) < valid_rows(r) && total != 0.0f;
-        if (thread_index() % 4 == 0) {
-          inverse[row_in_tile(i)] = seen ? divide(1.0f, total) : 0.0f;
-          store_lse(r, i, seen, total);
-        }
-        SAGE_UNROLL
-        for (int n = 0; n < C::kDim / 8; ++n) {
-          const int channel = n * 8 + thread_index() % 4 * 2;
-          *reinterpret_cast<Words2*>(rows + row_in_tile(i) * C::kPitch + channel) = {
-              {as_bits(out_[r][n][i * 2]), as_bits(out_[r][n][i * 2 + 1])}};
-        }
-      }
-      block_barrier();
-      store_rows(first_tile_ + r, rows, inverse);
+      Result(p_, batch_, head_, first_tile_ + r)
+          .store(out_[r], state_[r], reinterpret_cast<float*>(q_), 1);
     }
-  }
-
-  // acc / total * scale + mean, for every row of a tile; exact zeros for rows that see nothing.
-  SAGE_DEVICE void store_rows(int tile, const float* rows, const float* inverse) const {
-    constexpr int kLanes = C::kDim / 4;  // that share a row, four channels each
-    const int channel = thread_index() % kLanes * 4;
-    const int64_t channels =
-        (static_cast<int64_t>(batch_) * p_.kv_heads + kv_head_) * C::kDim + channel;
-    float scale[4], mean[4];
-    SAGE_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      scale[c] = p_.v_scale[channels + c];
-      mean[c] = p_.v_mean == nullptr ? 0.0f : p_.v_mean[channels + c];
-    }
-    for (int row = thread_index() / kLanes; row < kTile; row += C::kThreads / kLanes) {
-      const int64_t token = static_cast<int64_t>(tile) * kTile + row;
-      if (token >= p_.q_side.length) break;
-      float x[4];
-      SAGE_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        const float sum = rows[row * C::kPitch + channel + c];
-        x[c] = inverse[row] == 0.0f ? 0.0f : sum * inverse[row] * scale[c] + mean[c];
-      }
-      const int64_t offset = batch_ * p_.out_batch_stride + head_ * p_.out_head_stride +
-                             token * p_.out_token_stride + channel;
-      store_four(x, p_.out, p_.out_dtype, offset, p_.head_dim_v - channel);
-    }
-  }
-
-  SAGE_DEVICE void store_lse(int r, int i, bool seen, float total) const {
-    if (row(r, i) >= p_.q_side.length) return;
-    const int64_t index =
-        (static_cast<int64_t>(batch_) * p_.heads + head_) * p_.q_side.length + row(r, i);
-    constexpr float kLn2 = 0.69314718f;
-    constexpr float kExponent = static_cast<float>(Values<C::kV>::kExponent);
-    float lse = (state_[r].maximum[i] + log2_fast(total) - kExponent) * kLn2;
-    if (p_.lse_shift != nullptr) lse += p_.lse_shift[index];
-    p_.lse[index] = seen ? lse : kMinusInfinity;
   }
 
   const AttentionParams& p_;

@@ -11,18 +11,22 @@ struct AttentionKernel {
   using Params = AttentionParams;
   static constexpr int kThreads = C::kThreads;
   static constexpr int kSharedBytes = C::kSharedBytes;
-  static constexpr bool kNeedsFp8 = C::kNeedsFp8;
+  static constexpr int kBlocksPerProcessor = 1;
+  static constexpr Feature kNeeds = C::kNeeds;
 
   SAGE_DEVICE static void run(const Params& p) { AttentionBlock<C>(p).run(); }
 };
 
+// Blocks of 128 rows load K and V half as often; they need lists for at least 128 queries.
+inline bool fits_128_rows(const AttentionParams& p) {
+  return p.q_side.length > kTile &&
+         (p.lists.counts == nullptr || p.q_side.block_size % (2 * kTile) == 0);
+}
+
 template <QkCode kQk, VCode kV, bool kHalfSums, int kDim>
 const char* launch_rows(const AttentionParams& p, void* stream) {
-  // Blocks of 128 rows load K and V half as often; they need lists for at least 128 queries.
-  const bool wide = p.q_side.length > kTile &&
-                    (p.lists.counts == nullptr || p.q_side.block_size % (2 * kTile) == 0);
   const int tiles = tiles_in(p.q_side.length);
-  if (wide) {
+  if (fits_128_rows(p)) {
     using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 2>>;
     return launch<Kernel>(p, (tiles + 1) / 2, p.heads, p.batch, stream);
   }
@@ -48,5 +52,7 @@ const char* launch_dim(const AttentionParams& p, void* stream) {
 // Each in its own source file, so that they compile side by side.
 const char* launch_attention_64(const AttentionParams& params, void* stream);
 const char* launch_attention_128(const AttentionParams& params, void* stream);
+const char* launch_hopper_64(const AttentionParams& params, void* stream);
+const char* launch_hopper_128(const AttentionParams& params, void* stream);
 
 }  // namespace video_attn::sage

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "feature.h"
+
 #define SAGE_DEVICE __device__ __forceinline__
 #define SAGE_HOST_DEVICE __host__ __device__ __forceinline__
 #define SAGE_UNROLL _Pragma("unroll")
@@ -27,6 +29,11 @@ SAGE_DEVICE uint8_t* shared_memory() {
 }
 
 SAGE_DEVICE void block_barrier() { __syncthreads(); }
+
+// Barrier `number` (1 to 15) of the first `threads` threads that come to it.
+SAGE_DEVICE void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 SAGE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 SAGE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -171,20 +178,46 @@ SAGE_DEVICE uint16_t float_to_bfloat16(float x) {
 
 // -- launches -------------------------------------------------------------------------------------
 
-// A kernel is a type: Params, kThreads, kSharedBytes, kNeedsFp8, run(params). One that needs FP8
-// has no code on architectures without it.
-template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads)
-    entry(const __grid_constant__ typename Kernel::Params params) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-  if constexpr (Kernel::kNeedsFp8) {
-    __trap();  // the launcher below asks first; nothing returns an output that nobody wrote
-  } else {
-    Kernel::run(params);
-  }
+// Whether this pass of the compiler makes code for an architecture with a feature.
+constexpr bool is_built_with(Feature feature) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kWarpgroups = true;
 #else
-  Kernel::run(params);
+  constexpr bool kWarpgroups = false;
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  constexpr bool kFp8 = true;
+#else
+  constexpr bool kFp8 = false;
+#endif
+  return feature == Feature::kNone || (feature == Feature::kFp8 ? kFp8 : kWarpgroups);
+}
+
+// A kernel is a type: Params, kThreads, kBlocksPerProcessor, kSharedBytes, kNeeds, run(params).
+// There is no code of it for architectures without what it needs.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerProcessor)
+    entry(const __grid_constant__ typename Kernel::Params params) {
+  if constexpr (is_built_with(Kernel::kNeeds)) {
+    Kernel::run(params);
+  } else {
+    __trap();  // the launchers ask first; nothing returns an output that nobody wrote
+  }
+}
+
+// Has static shared memory only where warpgroup code was built: what a launcher can ask for.
+static __global__ void warpgroup_marker() {
+  if constexpr (is_built_with(Feature::kWarpgroups)) {
+    __shared__ volatile int mark;
+    mark = 1;
+  }
+}
+
+// Whether the current device runs code that was built for compute capability 9.0a.
+inline bool has_warpgroup_code() {
+  cudaFuncAttributes marker;
+  return cudaFuncGetAttributes(&marker, warpgroup_marker) == cudaSuccess &&
+         marker.sharedSizeBytes > 0;
 }
 
 // Null, or why nothing was launched.
@@ -194,8 +227,11 @@ const char* launch(const typename Kernel::Params& params, int64_t x, int y, int 
   cudaFuncAttributes code;
   cudaError_t error = cudaFuncGetAttributes(&code, entry<Kernel>);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  if (Kernel::kNeedsFp8 && (code.binaryVersion < 89 || code.ptxVersion < 89)) {
+  if (Kernel::kNeeds == Feature::kFp8 && (code.binaryVersion < 89 || code.ptxVersion < 89)) {
     return "this build has no FP8 code for the device; add 89 or newer to VIDEO_ATTN_CUDA_ARCHS";
+  }
+  if (Kernel::kNeeds == Feature::kWarpgroups && !has_warpgroup_code()) {
+    return "this build has no warpgroup code for the device; add 90a to VIDEO_ATTN_CUDA_ARCHS";
   }
   if constexpr (Kernel::kSharedBytes > 48 * 1024) {
     error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,

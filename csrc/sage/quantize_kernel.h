@@ -96,7 +96,8 @@ struct StatisticsKernel {
   using Params = QuantizeParams;
   static constexpr int kThreads = kDim;
   static constexpr int kSharedBytes = kRowGroups * kDim * sizeof(ChannelStatistics);
-  static constexpr bool kNeedsFp8 = false;
+  static constexpr int kBlocksPerProcessor = 1;
+  static constexpr Feature kNeeds = Feature::kNone;
 
   SAGE_DEVICE static void run(const Params& p) {
     const int chunk = static_cast<int>(block_index_x()), head = block_index_y();
@@ -144,7 +145,8 @@ struct FinishKernel {
   using Params = QuantizeParams;
   static constexpr int kThreads = kDim;
   static constexpr int kSharedBytes = kDim * sizeof(int);
-  static constexpr bool kNeedsFp8 = false;
+  static constexpr int kBlocksPerProcessor = 1;
+  static constexpr Feature kNeeds = Feature::kNone;
 
   SAGE_DEVICE static void run(const Params& p) {
     const int batch = block_index_y(), role = block_index_z(), channel = thread_index();
@@ -197,7 +199,8 @@ struct QuantizeKernel {
   using Params = QuantizeParams;
   static constexpr int kThreads = kDim;
   static constexpr int kSharedBytes = 2 * kTile * sizeof(uint32_t);
-  static constexpr bool kNeedsFp8 = kQk == QkCode::kFp8 || kV == VCode::kFp8;
+  static constexpr int kBlocksPerProcessor = 1;
+  static constexpr Feature kNeeds = kV == VCode::kFp8 ? Feature::kFp8 : Feature::kNone;
 
   SAGE_DEVICE static void run(const Params& p) {
     const int q_tiles = tiles_in(p.q_side.length), kv_tiles = tiles_in(p.kv_side.length);

@@ -1,4 +1,6 @@
 // The running softmax of 16 rows, of which a lane holds two (l / 4 and l / 4 + 8), base 2.
+//
+// Scores come as s[tile][n][i]: one or more tiles of 64 keys, each as scores.h lays them out.
 #pragma once
 
 #include "params.h"
@@ -13,7 +15,7 @@ struct RowState {
   float total[2] = {0.0f, 0.0f};                        // of this lane's keys only
 };
 
-// How scores become base-2 logits: (s - offset) * factor.
+// How the scores of a tile become base-2 logits: (s - offset) * factor.
 struct ScoreScale {
   float offset, factor;
 };
@@ -33,19 +35,28 @@ SAGE_DEVICE ScoreScale hide_keys(float (&s)[kTile / 8][4], ScoreScale scale,
   return {0.0f, 1.0f};
 }
 
+// The largest logit of a row (0 or 1) among this lane's keys of a tile.
+SAGE_DEVICE float largest_logit(const float (&s)[kTile / 8][4], ScoreScale scale, int row) {
+  float largest = maximum(s[0][row * 2], s[0][row * 2 + 1]);
+  SAGE_UNROLL
+  for (int n = 1; n < kTile / 8; ++n) {
+    largest = maximum(largest, maximum(s[n][row * 2], s[n][row * 2 + 1]));
+  }
+  return (largest - scale.offset) * scale.factor;
+}
+
 // Turns scores into weights exp2(logit - maximum) * 2^kExponent, and returns in `keep` what the
 // older weights must be multiplied by.
-template <int kExponent>
-SAGE_DEVICE void weigh(float (&s)[kTile / 8][4], ScoreScale scale, RowState& state,
-                       float (&keep)[2]) {
+template <int kExponent, int kTiles>
+SAGE_DEVICE void weigh(float (&s)[kTiles][kTile / 8][4], const ScoreScale (&scale)[kTiles],
+                       RowState& state, float (&keep)[2]) {
   SAGE_UNROLL
   for (int row = 0; row < 2; ++row) {
-    float largest = s[0][row * 2];
+    float largest = largest_logit(s[0], scale[0], row);
     SAGE_UNROLL
-    for (int n = 0; n < kTile / 8; ++n) {
-      largest = maximum(largest, maximum(s[n][row * 2], s[n][row * 2 + 1]));
+    for (int t = 1; t < kTiles; ++t) {
+      largest = maximum(largest, largest_logit(s[t], scale[t], row));
     }
-    largest = (largest - scale.offset) * scale.factor;
     largest = maximum(largest, shuffle_xor(largest, 1));
     largest = maximum(largest, shuffle_xor(largest, 2));
     largest = maximum(largest, state.maximum[row]);
@@ -53,17 +64,21 @@ SAGE_DEVICE void weigh(float (&s)[kTile / 8][4], ScoreScale scale, RowState& sta
     const float pivot = largest == kMinusInfinity ? 0.0f : largest;
     keep[row] = exp2_fast(state.maximum[row] - pivot);
     state.maximum[row] = largest;
-    float sum = 0.0f;
     const float shift = static_cast<float>(kExponent) - pivot;
+    float sum[2] = {0.0f, 0.0f};
     SAGE_UNROLL
-    for (int n = 0; n < kTile / 8; ++n) {
+    for (int t = 0; t < kTiles; ++t) {
       SAGE_UNROLL
-      for (int i = row * 2; i < row * 2 + 2; ++i) {
-        s[n][i] = exp2_fast(fused_multiply_add(s[n][i] - scale.offset, scale.factor, shift));
-        sum += s[n][i];
+      for (int n = 0; n < kTile / 8; ++n) {
+        SAGE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[t][n][row * 2 + i];
+          x = exp2_fast(fused_multiply_add(x - scale[t].offset, scale[t].factor, shift));
+          sum[i] += x;
+        }
       }
     }
-    state.total[row] = fused_multiply_add(state.total[row], keep[row], sum);
+    state.total[row] = fused_multiply_add(state.total[row], keep[row], sum[0] + sum[1]);
   }
 }
 

@@ -129,9 +129,13 @@ def attend(
     scale: float,
     is_causal: bool = False,
     fp8: torch.dtype = torch.float8_e4m3fn,
+    tiles_per_step: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The attention step alone, from codes and scales: (out fp32 [B, Hq, Sq, Dv], lse fp32 [B, Hq,
     Sq]).
+
+    ``tiles_per_step``: tiles of a list whose scores share one maximum m_j, as in a kernel with
+    longer steps; their products are summed one after the other.
     """
     batches, heads, q_len, _ = inputs.q.shape
     out = torch.zeros(batches, heads, q_len, inputs.v.shape[3], device=inputs.q.device)
@@ -141,7 +145,7 @@ def attend(
     for b in range(batches):
         for h in range(heads):
             head = _Head(inputs, plan, b, h, scale, is_causal, fp8)
-            acc, m, total = head.run(precision, options)
+            acc, m, total = head.run(precision, options, tiles_per_step)
             m = m + torch.log2(total) - p_exponent(precision, fp8)
             seen = present & _pick(plan.q_valid, b)[tokens.clamp(min=0)] & (total != 0)
             rows = tokens[seen]
@@ -183,23 +187,28 @@ class _Head:
         self.shift = None if inputs.score_shift is None else inputs.score_shift[b, h][:, keys]
         self.offset = inputs.k.shape[2] - inputs.q.shape[2] if is_causal else None
 
-    def run(self, precision: str, options: QuantizationOptions) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, precision: str, options: QuantizationOptions, tiles_per_step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(acc [tiles, 64, Dv], m [tiles, 64], l [tiles, 64]) after the last step."""
         tiles = self.q.shape[0]
         acc = torch.zeros(tiles, TILE, self.v.shape[-1], device=self.q.device)
         m = torch.full((tiles, TILE), -torch.inf, device=self.q.device)
         total = torch.zeros_like(m)
-        for tile in self.lists.unbind(-1):
-            x = self._scores(tile)
+        for step in self.lists.split(tiles_per_step, -1):
+            x = torch.cat([self._scores(tile) for tile in step.unbind(-1)], -1)
             new_m = torch.maximum(m, x.amax(-1))
             pivot = torch.where(new_m == -torch.inf, 0.0, new_m)  # rows that saw no key yet
             keep = torch.exp2(m - pivot)
             p = torch.exp2(x - pivot[..., None] + p_exponent(precision, self.fp8))
             total = total * keep + p.sum(-1)
             codes = encode(p, torch.float16 if precision == "sage_fp16" else self.fp8)
-            product = _tile_product(codes, self.v[tile.clamp(min=0)], options.pv_accumulation)
             # NaN scores round to code 0, but the output must show them: they are in the total.
-            acc, m = acc * keep[..., None] + product, new_m
+            acc, m = acc * keep[..., None], new_m
+            for p_tile, tile in zip(codes.split(TILE, -1), step.unbind(-1), strict=True):
+                acc = acc + _tile_product(
+                    p_tile, self.v[tile.clamp(min=0)], options.pv_accumulation
+                )
         return acc, m, total
 
     def _scores(self, tile: Tensor) -> Tensor:

@@ -9,18 +9,23 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "hopper_state.h"
+
 namespace video_attn::sage::emulation {
 
 inline constexpr int kWarp = 32;
+inline constexpr int kWarpgroup = 128;
 
 struct Options {
   int capability = 89;      // what the launcher takes the device for
@@ -42,11 +47,11 @@ class Block {
         grid(grid),
         body_(std::move(body)),
         fibers_(threads),
-        warps_(threads / kWarp),
         memory_(shared_bytes + kAlignment, 0xFF),
         shared_bytes_(shared_bytes) {}
 
   const Grid index, grid;
+  HopperState hopper;
 
   static Block& current() { return *current_; }
 
@@ -64,9 +69,14 @@ class Block {
       if (!fiber.done)
         throw std::runtime_error("deadlock: threads wait at " + std::string(fiber.at));
     }
+    if (!hopper.is_idle()) throw std::runtime_error("copies or products in flight at the end");
   }
 
   int thread() const { return running_; }
+
+  uint32_t shared_offset(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared());
+  }
 
   uint8_t* shared() {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
@@ -80,38 +90,54 @@ class Block {
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned access to shared memory");
   }
 
-  // All lanes of a warp call this with the same `name`; the last to arrive does the work for all.
-  template <class Argument, class Work>
+  // All lanes of a warp (or of a warpgroup) call this with the same `name`; the last to arrive does
+  // the work for all.
+  template <int kSize = kWarp, class Argument, class Work>
   void together(const char* name, Argument& argument, Work work) {
-    Warp& warp = warps_[running_ / kWarp];
-    if (warp.arrived > 0 && warp.name != name) {
-      fail(std::string("lanes of a warp do different things: ") + warp.name + " and " + name);
+    Group& group = groups_[{kSize, running_ / kSize}];
+    if (!group.members.empty() && group.name != name) {
+      fail(std::string("threads of a group do different things: ") + group.name + " and " + name);
     }
-    warp.name = name;
-    warp.arguments[running_ % kWarp] = &argument;
-    if (++warp.arrived < kWarp) {
-      wait(name);
+    group.name = name;
+    group.arguments.resize(kSize);
+    group.arguments[running_ % kSize] = &argument;
+    group.members.push_back(running_);
+    if (static_cast<int>(group.members.size()) < kSize) {
+      park(name);
       return;
     }
-    Argument* arguments[kWarp];
-    for (int i = 0; i < kWarp; ++i) arguments[i] = static_cast<Argument*>(warp.arguments[i]);
+    Argument* arguments[kSize];
+    for (int i = 0; i < kSize; ++i) arguments[i] = static_cast<Argument*>(group.arguments[i]);
     work(arguments);
-    warp.arrived = 0;
-    const int first = running_ / kWarp * kWarp;
-    for (int i = first; i < first + kWarp; ++i) {
-      if (i != running_) ready_.push_back(i);
+    wake(group.members);
+  }
+
+  void barrier() { barrier(0, static_cast<int>(fibers_.size())); }
+
+  void barrier(int number, int threads) {
+    std::vector<int>& waiting = barriers_[number];
+    waiting.push_back(running_);
+    if (static_cast<int>(waiting.size()) < threads) {
+      park("a barrier of threads");
+    } else {
+      wake(waiting);
     }
   }
 
-  void barrier() {
-    if (++at_barrier_ < static_cast<int>(fibers_.size())) {
-      wait("the block's barrier");
-      return;
-    }
-    at_barrier_ = 0;
-    for (int i = 0; i < static_cast<int>(fibers_.size()); ++i) {
+  // The running thread stops until another one wakes it.
+  void park(const char* at) {
+    Fiber& fiber = fibers_[running_];
+    fiber.at = at;
+    if (_setjmp(fiber.point) == 0) longjmp_to(scheduler_);
+  }
+
+  // Lets `threads` go on, but for the running one, which does so anyway; empties the list.
+  void wake(std::vector<int>& threads) {
+    std::sort(threads.begin(), threads.end());
+    for (int i : threads) {
       if (i != running_) ready_.push_back(i);
     }
+    threads.clear();
   }
 
   void copy(void* to, const void* from, int bytes) {
@@ -160,10 +186,10 @@ class Block {
     std::vector<Copy> issued, committed;
   };
 
-  struct Warp {
-    int arrived = 0;
+  struct Group {
     const char* name = "";
-    void* arguments[kWarp];
+    std::vector<void*> arguments;
+    std::vector<int> members;  // that have arrived
   };
 
   // ucontext starts a fiber; after that setjmp switches, which needs no system call.
@@ -188,23 +214,18 @@ class Block {
     longjmp_to(block.scheduler_);
   }
 
-  void wait(const char* at) {
-    Fiber& fiber = fibers_[running_];
-    fiber.at = at;
-    if (_setjmp(fiber.point) == 0) longjmp_to(scheduler_);
-  }
-
   [[noreturn]] static void longjmp_to(jmp_buf& point) { _longjmp(point, 1); }
 
   inline static thread_local Block* current_ = nullptr;
 
   std::function<void()> body_;
   std::vector<Fiber> fibers_;
-  std::vector<Warp> warps_;
+  std::map<std::pair<int, int>, Group> groups_;  // by size and number
+  std::map<int, std::vector<int>> barriers_;     // who waits at each
   std::vector<uint8_t> memory_;
   int shared_bytes_;
   std::deque<int> ready_;
-  int running_ = 0, at_barrier_ = 0;
+  int running_ = 0;
   jmp_buf scheduler_;
   std::string failure_;
 };

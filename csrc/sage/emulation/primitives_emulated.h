@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../feature.h"
 #include "block.h"
 #include "numbers.h"
 
@@ -19,6 +20,7 @@ using emulation::Block;
 using emulation::float_to_bfloat16;
 using emulation::half_to_float;
 using emulation::kWarp;
+using emulation::kWarpgroup;
 
 // -- threads --------------------------------------------------------------------------------------
 
@@ -29,6 +31,7 @@ inline int block_index_z() { return Block::current().index.z; }
 inline int64_t grid_size_x() { return Block::current().grid.x; }
 inline uint8_t* shared_memory() { return Block::current().shared(); }
 inline void block_barrier() { Block::current().barrier(); }
+inline void named_barrier(int number, int threads) { Block::current().barrier(number, threads); }
 
 template <class T>
 inline T shuffle_xor(T x, int mask) {

@@ -1,0 +1,9 @@
+#include "hopper_launch.h"
+
+namespace video_attn::sage {
+
+const char* launch_hopper_64(const AttentionParams& p, void* stream) {
+  return launch_hopper<64>(p, stream);
+}
+
+}  // namespace video_attn::sage
