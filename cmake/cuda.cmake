@@ -51,7 +51,9 @@ if(VIDEO_ATTN_THUNDERKITTENS_DIR)
   target_include_directories(${component} SYSTEM PRIVATE
     "${VIDEO_ATTN_THUNDERKITTENS_DIR}/include")
 endif()
-# Of torch's libraries only the CPU one, which every torch has.
+# Of torch's libraries only the CPU one, which every torch has. What is missing then is missing at
+# run time too: a mistake of the build.
 target_link_libraries(${component} PRIVATE "${TORCH_CPU_LIBRARY}")
+target_link_options(${component} PRIVATE -Wl,--no-undefined)
 
 file(WRITE "${CMAKE_BINARY_DIR}/architectures.txt" "${VIDEO_ATTN_CUDA_ARCHS}")
