@@ -41,18 +41,33 @@ def load() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+_settings: tuple[int, bool, bool] = (89, True, False)
+
+
+def capability() -> int:
+    """What the launcher takes the device for."""
+    return _settings[0]
+
+
 @contextlib.contextmanager
 def options(
-    capability: int = 90, late_copies: bool = True, last_first: bool = False
+    capability: int | None = None, late_copies: bool = True, last_first: bool = False
 ) -> Iterator[None]:
     """Sets emulation::Options (csrc/sage/emulation/block.h) for the calls inside."""
-    set_options = load().sage_emulation_options
-    set_options.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
-    set_options(capability, late_copies, last_first)
+    before = _settings
+    _set((before[0] if capability is None else capability, late_copies, last_first))
     try:
         yield
     finally:
-        set_options(90, True, False)
+        _set(before)
+
+
+def _set(settings: tuple[int, bool, bool]) -> None:
+    global _settings
+    set_options = load().sage_emulation_options
+    set_options.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
+    set_options(*settings)
+    _settings = settings
 
 
 def _build() -> Path:

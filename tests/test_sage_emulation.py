@@ -1,165 +1,38 @@
-"""The Sage kernels' own source, run on the CPU by host emulation, against the definition.
+"""The Sage attention kernels' own source, run on the CPU by host emulation, against the definition.
 
-The attention kernel differs from ``attend`` by the order of fp32 sums only; the quantizers round
-like quantize.py, but for values that another order of the mean's sum moves over a tie.
+They differ from ``attend`` by the order of fp32 sums only.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import oracle
 import pytest
 import sage_emulation
 import torch
-from sage_codes import inputs_of, plain_tokens, plain_values
+from sage_problems import GRANULARITIES, SUMS, check, normal, qkv, random_mask, relative_error, run
 from torch import Tensor
 
 from video_attn import BlockMask
 from video_attn.backends import cuda_sage
-from video_attn.quantize import (
-    QUANTIZED_PRECISIONS,
-    QuantizationOptions,
-    quantize_inputs,
-)
-from video_attn.quantized_reference import attend, plan_tiles, quantized_attention_reference
+from video_attn.quantize import QUANTIZED_PRECISIONS, QuantizationOptions
+from video_attn.quantized_reference import plan_tiles, quantized_attention_reference
 
 pytestmark = pytest.mark.skipif(
     sage_emulation.missing() is not None, reason=f"host emulation: {sage_emulation.missing()}"
 )
-GRANULARITIES = ("per_block", "per_warp", "per_thread")
-SUMS = {"sage_fp16": "fp16+fp32", "sage_fp8": "fp32+fp16", "fp8": "fp32+fp16"}
+KERNELS = {"mma.sync": 89, "warpgroup": 90}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def emulation() -> None:
-    sage_emulation.load()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def qkv(
-    lengths: tuple[int, int] = (100, 130),
-    heads: tuple[int, int] = (2, 1),
-    dims: tuple[int, int] = (64, 64),
-    batch: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q = normal(batch, heads[0], lengths[0], dims[0], seed=1)
-    k = normal(batch, heads[1], lengths[1], dims[0], seed=2) + 2 * normal(dims[0], seed=4)
-    v = normal(batch, heads[1], lengths[1], dims[1], seed=3) + normal(dims[1], seed=5)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
-
-
-# -- the kernels and the definition --------------------------------------------------------------
-
-
-def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, **changes: Any) -> Any:
-    """(out, lse) of the kernels."""
-    arguments = {"precision": "sage_fp8", "is_causal": False, "scale": q.shape[3] ** -0.5}
-    options = changes.pop("options", QuantizationOptions())
-    return cuda_sage._forward(q, k, v, mask, **(arguments | changes), quantization=options)
-
-
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None = None,
-    *,
-    precision: str,
-    options: QuantizationOptions,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Kernel against ``attend`` on the kernel's own codes: the order of fp32 sums is all."""
-    scale = 0.7 * q.shape[3] ** -0.5
-    codes = cuda_sage.quantize(q, k, v, mask, scale=scale, precision=precision, options=options)
-    plan = plan_tiles(mask, q.shape[2], k.shape[2], q.device)
-    inputs = inputs_of(codes, options, plan, (q.shape[3], v.shape[3]))
-    expected, expected_lse = attend(
-        inputs, plan, options, precision=precision, scale=scale, is_causal=is_causal
-    )
-    out, lse = run(
-        q, k, v, mask, precision=precision, options=options, is_causal=is_causal, scale=scale
-    )
-    assert out.dtype == q.dtype and out.shape == expected.shape
-    assert torch.equal(lse.isneginf(), expected_lse.isneginf())
-    blind = expected_lse.isneginf()
-    assert (out[blind] == 0).all()
-    seen = ~blind
-    assert torch.allclose(lse[seen], expected_lse[seen], atol=1e-5, rtol=1e-6)
-    # A weight next to a tie of its rounding may fall on the other side of it.
-    rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[q.dtype]
-    weights = 1e-4 if precision == "sage_fp16" else 2e-3
-    assert relative_error(out, expected) <= rounding + weights
-    median = (out.float() - expected).abs()[seen].median() / expected.abs().mean()
-    assert median <= rounding + 1e-6
-    return out, lse
-
-
-# -- quantizers ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
-@pytest.mark.parametrize(
-    ("dims", "dtype"),
-    [
-        ((64, 64), torch.float16),
-        ((40, 24), torch.bfloat16),
-        ((128, 100), torch.float32),
-        ((33, 65), torch.float16),
-    ],
-)
-def test_codes_and_scales_are_those_of_the_definition(dims, dtype, precision, granularity):
-    q, k, v = qkv((150, 200), (4, 2), dims, 2, dtype)
-    lens = torch.tensor([[64, 3, 22], [64, 64, 1]], dtype=torch.int32)
-    kv_lens = torch.tensor([[60, 64, 0, 8], [64, 1, 64, 5]], dtype=torch.int32)
-    keep = torch.ones(1, 1, 3, 4, dtype=torch.bool)
-    mask = BlockMask.from_dense(keep, 64, 64, lens, kv_lens, q_len=150, kv_len=200)
-    options = QuantizationOptions(granularity=granularity, smooth_v=True)
-    plan = plan_tiles(mask, 150, 200, q.device)
-    got = inputs_of(
-        cuda_sage.quantize(q, k, v, mask, scale=0.2, precision=precision, options=options),
-        options, plan, dims,
-    )  # fmt: skip
-    expected = quantize_inputs(
-        q, k, v, precision, options, scale=0.2, q_tiling=plan.q_tiling, kv_tiling=plan.kv_tiling,
-        q_valid=plan.q_valid, kv_valid=plan.kv_valid,
-    )  # fmt: skip
-    for name in ("q_scale", "k_scale", "v_scale", "v_mean", "lse_shift"):
-        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-5), (
-            name
-        )
-    for name in ("q", "k", "v"):
-        a, b = getattr(got, name), getattr(expected, name)
-        assert a.dtype == b.dtype
-        assert (a.float() != b.float()).float().mean() < 2e-3, name
-        assert torch.allclose(a.float(), b.float(), rtol=1 / 7, atol=1.01), name
-
-
-@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
-def test_padding_of_codes_is_zero(precision):
-    q, k, v = qkv((70, 65), (1, 1), (40, 50))
-    codes = cuda_sage.quantize(
-        q, k, v, None, scale=1.0, precision=precision, options=QuantizationOptions()
-    )
-    for rows, length, dim in (
-        (plain_tokens(codes.q), 70, 40),
-        (plain_tokens(codes.k), 65, 40),
-        (plain_values(codes.v), 65, 50),
-    ):
-        assert rows.shape[2:] == (128, 64)
-        assert (rows[:, :, length:].float() == 0).all() and (rows[..., dim:].float() == 0).all()
-        assert (rows[:, :, :length, :dim].float() != 0).float().mean() > 0.9
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which of the two attention kernels the launcher takes."""
+    with sage_emulation.options(capability=KERNELS[request.param]):
+        yield request.param
 
 
 # -- attention against the definition, tightly -----------------------------------------------------
@@ -200,28 +73,6 @@ MASKS = {
     "384-lens": ((384, 384), (500, 800), {"lens": True}),
     "192-320": ((192, 320), (400, 700), {"lens": True}),
 }
-
-
-def random_mask(
-    sizes: tuple[int, int],
-    lengths: tuple[int, int],
-    lens: bool = False,
-    batch: int = 1,
-    per_head: bool = False,
-) -> BlockMask:
-    """Random lists, the first row empty, a block of keys without a valid one."""
-    generator = torch.Generator().manual_seed(sum(sizes) + sum(lengths))
-    (q_size, kv_size), nq, nk = sizes, -(-lengths[0] // sizes[0]), -(-lengths[1] // sizes[1])
-    keep = torch.rand(batch, 2 if per_head else 1, nq, nk, generator=generator) < 0.6
-    keep[:, 0, 0] = False
-    q_lens = kv_lens = None
-    if lens:
-        q_lens = torch.randint(0, q_size + 1, (batch, nq), generator=generator, dtype=torch.int32)
-        kv_lens = torch.randint(1, kv_size + 1, (1, nk), generator=generator, dtype=torch.int32)
-        kv_lens[:, nk // 2] = 0
-    return BlockMask.from_dense(
-        keep, q_size, kv_size, q_lens, kv_lens, q_len=lengths[0], kv_len=lengths[1]
-    )
 
 
 @pytest.mark.parametrize("name", MASKS)
