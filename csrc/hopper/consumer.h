@@ -1,0 +1,278 @@
+// The consumer warpgroups: scores, softmax and output of 64 query rows each.
+//
+// A step's scores are issued before the product with the values of the step before, so that this
+// product runs beside the softmax. The consumers take turns at issuing: while one computes its
+// softmax, the tensor cores work for the other.
+#pragma once
+
+#include "hopper/softmax.h"
+#include "hopper/work.h"
+
+namespace video_attn::hopper {
+
+// Named barriers; 0 is that of __syncthreads().
+constexpr int32_t kTurnBarrier = 1;                              // + consumer
+constexpr int32_t kConsumerBarrier = kTurnBarrier + kConsumers;  // + consumer
+
+__device__ inline void named_barrier_sync(int32_t barrier, int32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void named_barrier_arrive(int32_t barrier, int32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Before a product of a warpgroup: what it reads and adds to is in its registers. (That of
+// ThunderKittens also orders shared memory, which the main loop need not wait for.)
+template <class Accumulator>
+__device__ inline void product_fence(Accumulator& accumulator) {
+#pragma unroll
+  for (int32_t column = 0; column < Accumulator::width; ++column) {
+#pragma unroll
+    for (int32_t part = 0; part < 4; ++part) {
+      float2& pair = accumulator.tiles[0][column].data[part];
+      asm volatile("" : "+f"(pair.x), "+f"(pair.y)::"memory");
+    }
+  }
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+template <ForwardConfig kConfig, class Element>
+class Consumer {
+ public:
+  __device__ Consumer(const ForwardArguments& arguments, const SharedMemory<kConfig>& shared,
+                      int32_t consumer)
+      : arguments_(arguments),
+        shared_(shared),
+        consumer_(consumer),
+        ring_(consumer % kConfig.rings),
+        scale_(fmaxf(fabsf(arguments.shape.problem.scale), kLeastScale) * kLog2E),
+        negative_(arguments.shape.problem.scale < 0.0f),
+        queue_(shared, consumer) {
+    if (consumer == kConsumers - 1) pass_turn();  // the first consumer begins
+  }
+
+  __device__ void run() {
+    WorkItem item;
+    while (queue_.next(item)) {
+      Output output;
+      kittens::warp::zero(output);
+      Softmax softmax(scale_);
+      barrier_wait(shared_.query_full(consumer_), query_parity_);
+      query_parity_ ^= 1;
+      if (item.halves.all > 0) {
+        attend(item, softmax, output);
+      } else if constexpr (kConfig.separate_output) {
+        release_queries();
+      }
+      skip_turns(item);
+      finish(item, softmax, output);
+    }
+    if (threadIdx.x % 128 == 0) store_wait_read<0>();
+    // The others' turns all come before one of this consumer, which is the last to be passed.
+    if (consumer_ == 0) take_turn();
+  }
+
+ private:
+  static constexpr float kLog2E = 1.4426950408889634f;
+  static constexpr float kLeastScale = 1e-30f;  // keeps a masked score of a zero scale masked
+  static constexpr int32_t kColumns = 64;
+  static constexpr int32_t kColumnBoxes = kConfig.head_dim / kColumns;
+
+  using Warpgroup = kittens::group<4>;
+  using Queries = kittens::st<Element, kConsumerTokens, kConfig.head_dim>;
+  using Operand = kittens::st<Element, kStepTokens, kConfig.head_dim>;
+  using Weights = kittens::rt<Element, 16, kStepTokens>;
+  using Output = kittens::rt_fl<16, kConfig.head_dim>;
+
+  __device__ void take_turn() const { named_barrier_sync(kTurnBarrier + consumer_, 256); }
+  __device__ void pass_turn() const {
+    named_barrier_arrive(kTurnBarrier + (consumer_ + 1) % kConsumers, 256);
+  }
+
+  // Every consumer has as many turns in a tile as the one with the most steps.
+  __device__ void skip_turns(const WorkItem& item) const {
+    if constexpr (kConfig.grain == Grain::kFine) {
+      for (int32_t turn = turns_of(item.halves); turn < item.turns; ++turn) {
+        take_turn();
+        pass_turn();
+      }
+    }
+  }
+
+  __device__ Operand& operand(const RingCursor& cursor) const {
+    return *reinterpret_cast<Operand*>(shared_.slot(ring_, cursor.slot));
+  }
+  __device__ void wait_slot(const RingCursor& cursor) const {
+    barrier_wait(shared_.slot_full(ring_, cursor.slot), cursor.parity);
+  }
+  __device__ void release_slot(const RingCursor& cursor) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_empty(ring_, cursor.slot));
+  }
+  __device__ RingCursor next_slot() {
+    const RingCursor slot = cursor_;
+    cursor_.advance(kConfig.slots);
+    return slot;
+  }
+
+  // Scores of negative scales are turned around in the steps that take care of partial halves.
+  __device__ void attend(const WorkItem& item, Softmax& softmax, Output& output) {
+    Scores scores;
+    Weights weights;
+    const int32_t steps = item.halves.steps();
+    const int32_t full_steps = negative_ ? 0 : item.halves.full_steps();
+
+    const RingCursor keys = next_slot();
+    wait_slot(keys);
+    take_turn();
+    issue_scores(scores, keys);
+    pass_turn();
+    Warpgroup::mma_async_wait<0>();
+    if (full_steps == 0) mend_scores(scores, keys);
+    release_slot(keys);
+    softmax.first(scores);
+    kittens::warp::copy(weights, scores);
+
+    int32_t step = 1;
+    for (; step < full_steps; ++step) attend_step<false>(softmax, scores, weights, output);
+    for (; step < steps; ++step) attend_step<true>(softmax, scores, weights, output);
+    if constexpr (kConfig.separate_output) release_queries();
+
+    const RingCursor values = next_slot();
+    wait_slot(values);
+    if (steps > full_steps) clear_values(values);
+    take_turn();
+    issue_output(output, weights, values);
+    pass_turn();
+    Warpgroup::mma_async_wait<0>();
+    release_slot(values);
+  }
+
+  // The scores and weights of a step, and the output of the step before.
+  template <bool kPartial>
+  __device__ void attend_step(Softmax& softmax, Scores& scores, Weights& weights, Output& output) {
+    const RingCursor keys = next_slot();
+    const RingCursor values = next_slot();
+    wait_slot(keys);
+    if constexpr (kPartial) {
+      wait_slot(values);
+      clear_values(values);
+    }
+    take_turn();
+    issue_scores(scores, keys);
+    wait_slot(values);
+    issue_output(output, weights, values);
+    pass_turn();
+    Warpgroup::mma_async_wait<1>();
+    if constexpr (kPartial) mend_scores(scores, keys);
+    release_slot(keys);
+    const bool rescaled = softmax.next(scores);
+    // This has happened above. Without it the compiler lets the exponentials wait for the output.
+    wait_slot(values);
+    Warpgroup::mma_async_wait<0>();
+    release_slot(values);
+    if (rescaled) softmax.rescale(output);
+    kittens::warp::copy(weights, scores);
+  }
+
+  __device__ void issue_scores(Scores& scores, const RingCursor& keys) const {
+    auto& queries = *reinterpret_cast<Queries*>(shared_.query(consumer_));
+    product_fence(scores);
+    Warpgroup::mma_ABt<Scores, Queries, Operand, 0, 0>(scores, queries, operand(keys));
+  }
+
+  __device__ void issue_output(Output& output, const Weights& weights,
+                               const RingCursor& values) const {
+    product_fence(output);
+    Warpgroup::mma_AB<Output, Weights, Operand, 0, 1>(output, weights, operand(values));
+  }
+
+  __device__ void mend_scores(Scores& scores, const RingCursor& keys) const {
+    if (negative_) kittens::warp::mul(scores, scores, -1.0f);
+    const int2 valid = shared_.slot_valid(ring_, keys.slot);
+    mask_scores(scores, valid.x, valid.y);
+  }
+
+  // Values of keys that do not count become zero: their weights are zero, but whatever lies there
+  // need not be a number. By the whole warpgroup.
+  __device__ void clear_values(const RingCursor& cursor) const {
+    const int2 valid = shared_.slot_valid(ring_, cursor.slot);
+    char* slot = shared_.slot(ring_, cursor.slot);
+    constexpr int32_t kRowVectors = kColumns * 2 / static_cast<int32_t>(sizeof(int4));
+    for (int32_t at = threadIdx.x % 128; at < kStepTokens * kRowVectors; at += 128) {
+      const int32_t row = at / kRowVectors;
+      const bool counts = row < kHalfTokens ? row < valid.x : row - kHalfTokens < valid.y;
+      if (counts) continue;
+      for (int32_t box = 0; box < kColumnBoxes; ++box) {
+        reinterpret_cast<int4*>(slot)[box * kStepTokens * kRowVectors + at] = int4{0, 0, 0, 0};
+      }
+    }
+    shared_write_fence();
+    named_barrier_sync(kConsumerBarrier + consumer_, 128);
+  }
+
+  __device__ void release_queries() const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.query_empty(consumer_));
+  }
+
+  __device__ void finish(const WorkItem& item, const Softmax& softmax, Output& output) {
+    const int32_t lane = threadIdx.x % 32;
+    const int32_t first_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const bool seen = item.halves.all > 0;
+    float* lse = arguments_.lse +
+                 (static_cast<int64_t>(item.batch) * arguments_.shape.problem.heads + item.head) *
+                     arguments_.shape.problem.q_side.length +
+                 item.rows.query;
+#pragma unroll
+    for (int32_t part = 0; part < kRowsPerThread; ++part) {
+      const int32_t row = first_row + part * 8;
+      const bool valid = seen && row < item.rows.valid;
+      const float total = softmax.total(part);
+      const float factor = 1.0f / total;
+      for_each_pair(output, part, [&](float2& pair) {
+        pair.x = valid ? pair.x * factor : 0.0f;
+        pair.y = valid ? pair.y * factor : 0.0f;
+      });
+      if (lane % 4 == 0 && row < item.rows.stored) {
+        lse[row] = valid ? softmax.log_sum(part, total) : -INFINITY;
+      }
+    }
+    store_output(item, output);
+  }
+
+  __device__ void store_output(const WorkItem& item, const Output& output) {
+    const bool leader = threadIdx.x % 128 == 0;
+    const int32_t barrier = kConsumerBarrier + consumer_;
+    if constexpr (kConfig.separate_output) {
+      if (leader) store_wait_read<0>();  // of the tile before
+      named_barrier_sync(barrier, 128);
+    }
+    auto& staged = *reinterpret_cast<Queries*>(shared_.output(consumer_));
+    Warpgroup::store(staged, output);
+    shared_write_fence();
+    named_barrier_sync(barrier, 128);
+    if (leader && item.rows.stored > 0) {
+      for (int32_t box = 0; box < kColumnBoxes; ++box) {
+        store_box(&arguments_.out, shared_address(&staged) + box * kConsumerTokens * kColumns * 2,
+                  box * kColumns, item.rows.query, item.head, item.batch);
+      }
+      store_commit();
+    }
+    if constexpr (!kConfig.separate_output) {
+      if (leader) store_wait_read<0>();
+      named_barrier_sync(barrier, 128);
+      release_queries();
+    }
+  }
+
+  const ForwardArguments& arguments_;
+  const SharedMemory<kConfig>& shared_;
+  const int32_t consumer_, ring_;
+  const float scale_;
+  const bool negative_;
+  WorkQueue<kConfig> queue_;
+  RingCursor cursor_;
+  uint32_t query_parity_ = 0;
+};
+
+}  // namespace video_attn::hopper

@@ -1,0 +1,100 @@
+// How lists of key blocks become the steps of the forward kernels. Pure arithmetic: the kernels run
+// it on the device, tests on a CPU.
+//
+// Every list is read as halves of 64 keys, whatever its block size: first all full halves in list
+// order, then the partial ones. Two halves make a step of 128 keys, so blocks are refined and
+// merged by the same rule, and only the last steps of a row need a mask. Empty halves vanish.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define VIDEO_ATTN_HOST_DEVICE __host__ __device__
+#else
+#define VIDEO_ATTN_HOST_DEVICE
+#endif
+
+namespace video_attn::hopper {
+
+constexpr int32_t kHalfTokens = 64;
+constexpr int32_t kStepTokens = 2 * kHalfTokens;
+
+VIDEO_ATTN_HOST_DEVICE constexpr int32_t divide_up(int32_t value, int32_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+
+// Valid tokens of block slot `slot` of a side of `length` tokens; `lens` is null when all are
+// valid.
+VIDEO_ATTN_HOST_DEVICE inline int32_t valid_tokens(int32_t slot, int32_t block_size, int32_t length,
+                                                   const int32_t* lens) {
+  const int64_t left = length - static_cast<int64_t>(slot) * block_size;
+  int64_t valid = left < block_size ? left : block_size;
+  if (lens != nullptr && lens[slot] < valid) valid = lens[slot];
+  return valid > 0 ? static_cast<int32_t>(valid) : 0;
+}
+
+// The halves of one row, full ones and all.
+struct HalfCounts {
+  int32_t full, all;
+
+  VIDEO_ATTN_HOST_DEVICE void add(int32_t valid) {
+    full += valid / kHalfTokens;
+    all += divide_up(valid, kHalfTokens);
+  }
+  VIDEO_ATTN_HOST_DEVICE int32_t steps() const { return divide_up(all, 2); }
+  // Steps before this one are full: no mask.
+  VIDEO_ATTN_HOST_DEVICE int32_t full_steps() const { return full / 2; }
+};
+
+// The halves of a row that sees every key of a side without lens.
+VIDEO_ATTN_HOST_DEVICE inline HalfCounts dense_halves(int32_t length) {
+  return {length / kHalfTokens, divide_up(length, kHalfTokens)};
+}
+
+// 64 keys from `token`, of which the first `valid` count.
+struct KeyHalf {
+  int32_t token, valid;
+};
+
+// One entry of a list: a block slot and its valid tokens.
+struct KeyEntry {
+  int32_t slot, valid;
+};
+
+// Walks the halves of a row in the order of the steps. `Entries` maps a position in the list to its
+// KeyEntry; the caller knows from the HalfCounts how many halves there are.
+template <class Entries>
+class HalfCursor {
+ public:
+  VIDEO_ATTN_HOST_DEVICE HalfCursor(const Entries& entries, int32_t block_size, HalfCounts counts)
+      : entries_(entries), block_size_(block_size), full_left_(counts.full) {}
+
+  VIDEO_ATTN_HOST_DEVICE KeyHalf next() {
+    if (full_left_ > 0) return next_full();
+    KeyEntry entry = entries_(position_++);
+    while (entry.valid % kHalfTokens == 0) entry = entries_(position_++);
+    const int32_t rest = entry.valid % kHalfTokens;
+    return {entry.slot * block_size_ + entry.valid - rest, rest};
+  }
+
+ private:
+  VIDEO_ATTN_HOST_DEVICE KeyHalf next_full() {
+    KeyEntry entry = entries_(position_);
+    while (offset_ + kHalfTokens > entry.valid) {
+      entry = entries_(++position_);
+      offset_ = 0;
+    }
+    const KeyHalf half{entry.slot * block_size_ + offset_, kHalfTokens};
+    offset_ += kHalfTokens;
+    if (--full_left_ == 0) position_ = 0;  // the partial ones are a second walk
+    return half;
+  }
+
+  Entries entries_;
+  int32_t block_size_;
+  int32_t full_left_;
+  int32_t position_ = 0;  // in the list
+  int32_t offset_ = 0;    // of the next half in its block
+};
+
+}  // namespace video_attn::hopper
