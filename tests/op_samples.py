@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from problems import Built, Problem, require_backend
 
+from video_attn.quantize import QUANTIZED_PRECISIONS
+
 Arguments = tuple[Any, ...]
 
 _SPARSE = Problem(
@@ -78,6 +80,13 @@ def cpu_attention_backward() -> Iterator[Arguments]:
             )  # fmt: skip
 
 
+def cpu_quantized_forward() -> Iterator[Arguments]:
+    for *inputs, out, lse in cpu_attention_forward():
+        for precision in QUANTIZED_PRECISIONS:
+            options = (precision, "per_thread", True, True, False, True)
+            yield (*inputs, *options, out.clone(), lse.clone())
+
+
 def cpu_description() -> Iterator[Arguments]:
     require_backend("cpu")
     yield ()
@@ -106,6 +115,7 @@ SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "attention_backward": attention_backward,
     "cpu_attention_forward": cpu_attention_forward,
     "cpu_attention_backward": cpu_attention_backward,
+    "cpu_quantized_forward": cpu_quantized_forward,
     "cpu_description": cpu_description,
     "block_mean": block_mean,
     "block_mean_backward": block_mean_backward,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from far_memory import far_view
 from oracle import Case, Result, attention_oracle, causal_tokens, check_against_oracle
 from problems import require_backend
 from torch import Tensor
@@ -92,13 +93,17 @@ import sys
 import torch
 from oracle import check_against_oracle
 from problems import random_problems, run_attention
+from quantized_cases import MASKS, check_kernel
 from video_attn.backends import cpu
+from video_attn.quantize import QUANTIZED_PRECISIONS
 
 torch.set_num_threads(1)
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
 for problem in random_problems(18, seed=7, dtypes=dtypes, max_len=200, max_heads=2):
     built = problem.build()
     check_against_oracle(run_attention(built, "cpu"), built, str(problem))
+for n, name in enumerate(MASKS):
+    check_kernel("cpu", QUANTIZED_PRECISIONS[n % 3], name)
 print(torch.backends.cpu.get_cpu_capability(), "|", cpu.description())
 """
 
@@ -117,7 +122,8 @@ def test_lesser_capability(wish: str):
     assert done.returncode == 0, done.stderr[-2000:]
     of_torch, ours = done.stdout.strip().splitlines()[-1].split(" | ")
     assert of_torch == wish.upper()
-    assert ours == f"{of_torch}, bfloat16 multiplied as float32, float16 as float32"
+    as_float = ("bfloat16 multiplied", "float16", "int8 codes", "float8 codes")
+    assert ours == f"{of_torch}, " + ", ".join(f"{name} as float32" for name in as_float)
 
 
 def test_description_follows_torch():
@@ -143,7 +149,7 @@ def test_supports_is_pure():
     assert cpu._supports(problem) is None
     assert cpu._supports(replace(problem, device_type="cuda")) == "device cuda is not cpu"
     for changed, words in (
-        (replace(problem, precision="fp8"), "precision 'fp8'"),
+        (replace(problem, precision="fp8", direction="backward"), "precision 'fp8'"),
         (replace(problem, dtype=torch.float64), "dtype torch.float64"),
     ):
         assert words in str(cpu._supports(changed))
@@ -236,25 +242,6 @@ def test_nan_key_reaches_only_its_queries():
 
 
 # -- strides, offsets, memory ----------------------------------------------------------------------
-
-
-def far_view(size: tuple[int, ...], far: int, dtype: torch.dtype) -> Tensor:
-    """A view whose dimension ``far`` has its last entry past 2^31 elements; random values.
-
-    The memory between is never touched, so the system never provides it.
-    """
-    strides = [0, 0, 0, 1]
-    step = size[3]
-    for dim in (2, 1, 0):
-        strides[dim] = step
-        if dim == far:
-            strides[dim] = -(-(2**31) // (size[dim] - 1))
-        step = max(step, strides[dim] * size[dim])
-    count = 1 + sum((n - 1) * s for n, s in zip(size, strides, strict=True))
-    view = torch.empty(count, dtype=dtype).as_strided(size, strides)
-    assert view[tuple(n - 1 for n in size)].data_ptr() - view.data_ptr() >= 2**31 * dtype.itemsize
-    generator = torch.Generator().manual_seed(far)
-    return view.copy_(torch.randn(size, generator=generator))
 
 
 @pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "head", "row"])

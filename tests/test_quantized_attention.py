@@ -7,9 +7,20 @@ import math
 import oracle
 import pytest
 import torch
+from quantized_cases import (
+    ERROR_BOUND,
+    MASKS,
+    check,
+    normal,
+    problem,
+    qkv,
+    random_mask,
+    relative_error,
+    tokens_of,
+)
 from torch import Tensor
 
-from video_attn import BlockMask, attention
+from video_attn import attention
 from video_attn.quantize import (
     GRANULARITIES,
     QUANTIZED_PRECISIONS,
@@ -18,50 +29,7 @@ from video_attn.quantize import (
 )
 from video_attn.quantized_reference import attend, plan_tiles, quantized_attention_reference
 
-# Relative L2 error against exact attention, on normal data. FP8 rounds each of q, k, P and v by
-# 2.65 % (rms, 3 digits of mantissa), and four such errors add up to 5.3 %: below that no kernel can
-# be that rounds all four.
-ERROR_BOUND = {"sage_fp16": 0.02, "sage_fp8": 0.05, "fp8": 0.058}
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def qkv(
-    batch: int = 1,
-    heads: tuple[int, int] = (2, 2),
-    lengths: tuple[int, int] = (200, 200),
-    dims: tuple[int, int] = (64, 64),
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q = normal(batch, heads[0], lengths[0], dims[0], seed=1, dtype=dtype)
-    k = normal(batch, heads[1], lengths[1], dims[0], seed=2, dtype=dtype)
-    return q, k, normal(batch, heads[1], lengths[1], dims[1], seed=3, dtype=dtype)
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
-
-
-def check(precision: str, got: Tensor, exact: Tensor, bound: float | None = None) -> None:
-    """``got`` is finite and as near to ``exact`` as the precision allows, with exact zeros for rows
-    of nothing.
-    """
-    assert got.isfinite().all()
-    blind = (exact == 0).all(-1)
-    assert (got[blind] == 0).all()
-    assert relative_error(got, exact) <= (ERROR_BOUND[precision] if bound is None else bound)
-
-
 # -- attention against exact attention ----------------------------------------------------------
-
-
-def tokens_of(mask: BlockMask | None, q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
-    if mask is not None:
-        return mask.to_token_mask()
-    make = oracle.causal_tokens if is_causal else oracle.dense_tokens
-    return make(q.shape[2], k.shape[2])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -114,51 +82,10 @@ def test_lse_is_corrected_exactly_for_the_mean():
     assert torch.allclose(lse.double(), exact, atol=1e-4)
 
 
-def random_mask(
-    sizes: tuple[int, int], lengths: tuple[int, int], heads: int, lens: bool = False, batch: int = 1
-) -> BlockMask:
-    """Random lists with an empty row; ``lens``: random valid lengths, one block without any."""
-    (q_size, kv_size), generator = sizes, torch.Generator().manual_seed(sum(sizes))
-    nq, nk = -(-lengths[0] // q_size), -(-lengths[1] // kv_size)
-    keep = torch.rand(batch, heads, nq, nk, generator=generator) < 0.5
-    keep[:, :, 0] = nq == 1
-    q_lens = kv_lens = None
-    if lens:
-        q_lens = torch.randint(1, q_size + 1, (batch, nq), generator=generator, dtype=torch.int32)
-        kv_lens = torch.randint(1, kv_size + 1, (batch, nk), generator=generator, dtype=torch.int32)
-        kv_lens[:, nk // 2] = 0
-    return BlockMask.from_dense(
-        keep, q_size, kv_size, q_lens, kv_lens, q_len=lengths[0], kv_len=lengths[1]
-    )
-
-
-MASKS = {
-    "dense": (None, {}),
-    "dense-one-key": (None, {"lengths": (70, 1)}),
-    "dense-63": (None, {"lengths": (65, 63)}),
-    "dense-65": (None, {"lengths": (63, 65)}),
-    "dense-one-query": (None, {"lengths": (1, 300)}),
-    "lists-64": ((64, 64), {"lengths": (300, 400)}),
-    "lists-64-gqa": ((64, 64), {"lengths": (200, 333), "heads": (4, 2)}),
-    "lists-128-64": ((128, 64), {"lengths": (300, 300), "dims": (40, 24)}),
-    "lists-64-128-lens": ((64, 128), {"lengths": (256, 520), "dims": (72, 72)}),
-    "lists-384-lens": ((384, 384), {"lengths": (700, 800)}),
-    "lists-100-lens": ((100, 100), {"lengths": (290, 310), "dims": (32, 96)}),
-    "lists-16": ((16, 16), {"lengths": (90, 90), "heads": (2, 1)}),
-    "batch-lens": ((64, 64), {"lengths": (192, 256), "batch": 2}),
-}
-
-
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
 def test_every_mask_in_every_precision(precision, name):
-    blocks, shape = MASKS[name]
-    q, k, v = qkv(**shape)
-    mask = None
-    if blocks is not None:
-        mask = random_mask(
-            blocks, shape["lengths"], q.shape[1], "lens" in name, shape.get("batch", 1)
-        )
+    q, k, v, mask = problem(name)
     exact, exact_lse = oracle.attention_oracle(q, k, v, tokens_of(mask, q, k))
     out, lse = attention(q, k, v, mask, precision=precision, return_lse=True, backend="reference")
     # A row that sees few keys averages few rounding errors: half as much again is allowed.

@@ -16,6 +16,7 @@ from problems import require_backend
 import video_attn
 from video_attn import BlockMask, attention, registry, use_backend
 from video_attn.device import device_info
+from video_attn.quantize import QuantizationOptions
 from video_attn.registry import Backend, Problem, backends, explain, select, why_not
 
 CHIPS = (
@@ -288,10 +289,12 @@ def test_cpu_tensors_do_not_choose_the_interpreter():
 
 
 def test_refusals_name_the_value_and_the_limit():
+    half_sums = QuantizationOptions(pv_accumulation="fp16+fp32")
     cases = (
         ("cpu", problem(dtype=torch.float64), "float64"),
         ("cpu", problem(device_type="cuda", arch="sm_90"), "cuda"),
-        ("cpu", problem(precision="sage_fp8"), "sage_fp8"),
+        ("cpu", problem(precision="sage_fp8", direction="backward"), "sage_fp8"),
+        ("cpu", problem(precision="sage_fp16", quantization=half_sums), "'fp16+fp32'"),
         ("triton", problem(dtype=torch.float64), "float64"),
         ("triton", problem(precision="fp8"), "fp8"),
     )

@@ -85,6 +85,7 @@ struct Geometry {
   float scale;
   c10::ScalarType dtype;
   bool bf16_products;  // bf16 operands go into the matrix kernel as they are, else as fp32
+  bool int8_products;  // and so do 8-bit integers
 
   int64_t group() const { return q_heads / kv_heads; }
 
@@ -114,6 +115,22 @@ struct ForwardArguments {
   Geometry geometry;
   Rows q, k, v, out;
   RowScalars lse;
+};
+
+// Tokens that share a scale; python/video_attn/quantize.py defines them.
+enum class Granularity { kPerHead, kPerBlock, kPerWarp, kPerThread };
+
+// A quantized precision with its options.
+struct Recipe {
+  bool fp8_scores;  // q and k become FP8 codes, else INT8
+  bool fp8_values;  // v and the weights become FP8, else fp16
+  Granularity granularity;
+  bool smooth_k, smooth_q, hadamard, smooth_v;
+};
+
+struct QuantizedArguments {
+  ForwardArguments forward;
+  Recipe recipe;
 };
 
 struct BackwardArguments {

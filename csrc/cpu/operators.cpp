@@ -1,11 +1,12 @@
 // The operators of this component: arguments to plain structs, checks, the call. Schemas stand in
-// python/video_attn/backends/cpu.py; outputs are allocated there.
+// python/video_attn/backends/cpu.py and cpu_quantized.py; outputs are allocated there.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
+#include <string_view>
 
 #include "cpu/checks.h"
 #include "cpu/dispatch.h"
@@ -75,6 +76,7 @@ Geometry geometry_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   g.scale = static_cast<float>(std::clamp<double>(scale, std::numeric_limits<float>::min(), 1e38));
   g.dtype = q.scalar_type();
   g.bf16_products = bf16_products();
+  g.int8_products = int8_products();
   if (g.is_dense) q_block_size = kv_block_size = kTile;
   g.q = lens_of(q_lens, q_block_size, q.size(2));
   g.kv = lens_of(kv_lens, kv_block_size, k.size(2));
@@ -82,27 +84,63 @@ Geometry geometry_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   return g;
 }
 
-void attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                       const OptionalTensor& kv_num_blocks, const OptionalTensor& kv_indices,
-                       const OptionalTensor& q_block_lens, const OptionalTensor& kv_block_lens,
-                       int64_t q_block_size, int64_t kv_block_size, double scale, bool is_causal,
-                       at::Tensor& out, at::Tensor& lse) {
+ForwardArguments forward_arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                   const OptionalTensor& kv_num_blocks,
+                                   const OptionalTensor& kv_indices,
+                                   const OptionalTensor& q_block_lens,
+                                   const OptionalTensor& kv_block_lens, int64_t q_block_size,
+                                   int64_t kv_block_size, double scale, bool is_causal,
+                                   at::Tensor& out, at::Tensor& lse) {
   check_inputs(q, k, v);
   check_rows("out", out, q, v.size(3));
   check_scalars("lse", lse, q);
   check_mask(q, k, "kv", kv_num_blocks, kv_indices, q_block_lens, kv_block_lens, q_block_size,
              kv_block_size, is_causal);
-  ForwardArguments arguments{
-      geometry_of(q, k, v, kv_num_blocks, kv_indices, q_block_lens, kv_block_lens, q_block_size,
-                  kv_block_size, scale, is_causal),
-      rows_of(q),
-      rows_of(k),
-      rows_of(v),
-      rows_of(out),
-      scalars_of(lse)};
-  const Geometry& g = arguments.geometry;
+  const Geometry g = geometry_of(q, k, v, kv_num_blocks, kv_indices, q_block_lens, kv_block_lens,
+                                 q_block_size, kv_block_size, scale, is_causal);
   if (kv_num_blocks) check_lists("kv", g.lists, *kv_num_blocks, *kv_indices, g.kv.blocks());
-  kernels().forward(arguments);
+  return {g, rows_of(q), rows_of(k), rows_of(v), rows_of(out), scalars_of(lse)};
+}
+
+void attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const OptionalTensor& kv_num_blocks, const OptionalTensor& kv_indices,
+                       const OptionalTensor& q_block_lens, const OptionalTensor& kv_block_lens,
+                       int64_t q_block_size, int64_t kv_block_size, double scale, bool is_causal,
+                       at::Tensor& out, at::Tensor& lse) {
+  kernels().forward(forward_arguments(q, k, v, kv_num_blocks, kv_indices, q_block_lens,
+                                      kv_block_lens, q_block_size, kv_block_size, scale, is_causal,
+                                      out, lse));
+}
+
+Granularity granularity_of(std::string_view name) {
+  if (name == "per_head") return Granularity::kPerHead;
+  if (name == "per_block") return Granularity::kPerBlock;
+  if (name == "per_warp") return Granularity::kPerWarp;
+  TORCH_CHECK_VALUE(name == "per_thread",
+                    "granularity must be per_head, per_block, per_warp or per_thread, got ", name);
+  return Granularity::kPerThread;
+}
+
+void quantized_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const OptionalTensor& kv_num_blocks, const OptionalTensor& kv_indices,
+                       const OptionalTensor& q_block_lens, const OptionalTensor& kv_block_lens,
+                       int64_t q_block_size, int64_t kv_block_size, double scale, bool is_causal,
+                       std::string_view precision, std::string_view granularity, bool smooth_k,
+                       bool smooth_q, bool hadamard, bool smooth_v, at::Tensor& out,
+                       at::Tensor& lse) {
+  TORCH_CHECK_VALUE(precision == "sage_fp16" || precision == "sage_fp8" || precision == "fp8",
+                    "precision must be sage_fp16, sage_fp8 or fp8, got ", precision);
+  const Recipe recipe{precision == "fp8",
+                      precision != "sage_fp16",
+                      granularity_of(granularity),
+                      smooth_k,
+                      smooth_q,
+                      hadamard,
+                      smooth_v};
+  kernels().quantized_forward(
+      {forward_arguments(q, k, v, kv_num_blocks, kv_indices, q_block_lens, kv_block_lens,
+                         q_block_size, kv_block_size, scale, is_causal, out, lse),
+       recipe});
 }
 
 void attention_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -146,6 +184,7 @@ void attention_backward(const at::Tensor& grad_out, const OptionalTensor& grad_l
 TORCH_LIBRARY_IMPL(video_attn, CPU, library) {
   library.impl("cpu_attention_forward", &video_attn::cpu::attention_forward);
   library.impl("cpu_attention_backward", &video_attn::cpu::attention_backward);
+  library.impl("cpu_quantized_forward", &video_attn::cpu::quantized_forward);
 }
 
 TORCH_LIBRARY_IMPL(video_attn, CompositeExplicitAutograd, library) {

@@ -3,6 +3,7 @@
 // length, are never read.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels/matrix.h"
@@ -10,24 +11,20 @@
 
 namespace video_attn::cpu::CPU_CAPABILITY {
 
-// Up to kTile keys of one block. Padding is 0.
-template <typename C>
-struct KeyPanel {
-  const C* keys;    // [padded_rows, row_width(D)]
-  const C* values;  // transposed: [Dv, values_ld]
-  int64_t values_ld;
-  int64_t rows, padded_rows;
-};
-
-template <typename T, typename C>
+// A Packing says what a panel of up to kTile keys of one block looks like:
+//   Panel                   the panel as kernels see it, with at least `rows` and `padded_rows`
+//   Packing(context)        made once per call
+//   panel_bytes()           of every panel, a multiple of 64
+//   view(data, rows)        the Panel of `rows` keys that lies at `data`
+//   Scratch, scratch()      what one thread needs to pack
+//   pack(batch, head, first_key, rows, data, scratch)
+template <typename Packing>
 class KeyPanels {
  public:
-  explicit KeyPanels(const ForwardArguments& arguments)
-      : a_(arguments),
-        g_(arguments.geometry),
-        width_(row_width<C>(g_.head_dim)),
-        value_width_(row_width<C>(g_.value_dim)),
-        panel_rows_(round_up(std::min({g_.kv.block_size, g_.kv.length, kTile}), kLaneGrain)) {}
+  using Panel = typename Packing::Panel;
+
+  KeyPanels(const Geometry& geometry, Packing packing)
+      : g_(geometry), packing_(std::move(packing)) {}
 
   // Packs what the queries of key heads [first, first + count) see; key heads are counted over all
   // batch entries.
@@ -48,27 +45,23 @@ class KeyPanels {
         panels += ceil_div(g_.kv.at((first + item) / g_.kv_heads, block), kTile);
       }
     }
-    store_.reserve(panels * panel_elements());
+    store_.reserve(panels * packing_.panel_bytes());
     parallel_tasks(static_cast<int64_t>(uses.size()), [&] {
-      return [&, rows = Buffer<C>(kTile * value_width_)](int64_t task) {
-        pack_block(uses[task].kv_item, uses[task].block, uses[task].slot, rows.data());
+      return [&, scratch = packing_.scratch()](int64_t task) {
+        pack_block(uses[task].kv_item, uses[task].block, uses[task].slot, scratch);
       };
     });
   }
 
   // The panel that starts `offset` tokens into a block of `length` valid tokens.
-  KeyPanel<C> panel(int64_t item, int64_t block, int64_t offset, int64_t length) const {
-    const int64_t rows = std::min(kTile, length - offset);
-    C* keys = panel_data(slots_[item * g_.kv.blocks() + block], offset);
-    return {keys, keys + panel_rows_ * width_, round_up(rows, kLaneGrain), rows,
-            round_up(rows, kRowGrain)};
+  Panel panel(int64_t item, int64_t block, int64_t offset, int64_t length) const {
+    const int64_t slot = slots_[item * g_.kv.blocks() + block];
+    return packing_.view(panel_data(slot, offset), std::min(kTile, length - offset));
   }
 
  private:
-  int64_t panel_elements() const { return panel_rows_ * (width_ + value_width_); }
-
-  C* panel_data(int64_t slot, int64_t offset) const {
-    return store_.at((slot + offset / kTile) * panel_elements());
+  char* panel_data(int64_t slot, int64_t offset) const {
+    return store_.at((slot + offset / kTile) * packing_.panel_bytes());
   }
 
   // 0 in `slots` for every block with tokens that a valid query lists.
@@ -86,27 +79,20 @@ class KeyPanels {
     }
   }
 
-  void pack_block(int64_t kv_item, int64_t block, int64_t slot, C* value_rows) const {
+  void pack_block(int64_t kv_item, int64_t block, int64_t slot,
+                  const typename Packing::Scratch& scratch) const {
     const int64_t batch = kv_item / g_.kv_heads, head = kv_item % g_.kv_heads;
     const int64_t length = g_.kv.at(batch, block);
     for (int64_t offset = 0; offset < length; offset += kTile) {
-      const int64_t token = block * g_.kv.block_size + offset;
-      const int64_t rows = std::min(kTile, length - offset);
-      const int64_t padded = round_up(rows, kLaneGrain);
-      C* keys = panel_data(slot, offset);
-      copy_rows(a_.k.at<const T>(batch, head, token), a_.k.row_stride, rows, g_.head_dim, keys,
-                width_, padded);
-      copy_rows(a_.v.at<const T>(batch, head, token), a_.v.row_stride, rows, g_.value_dim,
-                value_rows, value_width_, padded);
-      transpose_to_a(value_rows, value_width_, keys + panel_rows_ * width_, padded);
+      packing_.pack(batch, head, block * g_.kv.block_size + offset,
+                    std::min(kTile, length - offset), panel_data(slot, offset), scratch);
     }
   }
 
-  const ForwardArguments& a_;
   const Geometry& g_;
-  const int64_t width_, value_width_, panel_rows_;
+  const Packing packing_;
   std::vector<int64_t> slots_;  // per item and key block: its first panel, or -1
-  Buffer<C> store_;
+  Buffer<char> store_;
 };
 
 }  // namespace video_attn::cpu::CPU_CAPABILITY

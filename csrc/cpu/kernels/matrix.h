@@ -1,6 +1,7 @@
-// Matrix products of fp32 or bf16 operands with fp32 results, on ATen's own kernels, and the
-// layouts they want. In C = A B, A is row-major, and B too, except that a bf16 B holds pairs of
-// rows interleaved ("VNNI"): [K/2, N, 2].
+// Matrix products of fp32 or bf16 operands with fp32 results, and of 8-bit integers with int32
+// results, on ATen's own kernels, and the layouts they want. In C = A B, A is row-major, and B too,
+// except that a B of short numbers holds groups of rows interleaved ("VNNI"): [K/2, N, 2] for bf16,
+// [K/4, N, 4] for integers.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -15,7 +16,7 @@ namespace video_attn::cpu::CPU_CAPABILITY {
 
 // Rows of B that are interleaved: the inner dimension of a product is padded to this number.
 template <typename C>
-constexpr int64_t kPair = std::is_same_v<C, float> ? 1 : 2;
+constexpr int64_t kPair = sizeof(float) / sizeof(C);
 
 // Rows of an operand A are padded to this number, to keep the shapes of products few.
 constexpr int64_t kRowGrain = 8;
@@ -33,6 +34,13 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, c
                      int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   constexpr bool is_vnni = !std::is_same_v<C, float>;
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, is_vnni);
+}
+
+// The same for integers: the left operand is unsigned, because only that product exists on every
+// CPU with VNNI (signed with signed needs AMX, and without it gives wrong sums).
+inline void multiply(int64_t m, int64_t n, int64_t k, const uint8_t* a, int64_t lda,
+                     const int8_t* b, int64_t ldb, int32_t* c, int64_t ldc) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, /*add_C=*/false, a, b, c, /*is_vnni=*/true);
 }
 
 // Calls f<T, C>(): T is the dtype of the tensors, C that of the operands of products. fp16 goes
@@ -54,7 +62,8 @@ void with_dtypes(const Geometry& geometry, const F& f) {
   }
 }
 
-// The bf16 kernels may hold the tile registers of the CPU until they are told to let go.
+// The kernels for short numbers may hold the tile registers of the CPU until they are told to let
+// go.
 template <typename C>
 struct ReleaseMatrixUnit {
   ReleaseMatrixUnit() = default;
@@ -70,13 +79,16 @@ inline void row_to_float(const T* source, float* target, int64_t n) {
     std::memcpy(target, source, n * sizeof(float));
   } else {
     using Short = at::vec::Vectorized<T>;
-    for (int64_t i = 0; i < n; i += Short::size()) {
-      const int64_t count = std::min<int64_t>(Short::size(), n - i);
-      auto [low, high] = at::vec::convert_to_float<T>(
-          count == Short::size() ? Short::loadu(source + i) : Short::loadu(source + i, count));
-      low.store(target + i, std::min<int64_t>(count, Vec::size()));
-      if (count > Vec::size()) high.store(target + i + Vec::size(), count - Vec::size());
+    int64_t i = 0;
+    for (; i + Short::size() <= n; i += Short::size()) {
+      const auto [low, high] = at::vec::convert_to_float<T>(Short::loadu(source + i));
+      low.store(target + i);
+      high.store(target + i + Vec::size());
     }
+    if (i == n) return;
+    const auto [low, high] = at::vec::convert_to_float<T>(Short::loadu(source + i, n - i));
+    low.store(target + i, std::min<int64_t>(n - i, Vec::size()));
+    if (n - i > Vec::size()) high.store(target + i + Vec::size(), n - i - Vec::size());
   }
 }
 
@@ -86,14 +98,16 @@ inline void row_from_float(const float* source, T* target, int64_t n) {
     std::memcpy(target, source, n * sizeof(float));
   } else {
     using Short = at::vec::Vectorized<T>;
-    for (int64_t i = 0; i < n; i += Short::size()) {
-      const int64_t count = std::min<int64_t>(Short::size(), n - i);
-      const Vec low = Vec::loadu(source + i, std::min<int64_t>(count, Vec::size()));
-      const Vec high = count > Vec::size()
-                           ? Vec::loadu(source + i + Vec::size(), count - Vec::size())
-                           : Vec(0.0f);
-      at::vec::convert_from_float<T>(low, high).store(target + i, count);
+    int64_t i = 0;
+    for (; i + Short::size() <= n; i += Short::size()) {
+      const Vec low = Vec::loadu(source + i), high = Vec::loadu(source + i + Vec::size());
+      at::vec::convert_from_float<T>(low, high).store(target + i);
     }
+    if (i == n) return;
+    const Vec low = Vec::loadu(source + i, std::min<int64_t>(n - i, Vec::size()));
+    const Vec high =
+        n - i > Vec::size() ? Vec::loadu(source + i + Vec::size(), n - i - Vec::size()) : Vec(0.0f);
+    at::vec::convert_from_float<T>(low, high).store(target + i, n - i);
   }
 }
 

@@ -41,16 +41,22 @@ Vec column_maximum(const Segments& segments, const float* scores, int64_t lanes)
   return max_ignoring_nan(max_ignoring_nan(a, b), max_ignoring_nan(c, d));
 }
 
-// Weights 2^(scale * score - pivot) of one vector of lanes, written as operand B; returns their
-// sum.
-template <typename C, typename Segments>
+// How weights become operands. The sum that divides them is of the weights before rounding.
+struct OperandRounding {
+  static constexpr float kExponent = 0.0f;  // weights are multiplied by 2 to this power
+  static Vec round(Vec weight) { return weight; }
+};
+
+// Weights 2^(scale * score - pivot) of one vector of lanes, rounded and written as operand B;
+// returns their sum.
+template <typename Rounding, typename C, typename Segments>
 Vec column_weights(const Segments& segments, const float* scores, int64_t lanes, Vec scale,
                    Vec pivot, C* weights) {
   Vec sum(0.0f);
   const auto weight = [&](int64_t row) {
     const Vec p = exp2(at::vec::fmsub(Vec::loadu(scores + row * lanes), scale, pivot));
     sum = sum + p;
-    return p;
+    return Rounding::round(p);
   };
   for (const RowSegment& s : segments) {
     const int64_t valid_end = s.first + s.valid;
@@ -69,7 +75,7 @@ Vec column_weights(const Segments& segments, const float* scores, int64_t lanes,
 
 // One step: `scores` [rows, lanes] to `weights`, with `state` brought up to date. For fp32 the two
 // may be the same memory.
-template <typename C, typename Segments>
+template <typename Rounding, typename C, typename Segments>
 void softmax_step(const Segments& segments, int64_t lanes, float scale_log2, const float* scores,
                   C* weights, RunningSoftmax& state) {
   const Vec scale(scale_log2);
@@ -81,7 +87,8 @@ void softmax_step(const Segments& segments, int64_t lanes, float scale_log2, con
     const Vec pivot = Vec::blendv(now, Vec(0.0f), now == Vec(-kInfinity));
     const Vec correction = exp2(before - pivot);
     const Vec sum =
-        column_weights(segments, scores + lane, lanes, scale, pivot, weights + lane * kPair<C>);
+        column_weights<Rounding>(segments, scores + lane, lanes, scale,
+                                 pivot - Vec(Rounding::kExponent), weights + lane * kPair<C>);
     now.store(state.maximum + lane);
     correction.store(state.correction + lane);
     at::vec::fmadd(Vec::loadu(state.sum + lane), correction, sum).store(state.sum + lane);

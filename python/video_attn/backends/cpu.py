@@ -7,7 +7,9 @@ from torch import Tensor
 
 from .. import native
 from ..block_mask import BlockMask
+from ..quantize import QuantizationOptions
 from ..registry import Backend, Problem, register
+from . import cpu_quantized
 from .outputs import empty_like_heads, empty_lse
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,11 +50,13 @@ def _available() -> str | None:
 def _supports(problem: Problem) -> str | None:
     if problem.device_type != "cpu":
         return f"device {problem.device_type} is not cpu"
-    if problem.precision != "native":
-        return f"precision {problem.precision!r} is not 'native'"
     if problem.dtype not in _DTYPES:
         return f"dtype {problem.dtype} is not float32, bfloat16 or float16"
-    return None
+    if problem.precision == "native":
+        return None
+    if problem.direction == "backward":
+        return f"precision {problem.precision!r} has no backward pass"
+    return cpu_quantized.refuse(problem)
 
 
 def _forward(
@@ -64,7 +68,13 @@ def _forward(
     scale: float,
     is_causal: bool,
     precision: str,
+    quantization: QuantizationOptions | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if quantization is not None:
+        return cpu_quantized.forward(
+            q, k, v, mask,
+            scale=scale, is_causal=is_causal, precision=precision, quantization=quantization,
+        )  # fmt: skip
     out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
     lists = (None, None) if mask is None else (mask.kv_num_blocks, mask.kv_indices)
     torch.ops.video_attn.cpu_attention_forward(
