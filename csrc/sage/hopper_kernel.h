@@ -220,7 +220,10 @@ class HopperBlock {
   using Weights = uint32_t[kStepTiles][Values<C::kV>::kSteps][4];
   using Output = float[C::kDim / 8][4];
 
-  SAGE_DEVICE int consumer() const { return thread_index() / kGroupThreads; }
+  // The same in a whole warp, and known to be.
+  SAGE_DEVICE int consumer() const {
+    return C::kConsumers == 1 ? 0 : shuffle(thread_index() / kGroupThreads, 0);
+  }
 
   SAGE_DEVICE void consume() {
     const int group = q_group(p_.q_groups, row_in_tile(0));
@@ -241,6 +244,7 @@ class HopperBlock {
     Place k, v;  // of the next scores, and of the next values
     barrier_wait(&shared_.k_full[0], 0);
     if (shared_.steps[0].index[0] < 0) return;
+    const int last_key = last_key_of_first_row();
     Weights weights;
     Output fresh;  // of kFreshSums
     float keep[2];
@@ -249,7 +253,7 @@ class HopperBlock {
       wgmma_fence();
       start_scores(sums, k.stage);
       wgmma_wait<0>();
-      weigh_step(weights, sums, k, q_factor, state, keep, [] {});
+      weigh_step(weights, sums, k, q_factor, last_key, state, keep, [] {});
     }
     while (shared_.steps[k.stage].index[0] >= 0) {
       Sums sums;
@@ -258,7 +262,7 @@ class HopperBlock {
       start_scores(sums, k.stage);
       start_values(C::kFreshSums ? fresh : out, weights, v);
       wgmma_wait<1>();
-      weigh_step(weights, sums, k, q_factor, state, keep_next,
+      weigh_step(weights, sums, k, q_factor, last_key, state, keep_next,
                  [&] { finish_values(out, fresh, C::kFreshSums ? keep : keep_next, v); });
       keep[0] = keep_next[0];
       keep[1] = keep_next[1];
@@ -271,11 +275,13 @@ class HopperBlock {
 
   // Scores of the step at `stage`: 64 rows of this consumer by 128 keys.
   SAGE_DEVICE void start_scores(Sums& sums, int stage) {
-    const uint8_t* q = shared_.q + consumer() * kQkTileBytes<C::kDim>;
+    // Descriptors that stayed in registers would push something else out.
+    const uint32_t q =
+        computed_afresh(shared_address(shared_.q + consumer() * kQkTileBytes<C::kDim>));
+    const uint32_t k = shared_address(shared_.k[stage]);
     SAGE_UNROLL
     for (int step = 0; step < C::kDim / 32; ++step) {
-      wgmma_scores(sums, token_matrix<C::kDim>(q, step),
-                   token_matrix<C::kDim>(shared_.k[stage], step), step > 0);
+      wgmma_scores(sums, token_matrix<C::kDim>(q, step), token_matrix<C::kDim>(k, step), step > 0);
     }
     wgmma_commit();
   }
@@ -283,7 +289,7 @@ class HopperBlock {
   // From finished scores to weights. `finish_last` ends the products that still read `weights`;
   // k goes on to the next step, which is there afterwards.
   template <class Finish>
-  SAGE_DEVICE void weigh_step(Weights& weights, Sums& sums, Place& k, float q_factor,
+  SAGE_DEVICE void weigh_step(Weights& weights, Sums& sums, Place& k, float q_factor, int last_key,
                               RowState& state, float (&keep)[2], Finish finish_last) {
     float s[kStepTiles][kTile / 8][4];
     ScoreScale scale[kStepTiles];
@@ -297,7 +303,7 @@ class HopperBlock {
         for (int i = 0; i < 4; ++i) s[t][n][i] = static_cast<float>(sums[t][n][i]);
       }
       scale[t] = {0.0f, q_factor * step.k_scale[t][thread_index() % 4]};
-      hide_unseen(s[t], scale[t], step.index[t], step.valid[t]);
+      hide_unseen(s[t], scale[t], last_key, step.index[t], step.valid[t]);
     }
     release(&shared_.k_empty[k.stage]);
     weigh<Values<C::kV>::kExponent>(s, scale, state, keep);
@@ -308,17 +314,19 @@ class HopperBlock {
     for (int t = 0; t < kStepTiles; ++t) Values<C::kV>::pack(weights[t], s[t]);
   }
 
-  SAGE_DEVICE void hide_unseen(float (&s)[kTile / 8][4], ScoreScale& scale, int index,
-                               int valid) const {
-    const int first_row = (first_tile_ + consumer()) * kTile;
-    const bool cut_by_causal =
-        p_.is_causal && index * kTile + kTile - 1 > first_row + causal_offset_;
-    if (valid == kTile && !cut_by_causal) return;
+  // The last key that the first row of this consumer sees; row r sees r more.
+  SAGE_DEVICE int last_key_of_first_row() const {
+    return p_.is_causal ? (first_tile_ + consumer()) * kTile + causal_offset_ : 1 << 30;
+  }
+
+  SAGE_DEVICE static void hide_unseen(float (&s)[kTile / 8][4], ScoreScale& scale, int last_key,
+                                      int index, int valid) {
+    const int seen = last_key - index * kTile + 1;  // keys of the tile, by the first row
+    if (valid == kTile && seen >= kTile) return;
     int limit[2];
     SAGE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int seen = first_row + row_in_tile(i) + causal_offset_ - index * kTile + 1;
-      limit[i] = cut_by_causal && seen < valid ? seen : valid;
+      limit[i] = seen + row_in_tile(i) < valid ? seen + row_in_tile(i) : valid;
     }
     scale = hide_keys(s, scale, limit);
   }
@@ -328,7 +336,7 @@ class HopperBlock {
     barrier_wait(&shared_.v_full[v.stage], v.parity);
     SAGE_UNROLL
     for (int t = 0; t < kStepTiles; ++t) {
-      const uint8_t* tile = shared_.v[v.stage] + t * kVTileBytes<C::kV, C::kDim>;
+      const uint32_t tile = shared_address(shared_.v[v.stage] + t * kVTileBytes<C::kV, C::kDim>);
       SAGE_UNROLL
       for (int step = 0; step < Values<C::kV>::kSteps; ++step) {
         if constexpr (C::kV == VCode::kFp8) {

@@ -2,35 +2,34 @@
 // (PTX manual, "Matrix Descriptor Format"), for tiles laid out as tiles.h says.
 #pragma once
 
-#include "primitives.h"
+#include "primitives_hopper.h"
 #include "tiles.h"
 
 namespace video_attn::sage {
 
-// `leading` and `stride`: distances in bytes between the pieces of 8 rows or columns that the
-// hardware takes at a time. Rows have 64 or 128 bytes, swizzled.
+// `shared`: a shared_address. `leading` and `stride`: distances in bytes between the pieces of 8
+// rows or columns that the hardware takes at a time. Rows have 64 or 128 bytes, swizzled.
 template <int kRowBytes>
-SAGE_DEVICE uint64_t descriptor(const uint8_t* shared, int leading, int stride) {
+SAGE_DEVICE uint64_t descriptor(uint32_t shared, int leading, int stride) {
   static_assert(kRowBytes == 64 || kRowBytes == 128);
   constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3FFFF) >> 4); };
-  return field(shared_address(shared)) | field(leading) << 16 | field(stride) << 32 |
-         kSwizzle << 62;
+  return field(shared) | field(leading) << 16 | field(stride) << 32 | kSwizzle << 62;
 }
 
 // 32 channels of the Q or K codes that start at `tile`, from channel 32 * step on.
 template <int kDim>
-SAGE_DEVICE uint64_t token_matrix(const uint8_t* tile, int step) {
+SAGE_DEVICE uint64_t token_matrix(uint32_t tile, int step) {
   return descriptor<kDim>(tile + step * 32, 0, 8 * kDim);
 }
 
 // 32 tokens of an FP8 tile of V, all channels.
-SAGE_DEVICE uint64_t value_matrix_fp8(const uint8_t* tile, int step) {
+SAGE_DEVICE uint64_t value_matrix_fp8(uint32_t tile, int step) {
   return descriptor<kTile>(tile + step * 32, 0, 8 * kTile);
 }
 
 // 16 tokens of an fp16 tile of V, all channels: panels of 64 channels side by side.
-SAGE_DEVICE uint64_t value_matrix_fp16(const uint8_t* tile, int step) {
+SAGE_DEVICE uint64_t value_matrix_fp16(uint32_t tile, int step) {
   constexpr int kTokenBytes = kPanelChannels * 2;
   return descriptor<kTokenBytes>(tile + step * 16 * kTokenBytes, kPanelBytes, 8 * kTokenBytes);
 }

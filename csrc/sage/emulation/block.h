@@ -124,6 +124,13 @@ class Block {
     }
   }
 
+  // Counts at a barrier without waiting there.
+  void arrive(int number, int threads) {
+    std::vector<int>& waiting = barriers_[number];
+    waiting.push_back(kNobody);
+    if (static_cast<int>(waiting.size()) == threads) wake(waiting);
+  }
+
   // The running thread stops until another one wakes it.
   void park(const char* at) {
     Fiber& fiber = fibers_[running_];
@@ -135,7 +142,7 @@ class Block {
   void wake(std::vector<int>& threads) {
     std::sort(threads.begin(), threads.end());
     for (int i : threads) {
-      if (i != running_) ready_.push_back(i);
+      if (i != running_ && i != kNobody) ready_.push_back(i);
     }
     threads.clear();
   }
@@ -168,6 +175,7 @@ class Block {
   }
 
  private:
+  static constexpr int kNobody = -1;
   static constexpr int kAlignment = 1024;
   static constexpr int kStackBytes = 256 * 1024;
 
