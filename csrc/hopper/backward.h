@@ -1,84 +1,59 @@
-// Host side of the backward: workspace, tensor maps, launches. Included by the two components.
+// The launches of a backward. Included by the two components.
 #pragma once
 
-#include "hopper/backward_kernel.h"
-#include "hopper/backward_prepare.h"
+#include "hopper/backward_arguments.h"
+#include "hopper/backward_fused.h"
 #include "hopper/launch.h"
-#include "hopper/tensor_map.h"
 
 namespace video_attn::hopper {
 
-inline size_t statistics_bytes(const Problem& problem) {
-  return static_cast<size_t>(problem.batch) * problem.heads * units_of(problem.q_side.length) *
-         (2 * kUnit * sizeof(float));
+template <typename Globals>
+cudaError_t launch(void (*kernel)(Globals), const BackwardParams& params, const Globals& globals,
+                   int threads, int shared_bytes, cudaStream_t stream) {
+  const int64_t blocks = blocks_of(params, globals);
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (shared_bytes > 0) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  kernel<<<static_cast<uint32_t>(blocks), threads, shared_bytes, stream>>>(globals);
+  return cudaGetLastError();
 }
-
-inline bool shares_lists(const Side& side) { return side.block_size % (2 * kUnit) == 0; }
 
 template <typename Value>
 cudaError_t launch_prepare(const BackwardParams& params, float* statistics, cudaStream_t stream) {
-  const Problem& problem = params.problem;
-  PrepareGlobals globals{};
-  globals.out = params.out;
-  globals.grad_out = params.grad_out;
-  globals.lse = params.lse;
-  globals.grad_lse = params.grad_lse;
-  globals.statistics = statistics;
-  globals.q_side = problem.q_side;
-  globals.heads = problem.heads;
-  globals.head_dim = problem.head_dim;
-  globals.units = units_of(problem.q_side.length);
-  const int64_t blocks = static_cast<int64_t>(globals.units) * problem.heads * problem.batch;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  prepare_backward<Value><<<static_cast<uint32_t>(blocks), kPrepareThreads, 0, stream>>>(globals);
-  return cudaGetLastError();
+  return launch(prepare_backward<Value>, params, prepare_globals(params, statistics),
+                kPrepareThreads, 0, stream);
 }
 
 template <typename Config>
 cudaError_t launch_walk(const BackwardParams& params, const float* statistics,
                         cudaStream_t stream) {
-  constexpr bool kKeys = Config::kWalk == Walk::kKeys;
-  const Problem& problem = params.problem;
-  const Extents q_extents{problem.batch, problem.heads, problem.q_side.length, problem.head_dim};
-  const Extents kv_extents{problem.batch, problem.kv_heads, problem.kv_side.length,
-                           problem.head_dim};
-  const Extents& kept_extents = kKeys ? kv_extents : q_extents;
-  const Extents& streamed_extents = kKeys ? q_extents : kv_extents;
-
   BackwardGlobals globals{};
-  cudaError_t status = cudaSuccess;
-  const auto map = [&](CUtensorMap* target, const Tensor4& tensor, const Extents& extents) {
-    if (status != cudaSuccess) return;
-    status = make_tensor_map(target, tensor, extents, problem.element, kUnit);
-  };
-  map(&globals.kept_first, kKeys ? params.k : params.q, kept_extents);
-  map(&globals.kept_second, kKeys ? params.v : params.grad_out, kept_extents);
-  map(&globals.streamed_first, kKeys ? params.q : params.k, streamed_extents);
-  map(&globals.streamed_second, kKeys ? params.grad_out : params.v, streamed_extents);
-  map(&globals.result_first, kKeys ? params.dk : params.dq, kept_extents);
-  if (kKeys) map(&globals.result_second, params.dv, kept_extents);
+  const cudaError_t status = walk_globals<Config>(params, statistics, nullptr, &globals);
   if (status != cudaSuccess) return status;
+  return launch(backward_kernel<Config>, params, globals, Config::kThreads, Config::kSharedBytes,
+                stream);
+}
 
-  globals.statistics = statistics;
-  globals.lists = kKeys ? params.transposed : params.lists;
-  globals.kept = kKeys ? problem.kv_side : problem.q_side;
-  globals.streamed = kKeys ? problem.q_side : problem.kv_side;
-  globals.group = problem.heads / problem.kv_heads;
-  globals.list_heads = kKeys ? globals.group : 1;
-  globals.heads = problem.heads;
-  globals.kept_heads = kKeys ? problem.kv_heads : problem.heads;
-  globals.tiles = (units_of(globals.kept.length) + Config::kWarpgroups - 1) / Config::kWarpgroups;
-  globals.scale = problem.scale;
-  globals.scale_log2 = problem.scale * 1.4426950408889634f;
-
-  const int64_t blocks = static_cast<int64_t>(globals.tiles) * globals.kept_heads * problem.batch;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  status = cudaFuncSetAttribute(backward_kernel<Config>,
-                                cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+template <typename Value>
+cudaError_t launch_fused(const BackwardParams& params, const float* statistics, float* dq_sums,
+                         cudaStream_t stream) {
+  using Config = FusedConfig<Value>;
+  BackwardGlobals globals{};
+  FinishGlobals finish{};
+  cudaError_t status = walk_globals<Config>(params, statistics, dq_sums, &globals);
+  if (status == cudaSuccess) status = finish_globals(params, dq_sums, &finish);
+  if (status == cudaSuccess) {
+    status = cudaMemsetAsync(dq_sums, 0, dq_sums_bytes(params.problem), stream);
+  }
+  if (status == cudaSuccess) {
+    status = launch(fused_backward_kernel<Config>, params, globals, Config::kThreads,
+                    Config::kSharedBytes, stream);
+  }
   if (status != cudaSuccess) return status;
-  backward_kernel<Config>
-      <<<static_cast<uint32_t>(blocks), Config::kThreads, Config::kSharedBytes, stream>>>(globals);
-  return cudaGetLastError();
+  return launch(finish_queries<Value>, params, finish, 128, 0, stream);
 }
 
 template <typename Value, int kHeadDim, Walk kWalk, bool kCoarse>
@@ -98,11 +73,18 @@ cudaError_t launch_backward(const BackwardParams& params, void* workspace, cudaS
   float* statistics = static_cast<float*>(workspace);
   cudaError_t status = launch_prepare<Value>(params, statistics, stream);
   if (status != cudaSuccess) return status;
+  if constexpr (kCoarse && kHeadDim == 128) {
+    if (is_fused(params)) {
+      float* dq_sums = statistics + statistics_bytes(params.problem) / sizeof(float);
+      return launch_fused<Value>(params, statistics, dq_sums, stream);
+    }
+  }
   status = launch_walk<Value, kHeadDim, Walk::kKeys, kCoarse>(params, statistics, stream);
   if (status != cudaSuccess) return status;
   return launch_walk<Value, kHeadDim, Walk::kQueries, kCoarse>(params, statistics, stream);
 }
 
+// The whole backward, for either grain.
 template <bool kCoarse>
 cudaError_t launch_backward(const BackwardParams& params, void* workspace, cudaStream_t stream) {
   const bool narrow = params.problem.head_dim <= 64;

@@ -4,6 +4,8 @@
 // blocks that see them (dk, dv); the query walk keeps 64 queries and streams the key blocks they
 // see (dq). "First" names the operands of the scores (q, k), "second" the others (grad_out, v).
 // Nothing is added across blocks of threads, so the gradients are bitwise the same in every run.
+// The fused walk is a key walk that makes dq as well, five products instead of seven, and adds its
+// part to sums in memory, in any order.
 #pragma once
 
 #include <cuda.h>
@@ -18,6 +20,12 @@ namespace video_attn::hopper {
 constexpr int kUnit = 64;  // tokens of one tile: rows of a warpgroup, and of one streamed step
 
 enum class Walk { kKeys, kQueries };
+
+// One streamed tile.
+struct Step {
+  int32_t valid;  // rows that count; -1 ends the walk
+  int32_t unit;   // which tile of its batch, counted through the heads
+};
 
 // kSharedList: both warpgroups of a block of threads lie in one block slot (its size is a multiple
 // of 128) and walk its list together; otherwise each has a list, a ring and a producer of its own.
@@ -45,8 +53,7 @@ struct BackwardConfig {
 
   // Row statistics of one streamed query tile: see backward_prepare.h.
   static constexpr int kStatisticsBytes = 2 * kUnit * sizeof(float);
-  static constexpr int kStepBytes =
-      2 * kTileBytes + (kWalk == Walk::kKeys ? kStatisticsBytes : 0);
+  static constexpr int kStepBytes = 2 * kTileBytes + (kWalk == Walk::kKeys ? kStatisticsBytes : 0);
 
   struct Stage {
     Tile first, second;
@@ -56,9 +63,48 @@ struct BackwardConfig {
     Stage streamed[kRings][kStages];
     float statistics[kRings][kStages][2 * kUnit];
     uint64_t full[kRings][kStages], empty[kRings][kStages], kept_full;
-    int32_t valid[kRings][kStages];  // rows of the step that count; -1 ends the walk
+    Step steps[kRings][kStages];
+
+    __device__ void* kept_first_panel(int group, int panel) {
+      return kept[group].first.data + panel * kUnit * 64;
+    }
+    __device__ void* kept_second_panel(int group, int panel) {
+      return kept[group].second.data + panel * kUnit * 64;
+    }
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // the base is aligned by hand
+  static_assert(kSharedBytes <= 227 * 1024, "shared memory of one multiprocessor");
+};
+
+// The fused walk: 128 keys of one block slot per block of threads, 128 channels.
+template <typename ValueT>
+struct FusedConfig : BackwardConfig<ValueT, 128, Walk::kKeys, true> {
+  using Base = BackwardConfig<ValueT, 128, Walk::kKeys, true>;
+  using Base::kWarpgroups, Base::kPanels;
+  using typename Base::Stage;
+  using typename Base::Tile;
+  static constexpr int kStages = 3;
+
+  using Panel = kittens::st<ValueT, kUnit, 64>;
+  using KeyPanel = kittens::st<ValueT, kWarpgroups * kUnit, 64>;  // of both warpgroups
+  static constexpr int kSumsOfGroup = kUnit * 64;  // of dq: each warpgroup makes 64 channels
+
+  struct Shared {
+    Panel keys[kPanels][kWarpgroups];
+    Tile values[kWarpgroups];
+    Stage streamed[1][kStages];
+    Panel score_gradients[2][kWarpgroups];  // keys by queries; the two alternate
+    alignas(1024) float sums[kWarpgroups][kSumsOfGroup];
+    float statistics[1][kStages][2 * kUnit];
+    uint64_t full[1][kStages], empty[1][kStages], kept_full;
+    Step steps[1][kStages];
+
+    __device__ void* kept_first_panel(int group, int panel) { return &keys[panel][group]; }
+    __device__ void* kept_second_panel(int group, int panel) {
+      return values[group].data + panel * kUnit * 64;
+    }
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of one multiprocessor");
 };
 
@@ -66,6 +112,7 @@ struct BackwardGlobals {
   CUtensorMap kept_first, kept_second, streamed_first, streamed_second;
   CUtensorMap result_first, result_second;  // dk and dv, or dq alone
   const float* statistics;
+  float* dq_sums;    // fused walk: see backward_fused.h
   BlockLists lists;  // one row per block slot of the kept side
   Side kept, streamed;
   int32_t list_heads;  // query heads that one kept head answers to: the GQA group, or 1

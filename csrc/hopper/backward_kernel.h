@@ -16,10 +16,10 @@ struct RingReader {
   int stage = 0;
   uint32_t parity = 0;
 
-  // Waits for the next step: its valid rows, or -1 at the end.
-  __device__ int wait() const {
+  // Waits for the next step.
+  __device__ Step wait() const {
     barrier_wait(shared_address(&shared.full[ring][stage]), parity);
-    return shared.valid[ring][stage];
+    return shared.steps[ring][stage];
   }
   __device__ void advance() {
     if (++stage == Config::kStages) {
@@ -78,16 +78,16 @@ __device__ inline void probabilities(Scores<Config>& scores, float scale_log2,
 }
 
 // grad_probabilities <- gradients of the scores (without the scale)
-template <typename Config>
+template <typename Config, typename Probabilities>
 __device__ inline void score_gradients(Scores<Config>& grad_probabilities,
-                                       const Scores<Config>& probabilities,
-                                       const float* statistics, const RowStatistics& rows) {
+                                       const Probabilities& probabilities, const float* statistics,
+                                       const RowStatistics& rows) {
 #pragma unroll
   for (int j = 0; j < kUnit / 16; ++j) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       float2& pair = grad_probabilities.tiles[0][j].data[k];
-      const float2 p = probabilities.tiles[0][j].data[k];
+      const float2 p = unpack(probabilities.tiles[0][j].data[k]);
       float2 minus_delta;
       if constexpr (Config::kWalk == Walk::kKeys) {
         minus_delta = column_pair(statistics + kUnit, j, k);
@@ -114,6 +114,12 @@ __device__ inline void mask_columns(Scores<Config>& scores, int valid) {
   }
 }
 
+// How many of the 64 kept rows from `token` on count.
+__device__ inline int valid_kept(const BackwardGlobals& globals, int batch, int token) {
+  const int slot = token / globals.kept.block_size;
+  return valid_tokens(globals.kept, batch, slot) - (token - slot * globals.kept.block_size);
+}
+
 // dk and dv of 64 keys.
 template <typename Config>
 __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config::Shared& shared,
@@ -126,15 +132,15 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 
   Gradient dk, dv;
-  kittens::warp::zero(dk);
-  kittens::warp::zero(dv);
+  set_zero(dk);
+  set_zero(dv);
   barrier_wait(shared_address(&shared.kept_full), 0);
   Packed packed_p, packed_ds;  // outside the loop: products read them until the next step
-  kittens::warp::zero(packed_p);
-  kittens::warp::zero(packed_ds);
+  set_zero(packed_p);
+  set_zero(packed_ds);
   bool first = true;
   while (true) {
-    const int valid = reader.wait();
+    const int valid = reader.wait().valid;
     if (valid < 0) break;
     auto& step = shared.streamed[reader.ring][reader.stage];
     const float* statistics = shared.statistics[reader.ring][reader.stage];
@@ -146,7 +152,6 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
     product_transposed<false>(ds, kept.second, step.second);
     products_wait<1>();
     settle(p);
-    settle(packed_p);
     settle(packed_ds);
     if (!first) reader.release_previous();
     first = false;
@@ -156,14 +161,16 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
     settle(packed_p);
     products_begin();
     product(dv, packed_p, step.second);
-    products_wait<0>();
+    products_wait<1>();
     settle(ds);
 
-    score_gradients<Config>(ds, p, statistics, {});
+    score_gradients<Config>(ds, packed_p, statistics, {});
     round_to(packed_ds, ds);
     settle(packed_ds);
     products_begin();
     product(dk, packed_ds, step.first);
+    products_wait<1>();  // packed_p is free
+    settle(packed_p);
     reader.advance();
   }
   products_wait<0>();
@@ -173,21 +180,19 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   const Place place = place_of(globals);
   const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
   if (token >= globals.kept.length) return;
-  WarpGroup::sync(barrier_id);
-  const int slot = token / globals.kept.block_size;
-  const int valid = valid_tokens(globals.kept, place.batch, slot) -
-                    (token - slot * globals.kept.block_size);
-  store_gradient(dv, 1.f, valid, kept.second, &globals.result_second, token, place.head,
+  threads_sync<128>(barrier_id);
+  const int valid = valid_kept(globals, place.batch, token);
+  store_gradient(dv, 1.f, valid, kept.second, &globals.result_second, 0, token, place.head,
                  place.batch, barrier_id);
-  store_gradient(dk, globals.scale, valid, kept.first, &globals.result_first, token, place.head,
+  store_gradient(dk, globals.scale, valid, kept.first, &globals.result_first, 0, token, place.head,
                  place.batch, barrier_id);
   if (threadIdx.x % 128 == 0) store_wait<0>();
 }
 
 // dq of 64 queries, which stay in registers with their grad_out.
 template <typename Config>
-__device__ inline void walk_queries(const BackwardGlobals& globals,
-                                    typename Config::Shared& shared, int group) {
+__device__ inline void walk_queries(const BackwardGlobals& globals, typename Config::Shared& shared,
+                                    int group) {
   using Value = typename Config::Value;
   using Kept = kittens::rt<Value, 16, Config::kHeadDim>;
   const int barrier_id = 1 + group;
@@ -197,22 +202,23 @@ __device__ inline void walk_queries(const BackwardGlobals& globals,
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 
   const int64_t unit = (static_cast<int64_t>(place.batch) * globals.heads + place.head) *
-                           units_of(globals.kept.length) + token / kUnit;
+                           units_of(globals.kept.length) +
+                       token / kUnit;
   RowStatistics rows{};
   if (token < globals.kept.length) {
     rows = load_row_statistics(globals.statistics + unit * (2 * kUnit));
   }
   kittens::rt<float, 16, Config::kHeadDim> dq;
   kittens::rt<Value, 16, kUnit> packed_ds;  // outside the loop, as in the key walk
-  kittens::warp::zero(dq);
-  kittens::warp::zero(packed_ds);
+  set_zero(dq);
+  set_zero(packed_ds);
   barrier_wait(shared_address(&shared.kept_full), 0);
   Kept q, grad_out;
-  WarpGroup::load(q, kept.first);
-  WarpGroup::load(grad_out, kept.second);
+  load_tile(q, kept.first);
+  load_tile(grad_out, kept.second);
   bool first = true;
   while (true) {
-    const int valid = reader.wait();
+    const int valid = reader.wait().valid;
     if (valid < 0) break;
     auto& step = shared.streamed[reader.ring][reader.stage];
     if (valid < kUnit) zero_tail(step.first, step.second, valid, barrier_id);
@@ -242,22 +248,16 @@ __device__ inline void walk_queries(const BackwardGlobals& globals,
   settle(dq);
 
   if (token >= globals.kept.length) return;
-  WarpGroup::sync(barrier_id);
-  const int slot = token / globals.kept.block_size;
-  const int valid = valid_tokens(globals.kept, place.batch, slot) -
-                    (token - slot * globals.kept.block_size);
-  store_gradient(dq, globals.scale, valid, kept.first, &globals.result_first, token, place.head,
+  threads_sync<128>(barrier_id);
+  const int valid = valid_kept(globals, place.batch, token);
+  store_gradient(dq, globals.scale, valid, kept.first, &globals.result_first, 0, token, place.head,
                  place.batch, barrier_id);
   if (threadIdx.x % 128 == 0) store_wait<0>();
 }
 
+// The barriers of a block of threads; ends with a barrier of all of them.
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    backward_kernel(const __grid_constant__ BackwardGlobals globals) {
-  extern __shared__ uint8_t raw_shared[];
-  const uint64_t base = (reinterpret_cast<uint64_t>(raw_shared) + 1023) & ~uint64_t{1023};
-  auto& shared = *reinterpret_cast<typename Config::Shared*>(base);
-  const int group = threadIdx.x / 128;
+__device__ inline void start_backward(typename Config::Shared& shared) {
   if (threadIdx.x == 0) {
     barrier_init(shared_address(&shared.kept_full), 1);
     for (int ring = 0; ring < Config::kRings; ++ring) {
@@ -269,17 +269,38 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
+}
+
+template <typename Config>
+__device__ inline void run_backward(const BackwardGlobals& globals,
+                                    typename Config::Shared& shared) {
+  start_backward<Config>(shared);
+  const int group = threadIdx.x / 128;
   if (group == Config::kWarpgroups) {
-    WarpGroup::decrease_registers<Config::kProducerRegisters>();
+    give_registers<Config::kProducerRegisters>();
     produce<Config>(globals, shared);
   } else {
-    WarpGroup::increase_registers<Config::kConsumerRegisters>();
+    take_registers<Config::kConsumerRegisters>();
     if constexpr (Config::kWalk == Walk::kKeys) {
       walk_keys<Config>(globals, shared, group);
     } else {
       walk_queries<Config>(globals, shared, group);
     }
   }
+}
+
+// Dynamic shared memory, aligned as the 128-byte swizzle needs it.
+template <typename Shared>
+__device__ inline Shared& aligned_shared(uint8_t* raw) {
+  const uint64_t base = (reinterpret_cast<uint64_t>(raw) + 1023) & ~uint64_t{1023};
+  return *reinterpret_cast<Shared*>(base);
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardGlobals globals) {
+  extern __shared__ uint8_t raw_shared[];
+  run_backward<Config>(globals, aligned_shared<typename Config::Shared>(raw_shared));
 }
 
 }  // namespace video_attn::hopper

@@ -3,19 +3,10 @@
 #pragma once
 
 #include "hopper/backward_config.h"
+#include "hopper/backward_primitives.h"
 #include "hopper/tma.h"
 
 namespace video_attn::hopper {
-
-// Copies `bytes` (a multiple of 16) of contiguous memory; they count on `barrier`.
-__device__ inline void load_bulk(uint32_t destination, const void* source, uint32_t bytes,
-                                 uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier)
-      : "memory");
-}
 
 // Where in the problem a block of threads works.
 struct Place {
@@ -36,11 +27,10 @@ __device__ inline void load_kept(const BackwardGlobals& globals, typename Config
   for (int group = 0; group < Config::kWarpgroups; ++group) {
     const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
     for (int panel = 0; panel < Config::kPanels; ++panel) {
-      const int offset = panel * Config::kPanelBytes;
-      load_box(&globals.kept_first, shared_address(&shared.kept[group].first) + offset, barrier,
+      load_box(&globals.kept_first, shared_address(shared.kept_first_panel(group, panel)), barrier,
                64 * panel, token, place.head, place.batch);
-      load_box(&globals.kept_second, shared_address(&shared.kept[group].second) + offset, barrier,
-               64 * panel, token, place.head, place.batch);
+      load_box(&globals.kept_second, shared_address(shared.kept_second_panel(group, panel)),
+               barrier, 64 * panel, token, place.head, place.batch);
     }
   }
 }
@@ -57,10 +47,10 @@ struct RingWriter {
 
   // Waits for a free stage and fills it by `issue(stage, barrier)`, called by one lane.
   template <typename Issue>
-  __device__ void push(int valid, Issue issue) {
+  __device__ void push(const Step& step, Issue issue) {
     barrier_wait(shared_address(&shared.empty[ring][stage]), parity);
     if (lane == 0) {
-      shared.valid[ring][stage] = valid;
+      shared.steps[ring][stage] = step;
       issue(stage, shared_address(&shared.full[ring][stage]));
     }
     __syncwarp();
@@ -71,22 +61,22 @@ struct RingWriter {
   }
 
   __device__ void push_tile(int32_t token, int32_t valid, int32_t head, int32_t batch) {
-    push(valid, [&](int at, uint32_t barrier) {
+    const int32_t source_head = Config::kWalk == Walk::kKeys ? head : head / globals.group;
+    const int32_t unit = source_head * units_of(globals.streamed.length) + token / kUnit;
+    push({valid, unit}, [&](int at, uint32_t barrier) {
       barrier_arrive_expect(barrier, Config::kStepBytes);
       auto& step = shared.streamed[ring][at];
-      const bool keys = Config::kWalk == Walk::kKeys;
-      const int source_head = keys ? head : head / globals.group;
 #pragma unroll
       for (int panel = 0; panel < Config::kPanels; ++panel) {
-        load_box(&globals.streamed_first,
-                 shared_address(&step.first) + panel * Config::kPanelBytes, barrier, 64 * panel,
-                 token, source_head, batch);
+        load_box(&globals.streamed_first, shared_address(&step.first) + panel * Config::kPanelBytes,
+                 barrier, 64 * panel, token, source_head, batch);
       }
       if constexpr (Config::kWalk == Walk::kKeys) {
-        const int64_t unit = (static_cast<int64_t>(batch) * globals.heads + head) *
-                                 units_of(globals.streamed.length) + token / kUnit;
+        const int64_t units =
+            static_cast<int64_t>(globals.heads) * units_of(globals.streamed.length);
         load_bulk(shared_address(shared.statistics[ring][at]),
-                  globals.statistics + unit * (2 * kUnit), Config::kStatisticsBytes, barrier);
+                  globals.statistics + (batch * units + unit) * (2 * kUnit),
+                  Config::kStatisticsBytes, barrier);
       }
 #pragma unroll
       for (int panel = 0; panel < Config::kPanels; ++panel) {
@@ -102,10 +92,10 @@ struct RingWriter {
     const BlockLists& lists = globals.lists;
     const bool dense = lists.counts == nullptr;
     const int32_t block_size = globals.streamed.block_size;
-    const int32_t count = dense ? (globals.streamed.length + block_size - 1) / block_size
-                                : lists.counts[batch * lists.counts_batch_stride +
-                                               head * lists.counts_head_stride +
-                                               slot * lists.counts_row_stride];
+    const int32_t count =
+        dense ? (globals.streamed.length + block_size - 1) / block_size
+              : lists.counts[batch * lists.counts_batch_stride + head * lists.counts_head_stride +
+                             slot * lists.counts_row_stride];
     const int32_t* indices = lists.indices + batch * lists.indices_batch_stride +
                              head * lists.indices_head_stride + slot * lists.indices_row_stride;
     for (int32_t base = 0; base < count; base += 32) {
@@ -126,7 +116,7 @@ struct RingWriter {
   }
 
   __device__ void push_end() {
-    push(-1, [](int, uint32_t barrier) { barrier_arrive(barrier); });
+    push({-1, 0}, [](int, uint32_t barrier) { barrier_arrive(barrier); });
   }
 };
 

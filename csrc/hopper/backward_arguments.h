@@ -1,0 +1,105 @@
+// Host side: what the kernels of a backward are given, from what the launcher is given.
+#pragma once
+
+#include "hopper/backward_fused.h"
+#include "hopper/backward_prepare.h"
+#include "hopper/tensor_map.h"
+
+namespace video_attn::hopper {
+
+inline PrepareGlobals prepare_globals(const BackwardParams& params, float* statistics) {
+  const Problem& problem = params.problem;
+  PrepareGlobals globals{};
+  globals.out = params.out;
+  globals.grad_out = params.grad_out;
+  globals.lse = params.lse;
+  globals.grad_lse = params.grad_lse;
+  globals.statistics = statistics;
+  globals.q_side = problem.q_side;
+  globals.heads = problem.heads;
+  globals.head_dim = problem.head_dim;
+  globals.units = units_of(problem.q_side.length);
+  return globals;
+}
+
+template <typename Config>
+cudaError_t walk_globals(const BackwardParams& params, const float* statistics, float* dq_sums,
+                         BackwardGlobals* result) {
+  constexpr bool kKeys = Config::kWalk == Walk::kKeys;
+  const Problem& problem = params.problem;
+  const Extents q_extents{problem.batch, problem.heads, problem.q_side.length, problem.head_dim};
+  const Extents kv_extents{problem.batch, problem.kv_heads, problem.kv_side.length,
+                           problem.head_dim};
+  const Extents& kept_extents = kKeys ? kv_extents : q_extents;
+  const Extents& streamed_extents = kKeys ? q_extents : kv_extents;
+
+  BackwardGlobals& globals = *result;
+  cudaError_t status = cudaSuccess;
+  const auto map = [&](CUtensorMap* target, const Tensor4& tensor, const Extents& extents) {
+    if (status != cudaSuccess) return;
+    status = make_tensor_map(target, tensor, extents, problem.element, kUnit);
+  };
+  map(&globals.kept_first, kKeys ? params.k : params.q, kept_extents);
+  map(&globals.kept_second, kKeys ? params.v : params.grad_out, kept_extents);
+  map(&globals.streamed_first, kKeys ? params.q : params.k, streamed_extents);
+  map(&globals.streamed_second, kKeys ? params.grad_out : params.v, streamed_extents);
+  map(&globals.result_first, kKeys ? params.dk : params.dq, kept_extents);
+  if (kKeys) map(&globals.result_second, params.dv, kept_extents);
+  if (status != cudaSuccess) return status;
+
+  globals.statistics = statistics;
+  globals.dq_sums = dq_sums;
+  globals.lists = kKeys ? params.transposed : params.lists;
+  globals.kept = kKeys ? problem.kv_side : problem.q_side;
+  globals.streamed = kKeys ? problem.q_side : problem.kv_side;
+  globals.group = problem.heads / problem.kv_heads;
+  globals.list_heads = kKeys ? globals.group : 1;
+  globals.heads = problem.heads;
+  globals.kept_heads = kKeys ? problem.kv_heads : problem.heads;
+  globals.tiles = (units_of(globals.kept.length) + Config::kWarpgroups - 1) / Config::kWarpgroups;
+  globals.scale = problem.scale;
+  globals.scale_log2 = problem.scale * 1.4426950408889634f;
+  return cudaSuccess;
+}
+
+inline cudaError_t finish_globals(const BackwardParams& params, float* dq_sums,
+                                  FinishGlobals* globals) {
+  const Problem& problem = params.problem;
+  const Extents extents{problem.batch, problem.heads, problem.q_side.length, problem.head_dim};
+  globals->sums = dq_sums;
+  globals->q_side = problem.q_side;
+  globals->heads = problem.heads;
+  globals->units = units_of(problem.q_side.length);
+  globals->scale = problem.scale;
+  return make_tensor_map(&globals->dq, params.dq, extents, problem.element, kUnit);
+}
+
+inline int64_t blocks_of(const BackwardParams& params, const FinishGlobals& globals) {
+  return static_cast<int64_t>(globals.units) * globals.heads * params.problem.batch * 2;
+}
+inline int64_t blocks_of(const BackwardParams& params, const PrepareGlobals& globals) {
+  return static_cast<int64_t>(globals.units) * globals.heads * params.problem.batch;
+}
+inline int64_t blocks_of(const BackwardParams& params, const BackwardGlobals& globals) {
+  return static_cast<int64_t>(globals.tiles) * globals.kept_heads * params.problem.batch;
+}
+
+inline size_t statistics_bytes(const Problem& problem) {
+  return static_cast<size_t>(problem.batch) * problem.heads * units_of(problem.q_side.length) *
+         (2 * kUnit * sizeof(float));
+}
+
+inline size_t dq_sums_bytes(const Problem& problem) {
+  return static_cast<size_t>(problem.batch) * problem.heads * units_of(problem.q_side.length) *
+         (kSumsOfUnit * sizeof(float));
+}
+
+inline bool shares_lists(const Side& side) { return side.block_size % (2 * kUnit) == 0; }
+
+// Whether the fused walk serves: 128 keys of one block slot at a time, sums in any order.
+inline bool is_fused(const BackwardParams& params) {
+  return !params.deterministic && params.problem.head_dim > 64 &&
+         shares_lists(params.problem.kv_side);
+}
+
+}  // namespace video_attn::hopper

@@ -1,0 +1,218 @@
+// The fused walk: dk and dv of 128 keys as in the key walk, and their part of dq besides, which is
+// added to fp32 sums in memory. A last kernel turns the sums into dq.
+//
+// dq_sums[batch][head][unit][2][16][128][2]: for the 64 queries of a unit, each half of the
+// channels as the 128 threads of a warpgroup hold it, so that registers and memory need no
+// reordering.
+#pragma once
+
+#include "hopper/backward_kernel.h"
+
+namespace video_attn::hopper {
+
+constexpr int kSumsOfUnit = kUnit * 128;
+
+using QuerySums = kittens::rt<float, 16, 64>;
+
+// Four floats per thread and store: neighbouring threads write neighbouring memory.
+__device__ inline float4* sums_of_thread(float* sums, int j, int k) {
+  return reinterpret_cast<float4*>(sums) + (2 * j + k / 2) * 128 + threadIdx.x % 128;
+}
+
+__device__ inline void write_sums(float* sums, const QuerySums& dq) {
+#pragma unroll
+  for (int j = 0; j < QuerySums::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const float2 a = dq.tiles[0][j].data[k], b = dq.tiles[0][j].data[k + 1];
+      *sums_of_thread(sums, j, k) = float4{a.x, a.y, b.x, b.y};
+    }
+  }
+}
+
+__device__ inline void read_sums(float* sums, QuerySums& dq) {
+#pragma unroll
+  for (int j = 0; j < QuerySums::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const float4 both = *sums_of_thread(sums, j, k);
+      dq.tiles[0][j].data[k] = {both.x, both.y};
+      dq.tiles[0][j].data[k + 1] = {both.z, both.w};
+    }
+  }
+}
+
+// Keys that are not valid: their scores are those of zeroed keys, and could overflow.
+template <typename Config>
+__device__ inline void mask_rows(Scores<Config>& probabilities, int valid) {
+#pragma unroll
+  for (int j = 0; j < kUnit / 16; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (row_of(k) >= valid) probabilities.tiles[0][j].data[k] = {0.f, 0.f};
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void walk_fused(const BackwardGlobals& globals, typename Config::Shared& shared,
+                                  int group) {
+  using Value = typename Config::Value;
+  using Panel = typename Config::Panel;
+  using KeyPanel = typename Config::KeyPanel;
+  constexpr int kAllConsumers = 128 * Config::kWarpgroups;
+  const int barrier_id = 1 + group, common_barrier_id = 1 + Config::kWarpgroups;
+  const bool leader = threadIdx.x % 128 == 0;
+  const Place place = place_of(globals);
+  const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+  const int valid_keys = token < globals.kept.length ? valid_kept(globals, place.batch, token) : 0;
+  auto& values = shared.values[group];
+  RingReader<Config> reader{shared, 0};
+
+  kittens::rt<float, 16, Config::kHeadDim> dk, dv;
+  set_zero(dk);
+  set_zero(dv);
+  barrier_wait(shared_address(&shared.kept_full), 0);
+  if (valid_keys < kUnit) {
+    const int valid = max(valid_keys, 0);
+    for (int panel = 0; panel < Config::kPanels; ++panel) {
+      zero_rows(shared.keys[panel][group].data, valid);
+      zero_rows(values.data + panel * kUnit * 64, valid);
+    }
+    shared_write_fence();
+    threads_sync<128>(barrier_id);
+  }
+  float* sums = globals.dq_sums +
+                place.batch * static_cast<int64_t>(globals.heads) *
+                    units_of(globals.streamed.length) * kSumsOfUnit +
+                group * Config::kSumsOfGroup;
+  kittens::rt<Value, 16, kUnit> packed_p, packed_ds;
+  set_zero(packed_p);
+  set_zero(packed_ds);
+  int parity = 0;
+  bool first = true;
+  while (true) {
+    const Step step = reader.wait();
+    if (step.valid < 0) break;
+    auto& tiles = shared.streamed[0][reader.stage];
+    const float* statistics = shared.statistics[0][reader.stage];
+    if (step.valid < kUnit) zero_tail(tiles.first, tiles.second, step.valid, barrier_id);
+    const auto* query_panels = reinterpret_cast<const Panel*>(tiles.first.data);
+
+    Scores<Config> p, ds;
+    products_begin();
+    product_transposed<false>(p, shared.keys[0][group], query_panels[0]);
+    product_transposed<true>(p, shared.keys[1][group], query_panels[1]);
+    product_transposed<false>(ds, values, tiles.second);
+    products_wait<1>();
+    settle(p);
+    settle(packed_ds);
+    if (!first) reader.release_previous();
+    first = false;
+
+    probabilities<Config>(p, globals.scale_log2, statistics, {});
+    if (valid_keys < kUnit) mask_rows<Config>(p, valid_keys);
+    round_to(packed_p, p);
+    settle(packed_p);
+    products_begin();
+    product(dv, packed_p, tiles.second);
+    products_wait<1>();
+    settle(ds);
+
+    score_gradients<Config>(ds, packed_p, statistics, {});
+    round_to(packed_ds, ds);
+    settle(packed_ds);
+    store_tile(shared.score_gradients[parity][group], packed_ds);
+    shared_write_fence();
+    if (leader) store_wait_read<0>();  // the sums of the step before have left
+    threads_sync<kAllConsumers>(common_barrier_id);
+
+    QuerySums dq;
+    products_begin();
+    product_across(dq, reinterpret_cast<const KeyPanel&>(shared.score_gradients[parity]),
+                   reinterpret_cast<const KeyPanel&>(shared.keys[group]));
+    product(dk, packed_ds, tiles.first);
+    products_wait<1>();
+    settle(dq);
+    settle(packed_p);
+    write_sums(shared.sums[group], dq);
+    shared_write_fence();
+    threads_sync<128>(barrier_id);
+    if (leader) {
+      add_bulk(sums + static_cast<int64_t>(step.unit) * kSumsOfUnit,
+               shared_address(shared.sums[group]), sizeof(shared.sums[group]));
+      store_commit();
+    }
+    parity ^= 1;
+    reader.advance();
+  }
+  products_wait<0>();
+  settle(dk);
+  settle(dv);
+  // The other warpgroup may still have been reading the gradients of the scores.
+  threads_sync<kAllConsumers>(common_barrier_id);
+  if (token < globals.kept.length) {
+    auto& staged_dk = reinterpret_cast<typename Config::Tile&>(shared.score_gradients[group]);
+    store_gradient(dv, 1.f, valid_keys, values, &globals.result_second, 0, token, place.head,
+                   place.batch, barrier_id);
+    store_gradient(dk, globals.scale, valid_keys, staged_dk, &globals.result_first, 0, token,
+                   place.head, place.batch, barrier_id);
+  }
+  if (leader) store_wait<0>();
+}
+
+template <typename Config>
+__device__ inline void run_fused(const BackwardGlobals& globals, typename Config::Shared& shared) {
+  start_backward<Config>(shared);
+  const int group = threadIdx.x / 128;
+  if (group == Config::kWarpgroups) {
+    give_registers<Config::kProducerRegisters>();
+    produce<Config>(globals, shared);
+  } else {
+    take_registers<Config::kConsumerRegisters>();
+    walk_fused<Config>(globals, shared, group);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    fused_backward_kernel(const __grid_constant__ BackwardGlobals globals) {
+  extern __shared__ uint8_t raw_shared[];
+  run_fused<Config>(globals, aligned_shared<typename Config::Shared>(raw_shared));
+}
+
+struct FinishGlobals {
+  CUtensorMap dq;
+  float* sums;
+  Side q_side;
+  int32_t heads, units;
+  float scale;
+};
+
+// One block of 128 threads per unit and half of the channels.
+template <typename Value>
+__device__ inline void run_finish(const FinishGlobals& globals,
+                                  kittens::st<Value, kUnit, 64>& tile) {
+  const int half = blockIdx.x % 2;
+  const int64_t row = blockIdx.x / 2;  // of units, through heads and batches
+  const int unit = row % globals.units;
+  const int head = row / globals.units % globals.heads;
+  const int batch = row / globals.units / globals.heads;
+  QuerySums dq;
+  read_sums(globals.sums + row * kSumsOfUnit + half * (kSumsOfUnit / 2), dq);
+  const int token = unit * kUnit;
+  const int slot = token / globals.q_side.block_size;
+  const int valid =
+      valid_tokens(globals.q_side, batch, slot) - (token - slot * globals.q_side.block_size);
+  store_gradient(dq, globals.scale, valid, tile, &globals.dq, 64 * half, token, head, batch, 1);
+  if (threadIdx.x == 0) store_wait<0>();
+}
+
+template <typename Value>
+__global__ void __launch_bounds__(128)
+    finish_queries(const __grid_constant__ FinishGlobals globals) {
+  __shared__ alignas(1024) kittens::st<Value, kUnit, 64> tile;
+  run_finish<Value>(globals, tile);
+}
+
+}  // namespace video_attn::hopper
