@@ -2,10 +2,15 @@
 
 Two operators: ``sage_quantize`` turns q, k, v into codes and scales, as quantize.py defines them;
 ``sage_attention`` attends over the codes, as quantized_reference.py defines it.
+
+There are two attention kernels, and the component takes the one that fits the GPU and what it was
+built for: on sm_90 with code for 90a the one of warpgroups, which takes two tiles of 64 keys at a
+time; elsewhere, and for sums of P V in fp16, the one of ``mma.sync``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -132,10 +137,45 @@ def _supports(problem: Problem) -> str | None:
 
 
 def _refuse_arch(problem: Problem) -> str | None:
-    needed = 80 if problem.precision == "sage_fp16" else 89
+    needed = _needed_architecture(problem.precision)
     if int(problem.arch[3:]) < needed:
         return f"{problem.arch} is older than sm_{needed}, which {problem.precision!r} needs"
     return None
+
+
+def _needed_architecture(precision: str) -> int:
+    return 80 if precision == "sage_fp16" else 89  # FP8 products exist from 8.9 on
+
+
+def _built(problem: Problem) -> str | None:
+    component = native.component("sage")
+    if not component.loaded:
+        return component.reason
+    return refuse_build(component.record["architectures"], problem.arch, problem.precision)
+
+
+def refuse_build(architectures: Iterable[str], arch: str, precision: str) -> str | None:
+    """Why a library built for ``architectures`` cannot serve ``precision`` on ``arch``, or None.
+
+    Code for "89" comes with PTX, from which the driver makes code for every newer GPU; code for
+    "90a" runs on sm_90 alone, code for "120f" on its family.
+    """
+    device, needed = int(arch[3:]), _needed_architecture(precision)
+    architectures = list(architectures)
+    for built in architectures:
+        number, kind = int(built.rstrip("af")), built.lstrip("0123456789")
+        runs = {
+            "": device >= number,
+            "a": device == number,
+            "f": device >= number and device // 10 == number // 10,
+        }[kind]
+        if runs and number >= needed:
+            return None
+    return (
+        f"component sage was built for {', '.join(architectures)}, of which nothing runs "
+        f"{precision!r} on {arch}; add {'80' if needed == 80 else '89'} to VIDEO_ATTN_CUDA_ARCHS "
+        "and rebuild"
+    )
 
 
 def _refuse_shapes(problem: Problem) -> str | None:
@@ -143,7 +183,10 @@ def _refuse_shapes(problem: Problem) -> str | None:
         return f"dtype {problem.dtype} is not float16, bfloat16 or float32"
     for name in ("head_dim", "head_dim_v"):
         if getattr(problem, name) > MAX_HEAD_DIM:
-            return f"{name} {getattr(problem, name)} is more than {MAX_HEAD_DIM}"
+            return (
+                f"{name} {getattr(problem, name)} is more than {MAX_HEAD_DIM}; backends triton and "
+                "reference take up to 256"
+            )
     for name in ("q_block_size", "kv_block_size"):
         size = getattr(problem, name)
         if size is not None and size % TILE:
@@ -187,6 +230,7 @@ register(
         priority=30,
         available=_available,
         supports=_supports,
+        built=_built,
         forward=_forward,
     )
 )
