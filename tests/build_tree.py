@@ -36,9 +36,16 @@ def put_source(tree: Path, name: str, text: str = "// stand-in\n") -> None:
 
 
 def run_setup(
-    tree: Path, *arguments: str, script: str = "setup.py", **environment: str
+    tree: Path,
+    *arguments: str,
+    script: str = "setup.py",
+    limit: float | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a setup file of `tree` with this Python; the caller looks at returncode and stdout."""
+    """Run a setup file of `tree` with this Python; the caller looks at returncode and stdout.
+
+    After `limit` seconds it raises subprocess.TimeoutExpired.
+    """
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=tree,
@@ -46,6 +53,7 @@ def run_setup(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=limit,
     )
 
 

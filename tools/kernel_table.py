@@ -1,0 +1,278 @@
+"""What the Hopper kernels are in machine code: python tools/kernel_table.py [--write]
+
+Builds the components `sta` and `vsa` (no GPU needed), reads their machine code, and prints for each
+kernel its registers, shared memory and tensor core instructions, and how many instructions its main
+loop takes per 64 keys (or queries) that a warpgroup works through. `--write` keeps the figures in
+tests/data/hopper_kernels.json, against which a test compares the next build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from build_checks import KITTENS_HEADER, probe_nvcc
+from build_plan import ROOT, BuildOptions, Tools, find_tools
+
+TABLE = ROOT / "tests" / "data" / "hopper_kernels.json"
+COMPONENTS = ("sta", "vsa")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);")
+_BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
+_PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.")
+_USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The machine code of one kernel.
+
+    Args:
+        name: demangled, without namespaces and arguments.
+        registers: of a thread at launch. stack, local: bytes of a thread in local memory.
+        code: (address, instruction) in the order of addresses.
+    """
+
+    name: str
+    registers: int
+    stack: int
+    local: int
+    code: tuple[tuple[int, str], ...]
+
+    def count(self, *mnemonics: str) -> int:
+        """Instructions of these kinds, as "HGMMA" or "LDL"."""
+        wanted = re.compile(rf"\b(?:{'|'.join(mnemonics)})\b")
+        return sum(bool(wanted.search(text)) for _, text in self.code)
+
+    def main_loop(self) -> tuple[str, ...]:
+        """The shortest loop that multiplies on tensor cores: what runs where no mask is needed."""
+        places = {address: index for index, (address, _) in enumerate(self.code)}
+        loops = []
+        for index, (address, text) in enumerate(self.code):
+            branch = _BRANCH.search(text)
+            start = places.get(int(branch[1], 16)) if branch else None
+            if start is not None and self.code[start][0] <= address:
+                body = tuple(line for _, line in self.code[start : index + 1])
+                if any(_PRODUCT.search(line) for line in body):
+                    loops.append(body)
+        if not loops:
+            raise ValueError(f"{self.name}: no loop with HGMMA instructions")
+        return min(loops, key=len)
+
+
+def products_of(name: str) -> int:
+    """Matrix products of 64 x D per 64 keys: q k and p v; their gradients, and q k once more."""
+    if name.startswith("forward_kernel"):
+        return 2
+    return {"(Walk)0": 4, "(Walk)1": 3}[arguments_of(name)[2]]
+
+
+def arguments_of(name: str) -> list[str]:
+    """The innermost template arguments of a name."""
+    return [x.strip() for x in name.rpartition("<")[2].partition(">")[0].split(",")]
+
+
+def head_dim_of(name: str) -> int:
+    return int(arguments_of(name)[1])
+
+
+def per_64_keys(kernel: Kernel) -> dict[str, int]:
+    """Main loop of a warp: all instructions, and tensor core ones, per 64 keys (or queries)."""
+    loop = kernel.main_loop()
+    columns = [int(m[1]) for m in map(_PRODUCT.search, loop) if m]
+    # 64 x columns x 16 each, of products_of(name) times 64 x 64 x D.
+    share = 64 * head_dim_of(kernel.name) * products_of(kernel.name) / (16 * sum(columns))
+    return {"instructions": round(len(loop) * share), "hgmma": round(len(columns) * share)}
+
+
+# -- reading a library -----------------------------------------------------------------------------
+
+
+def find_disassembler(nvcc: str) -> str | None:
+    """cuobjdump, with nvdisasm beside it: of the toolkit, from PATH, or of the triton package."""
+    folders = [str(Path(nvcc).resolve().parent)] if nvcc else []
+    folders += os.environ.get("PATH", "").split(os.pathsep)
+    triton = find_spec("triton")
+    if triton is not None and triton.submodule_search_locations:
+        package = Path(triton.submodule_search_locations[0])
+        folders.append(str(package / "backends" / "nvidia" / "bin"))
+    for folder in folders:
+        if shutil.which("cuobjdump", path=folder) and shutil.which("nvdisasm", path=folder):
+            return str(Path(folder) / "cuobjdump")
+    return None
+
+
+def read_kernels(library: Path, disassembler: str) -> list[Kernel]:
+    """Every kernel of a library, by name."""
+    path = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
+
+    def output(*command: str) -> str:
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    usage = output(disassembler, "-res-usage", str(library))
+    return parse_kernels(usage, output(disassembler, "-sass", str(library)), demangle)
+
+
+def parse_kernels(usage: str, listing: str, names: Any) -> list[Kernel]:
+    """From the texts that cuobjdump prints for -res-usage and -sass."""
+    resources = {m[1]: tuple(map(int, m.groups()[1:])) for m in _USAGE.finditer(usage)}
+    kernels = []
+    for section in re.split(r"\n\s*Function : ", listing)[1:]:
+        symbol, _, body = section.partition("\n")
+        code = tuple((int(m[1], 16), m[2].strip()) for m in _INSTRUCTION.finditer(body))
+        registers, stack, local = resources[symbol.strip()]
+        kernels.append(Kernel(names(symbol.strip()), registers, stack, local, code))
+    return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def demangle(symbol: str) -> str:
+    """The short name of a kernel: forward_kernel<(Grain)0, 128, __half>."""
+    done = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
+    return shorten(done.stdout.strip())
+
+
+def shorten(name: str) -> str:
+    name = re.sub(r"\b(?:video_attn::hopper|video_attn|kittens)::", "", name)
+    return re.sub(r"\(\w+\)$", "", name.removeprefix("void ")).replace("> >", ">>")
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def missing_tool(tools: Tools) -> str | None:
+    """Why there is nothing to read on this machine, or None."""
+    if not tools.nvcc:
+        return "nvcc not found"
+    if not tools.thunderkittens or not (Path(tools.thunderkittens) / KITTENS_HEADER).is_file():
+        return "ThunderKittens not found: git submodule update --init, or THUNDERKITTENS_ROOT"
+    if shutil.which("c++filt") is None or find_disassembler(tools.nvcc) is None:
+        return "cuobjdump, nvdisasm or c++filt not found (the triton package holds the first two)"
+    return None
+
+
+def build_libraries(folder: Path, limit: float | None = None) -> dict[str, Path]:
+    """Compile the components into `folder`; what is compiled already is taken from build/native.
+
+    Raises:
+        RuntimeError: the build fails; with its output. subprocess.TimeoutExpired: after `limit` s.
+    """
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
+    environment = {
+        **os.environ,
+        "VIDEO_ATTN_COMPONENTS": ",".join(COMPONENTS),
+        "VIDEO_ATTN_BUILD_EXT": "1",
+    }
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout)
+    return {name: folder / "video_attn" / f"_{name}.so" for name in COMPONENTS}
+
+
+def shared_memory(names: Sequence[str], tools: Tools) -> dict[str, int]:
+    """Bytes of dynamic shared memory of each kernel, asked from the headers by a small program."""
+    terms = []
+    for name in names:
+        inner = ", ".join(arguments_of(name))
+        grain_and_dim = ", ".join(arguments_of(name)[:2])
+        is_forward = name.startswith("forward_kernel")
+        terms.append(
+            f"forward_config({grain_and_dim}).shared_bytes()"
+            if is_forward
+            else f"BackwardConfig<{inner}>::kSharedBytes"
+        )
+    prints = "\n".join(f'  std::printf("%d\\n", static_cast<int>({term}));' for term in terms)
+    program = (
+        "#include <cstdio>\n"
+        '#include "hopper/backward_config.h"\n#include "hopper/config.h"\n'
+        f"using namespace video_attn::hopper;\nint main() {{\n{prints}\n}}\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "shared_memory.cu", Path(folder) / "shared_memory"
+        source.write_text(program)
+        command = [tools.nvcc, "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda"]
+        command += ["-gencode", "arch=compute_90a,code=sm_90a", "-DKITTENS_HOPPER"]
+        command += ["-I", str(ROOT / "csrc"), "-isystem", f"{tools.thunderkittens}/include"]
+        subprocess.run([*command, str(source), "-o", str(binary)], check=True)
+        answer = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout
+    return dict(zip(names, map(int, answer.split()), strict=True))
+
+
+def rows_of(kernels: Iterable[Kernel], shared: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """The figures of each kernel that uses tensor cores, by name."""
+    return {
+        kernel.name: {
+            "registers": kernel.registers,
+            "shared_bytes": shared[kernel.name],
+            "local_accesses": kernel.count("LDL", "STL"),
+            "hgmma": kernel.count("HGMMA"),
+            **{f"{what}_per_64_keys": n for what, n in per_64_keys(kernel).items()},
+        }
+        for kernel in kernels
+        if kernel.count("HGMMA")
+    }
+
+
+def make_table(libraries: Mapping[str, Path], tools: Tools) -> dict[str, Any]:
+    """{"cuda": version of the compiler, component: {kernel: figures}}."""
+    disassembler = find_disassembler(tools.nvcc)
+    if disassembler is None:
+        raise RuntimeError(str(missing_tool(tools)))
+    found = {name: read_kernels(path, disassembler) for name, path in libraries.items()}
+    used = [k.name for kernels in found.values() for k in kernels if k.count("HGMMA")]
+    shared = shared_memory(sorted(set(used)), tools)
+    version = ".".join(map(str, probe_nvcc(tools.nvcc)))
+    return {
+        "cuda": version,
+        **{name: rows_of(kernels, shared) for name, kernels in found.items()},
+    }
+
+
+def print_table(table: Mapping[str, Any]) -> None:
+    """One line per kernel."""
+    for component in COMPONENTS:
+        rows = table[component]
+        columns = list(next(iter(rows.values())))
+        print(f"{component}, CUDA {table['cuda']}: {', '.join(columns)}")
+        for name, row in rows.items():
+            print("  " + " ".join(f"{row[column]:7d}" for column in columns) + f"  {name}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"keep them in {TABLE.name}")
+    options = parser.parse_args()
+    tools = find_tools(BuildOptions.from_environment(os.environ))
+    reason = missing_tool(tools)
+    if reason is not None:
+        raise SystemExit(f"error: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        table = make_table(build_libraries(Path(folder)), tools)
+    print_table(table)
+    if options.write:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
