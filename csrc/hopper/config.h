@@ -10,7 +10,7 @@ namespace video_attn::hopper {
 
 enum class Grain : int32_t {
   kCoarse,  // the consumers of a tile share one list of key blocks, and each load of keys
-  kFine     // every consumer has the list of its own 64 query rows, and its own loads
+  kFine     // every consumer has the list of its own 64 query rows; what both see is loaded once
 };
 
 constexpr int32_t kSharedBytesPerBlock = 232448;  // what one block of threads can have on sm_90
@@ -21,15 +21,14 @@ constexpr int32_t kTileTokens = kConsumers * kConsumerTokens;
 constexpr int32_t kConsumerThreads = 128 * kConsumers;
 constexpr int32_t kForwardThreads = kConsumerThreads + 128;  // and the producer warpgroup
 
-// Registers of a thread: together with kForwardThreads they fill the 65536 of an SM.
-constexpr int32_t kConsumerRegisters = 240;
-constexpr int32_t kProducerRegisters = 24;
+// Registers of a thread after the warpgroups have shared out the 168 that each is launched with.
+constexpr int32_t kConsumerRegisters = 224;
+constexpr int32_t kProducerRegisters = 56;
 
 struct ForwardConfig {
   Grain grain;
   int32_t head_dim;      // channels in shared memory, 64 or 128; missing ones are zero
-  int32_t rings;         // of slots; a slot holds the keys or the values of one step
-  int32_t slots;         // of each ring
+  int32_t slots;         // of the ring; each holds the keys or the values of one step
   bool separate_output;  // the output is staged beside the queries, not in their place
 
   constexpr int32_t query_bytes() const { return kConsumerTokens * head_dim * 2; }
@@ -38,19 +37,19 @@ struct ForwardConfig {
     return separate_output ? kConsumers * query_bytes() : 0;
   }
   constexpr int32_t ring_offset() const { return output_offset() + kConsumers * query_bytes(); }
-  constexpr int32_t control_offset() const { return ring_offset() + rings * slots * slot_bytes(); }
+  constexpr int32_t control_offset() const { return ring_offset() + slots * slot_bytes(); }
   constexpr int32_t shared_bytes() const { return control_offset() + kControlBytes; }
 };
 
 constexpr int32_t padded_head_dim(int32_t head_dim) { return head_dim <= 64 ? 64 : 128; }
 
-// Slots: keys and values alternate in a ring, and a consumer holds the keys of one step and the
-// values of the one before, so 3 slots load one operand ahead.
+// A consumer holds the keys of one step and the values of the one before. Consumers that share each
+// load need two slots for that, consumers on their own four; the rest is loaded ahead.
 constexpr ForwardConfig forward_config(Grain grain, int32_t head_dim) {
   const int32_t channels = padded_head_dim(head_dim);
   const int32_t narrow = channels == 64 ? 2 : 1;
-  return grain == Grain::kCoarse ? ForwardConfig{grain, channels, 1, 5 * narrow, true}
-                                 : ForwardConfig{grain, channels, kConsumers, 3 * narrow, false};
+  return grain == Grain::kCoarse ? ForwardConfig{grain, channels, 5 * narrow, true}
+                                 : ForwardConfig{grain, channels, 6 * narrow, false};
 }
 
 static_assert(forward_config(Grain::kCoarse, 128).shared_bytes() <= kSharedBytesPerBlock);

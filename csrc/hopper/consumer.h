@@ -45,10 +45,10 @@ class Consumer {
       : arguments_(arguments),
         shared_(shared),
         consumer_(consumer),
-        ring_(consumer % kConfig.rings),
         scale_(fmaxf(fabsf(arguments.shape.problem.scale), kLeastScale) * kLog2E),
         negative_(arguments.shape.problem.scale < 0.0f),
-        queue_(shared, consumer) {
+        queue_(shared),
+        order_(consumer) {
     if (consumer == kConsumers - 1) pass_turn();  // the first consumer begins
   }
 
@@ -60,11 +60,13 @@ class Consumer {
       Softmax softmax(scale_);
       barrier_wait(shared_.query_full(consumer_), query_parity_);
       query_parity_ ^= 1;
-      if (item.halves.all > 0) {
+      order_.begin(item);
+      if (item.halves_of(consumer_).all > 0) {
         attend(item, softmax, output);
       } else if constexpr (kConfig.separate_output) {
         release_queries();
       }
+      order_.end();
       skip_turns(item);
       finish(item, softmax, output);
     }
@@ -93,7 +95,8 @@ class Consumer {
   // Every consumer has as many turns in a tile as the one with the most steps.
   __device__ void skip_turns(const WorkItem& item) const {
     if constexpr (kConfig.grain == Grain::kFine) {
-      for (int32_t turn = turns_of(item.halves); turn < item.turns; ++turn) {
+      const int32_t taken = turns_of(item.halves_of(consumer_).steps());
+      for (int32_t turn = taken; turn < turns_of(item.rounds); ++turn) {
         take_turn();
         pass_turn();
       }
@@ -101,28 +104,23 @@ class Consumer {
   }
 
   __device__ Operand& operand(const RingCursor& cursor) const {
-    return *reinterpret_cast<Operand*>(shared_.slot(ring_, cursor.slot));
+    return *reinterpret_cast<Operand*>(shared_.slot(cursor.slot));
   }
   __device__ void wait_slot(const RingCursor& cursor) const {
-    barrier_wait(shared_.slot_full(ring_, cursor.slot), cursor.parity);
+    barrier_wait(shared_.slot_full(cursor.slot), cursor.parity);
   }
   __device__ void release_slot(const RingCursor& cursor) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_empty(ring_, cursor.slot));
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_empty(cursor.slot));
   }
-  __device__ RingCursor next_slot() {
-    const RingCursor slot = cursor_;
-    cursor_.advance(kConfig.slots);
-    return slot;
-  }
-
   // Scores of negative scales are turned around in the steps that take care of partial halves.
   __device__ void attend(const WorkItem& item, Softmax& softmax, Output& output) {
     Scores scores;
     Weights weights;
-    const int32_t steps = item.halves.steps();
-    const int32_t full_steps = negative_ ? 0 : item.halves.full_steps();
+    const HalfCounts halves = item.halves_of(consumer_);
+    const int32_t steps = halves.steps();
+    const int32_t full_steps = negative_ ? 0 : halves.full_steps();
 
-    const RingCursor keys = next_slot();
+    const RingCursor keys = order_.claim(0);
     wait_slot(keys);
     take_turn();
     issue_scores(scores, keys);
@@ -134,11 +132,11 @@ class Consumer {
     kittens::warp::copy(weights, scores);
 
     int32_t step = 1;
-    for (; step < full_steps; ++step) attend_step<false>(softmax, scores, weights, output);
-    for (; step < steps; ++step) attend_step<true>(softmax, scores, weights, output);
+    for (; step < full_steps; ++step) attend_step<false>(step, softmax, scores, weights, output);
+    for (; step < steps; ++step) attend_step<true>(step, softmax, scores, weights, output);
     if constexpr (kConfig.separate_output) release_queries();
 
-    const RingCursor values = next_slot();
+    const RingCursor values = order_.claim(steps - 1);
     wait_slot(values);
     if (steps > full_steps) clear_values(values);
     take_turn();
@@ -150,9 +148,10 @@ class Consumer {
 
   // The scores and weights of a step, and the output of the step before.
   template <bool kPartial>
-  __device__ void attend_step(Softmax& softmax, Scores& scores, Weights& weights, Output& output) {
-    const RingCursor keys = next_slot();
-    const RingCursor values = next_slot();
+  __device__ void attend_step(int32_t step, Softmax& softmax, Scores& scores, Weights& weights,
+                              Output& output) {
+    const RingCursor keys = order_.claim(step);
+    const RingCursor values = order_.claim(step - 1);
     wait_slot(keys);
     if constexpr (kPartial) {
       wait_slot(values);
@@ -189,15 +188,15 @@ class Consumer {
 
   __device__ void mend_scores(Scores& scores, const RingCursor& keys) const {
     if (negative_) kittens::warp::mul(scores, scores, -1.0f);
-    const int2 valid = shared_.slot_valid(ring_, keys.slot);
+    const int2 valid = shared_.slot_valid(keys.slot);
     mask_scores(scores, valid.x, valid.y);
   }
 
   // Values of keys that do not count become zero: their weights are zero, but whatever lies there
   // need not be a number. By the whole warpgroup.
   __device__ void clear_values(const RingCursor& cursor) const {
-    const int2 valid = shared_.slot_valid(ring_, cursor.slot);
-    char* slot = shared_.slot(ring_, cursor.slot);
+    const int2 valid = shared_.slot_valid(cursor.slot);
+    char* slot = shared_.slot(cursor.slot);
     constexpr int32_t kRowVectors = kColumns * 2 / static_cast<int32_t>(sizeof(int4));
     for (int32_t at = threadIdx.x % 128; at < kStepTokens * kRowVectors; at += 128) {
       const int32_t row = at / kRowVectors;
@@ -218,29 +217,31 @@ class Consumer {
   __device__ void finish(const WorkItem& item, const Softmax& softmax, Output& output) {
     const int32_t lane = threadIdx.x % 32;
     const int32_t first_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const bool seen = item.halves.all > 0;
+    const bool seen = item.halves_of(consumer_).all > 0;
+    const ConsumerRows rows = item.rows_of(consumer_);
     float* lse = arguments_.lse +
                  (static_cast<int64_t>(item.batch) * arguments_.shape.problem.heads + item.head) *
                      arguments_.shape.problem.q_side.length +
-                 item.rows.query;
+                 rows.query;
 #pragma unroll
     for (int32_t part = 0; part < kRowsPerThread; ++part) {
       const int32_t row = first_row + part * 8;
-      const bool valid = seen && row < item.rows.valid;
+      const bool valid = seen && row < rows.valid;
       const float total = softmax.total(part);
       const float factor = 1.0f / total;
       for_each_pair(output, part, [&](float2& pair) {
         pair.x = valid ? pair.x * factor : 0.0f;
         pair.y = valid ? pair.y * factor : 0.0f;
       });
-      if (lane % 4 == 0 && row < item.rows.stored) {
+      if (lane % 4 == 0 && row < rows.stored) {
         lse[row] = valid ? softmax.log_sum(part, total) : -INFINITY;
       }
     }
-    store_output(item, output);
+    store_output(item, rows, output);
   }
 
-  __device__ void store_output(const WorkItem& item, const Output& output) {
+  __device__ void store_output(const WorkItem& item, const ConsumerRows& rows,
+                               const Output& output) {
     const bool leader = threadIdx.x % 128 == 0;
     const int32_t barrier = kConsumerBarrier + consumer_;
     if constexpr (kConfig.separate_output) {
@@ -251,10 +252,10 @@ class Consumer {
     Warpgroup::store(staged, output);
     shared_write_fence();
     named_barrier_sync(barrier, 128);
-    if (leader && item.rows.stored > 0) {
+    if (leader && rows.stored > 0) {
       for (int32_t box = 0; box < kColumnBoxes; ++box) {
         store_box(&arguments_.out, shared_address(&staged) + box * kConsumerTokens * kColumns * 2,
-                  box * kColumns, item.rows.query, item.head, item.batch);
+                  box * kColumns, rows.query, item.head, item.batch);
       }
       store_commit();
     }
@@ -267,11 +268,11 @@ class Consumer {
 
   const ForwardArguments& arguments_;
   const SharedMemory<kConfig>& shared_;
-  const int32_t consumer_, ring_;
+  const int32_t consumer_;
   const float scale_;
   const bool negative_;
   WorkQueue<kConfig> queue_;
-  RingCursor cursor_;
+  SlotOrder<kConfig> order_;
   uint32_t query_parity_ = 0;
 };
 

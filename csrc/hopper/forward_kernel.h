@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   if (warpgroup == kConsumers) {
     kittens::group<4>::decrease_registers<kProducerRegisters>();
     const int32_t warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
-    if (warp < kConfig.rings) {
+    if (warp < kProducers<kGrain>) {
       Producer<kConfig>(arguments, shared, warp).run();
-    } else if (warp == kConfig.rings) {
+    } else if (warp == kProducers<kGrain>) {
       schedule_tiles<kConfig>(arguments, shared);
     }
   } else {
@@ -72,7 +72,8 @@ inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArgumen
 }
 
 inline size_t forward_workspace(const ForwardParams& params, Grain grain) {
-  return needs_plan(params) ? schedule_bytes(plan_shape(params, grain)) : 0;
+  Schedule schedule = plan_shape(params, grain);
+  return needs_plan(params) ? place_schedule(schedule, nullptr) : 0;
 }
 
 template <Grain kGrain, int32_t kHeadDim>
@@ -98,6 +99,11 @@ cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStr
   const Problem& problem = params.problem;
   const int64_t rows = static_cast<int64_t>(problem.batch) * problem.heads * problem.q_side.length;
   if (rows == 0 || problem.head_dim == 0) return cudaSuccess;
+  const bool paired = kGrain == Grain::kFine && params.lists.counts != nullptr;
+  if (paired &&
+      (problem.q_side.block_size != kHalfTokens || problem.kv_side.block_size != kHalfTokens)) {
+    return cudaErrorInvalidValue;  // fine lists are of blocks of 64
+  }
   return padded_head_dim(problem.head_dim) == 64
              ? launch_forward<kGrain, 64>(params, workspace, stream)
              : launch_forward<kGrain, 128>(params, workspace, stream);

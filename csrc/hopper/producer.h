@@ -1,4 +1,4 @@
-// The producer warps: each walks the lists of key blocks of its ring and keeps the ring full.
+// The producer warps: walk the lists of key blocks and keep the ring of operands full.
 #pragma once
 
 #include "hopper/work.h"
@@ -22,8 +22,7 @@ class WarpEntries {
 
  private:
   __device__ int32_t index_at(int32_t entry) const {
-    if (entry >= list_.count) return 0;
-    return list_.indices == nullptr ? entry : list_.indices[entry * list_.stride];
+    return entry < list_.count ? list_.slot(entry) : 0;
   }
 
   __device__ void load(int32_t chunk) {
@@ -45,104 +44,121 @@ struct Step {
   KeyHalf halves[2];  // a missing half has no valid token and no load
 };
 
+// The steps of one row.
+class StepCursor {
+ public:
+  __device__ StepCursor(const WarpEntries& entries, int32_t block_size, HalfCounts counts)
+      : cursor_(entries, block_size, counts), left_(counts.all) {}
+
+  __device__ Step next() {
+    Step step{};
+    step.halves[0] = cursor_.next();
+    if (left_ > 1) step.halves[1] = cursor_.next();
+    left_ -= 2;
+    return step;
+  }
+
+ private:
+  HalfCursor<WarpEntries> cursor_;
+  int32_t left_;
+};
+
+// Producer `list` of a block of threads. Of the loads that consumers share, the first does all.
 template <ForwardConfig kConfig>
 class Producer {
  public:
   __device__ Producer(const ForwardArguments& arguments, const SharedMemory<kConfig>& shared,
-                      int32_t ring)
-      : arguments_(arguments), shared_(shared), ring_(ring), queue_(shared, ring) {}
+                      int32_t list)
+      : arguments_(arguments), shared_(shared), list_(list), queue_(shared), order_(list) {}
 
   __device__ void run() {
     WorkItem item;
     while (queue_.next(item)) {
       load_queries(item);
-      if (item.halves.all > 0) load_steps(item);
+      order_.begin(item);
+      if (item.halves_of(list_).all > 0) load_steps(item);
+      order_.end();
     }
   }
 
  private:
   static constexpr int32_t kColumns = 64;  // channels of one box
   static constexpr int32_t kColumnBoxes = kConfig.head_dim / kColumns;
-  static constexpr int32_t kReaders = kConsumers / kConfig.rings;
 
   // Keys run one step ahead of values, as the consumers take them.
   __device__ void load_steps(const WorkItem& item) {
     const Problem& problem = arguments_.shape.problem;
+    const Side& keys = problem.kv_side;
+    const HalfCounts halves = item.halves_of(list_);
+    const RowList list = planned_list(arguments_.shape, arguments_.schedule, item.batch, item.head,
+                                      item.rows_of(list_).row);
+    StepCursor cursor(WarpEntries(list, keys, batch_lens(keys.lens, item.batch)), keys.block_size,
+                      halves);
     const int32_t kv_head = item.head / (problem.heads / problem.kv_heads);
-    const RowList list = row_list(arguments_.shape, item.batch, item.head, item.rows.row);
-    const int32_t* lens = batch_lens(problem.kv_side.lens, item.batch);
-    HalfCursor<WarpEntries> cursor(WarpEntries(list, problem.kv_side, lens),
-                                   problem.kv_side.block_size, item.halves);
-    int32_t left = item.halves.all;
-    Step step = next_step(cursor, left);
-    load_operand(arguments_.k, step, kv_head, item.batch);
-    while (left > 0) {
-      const Step following = next_step(cursor, left);
-      load_operand(arguments_.k, following, kv_head, item.batch);
-      load_operand(arguments_.v, step, kv_head, item.batch);
+    const auto load = [&](const CUtensorMap& map, const Step& step, int32_t round) {
+      const RingCursor slot = order_.claim(round);
+      const bool shared = kConfig.grain == Grain::kCoarse || round < item.shared;
+      if (!shared || list_ == 0) load_operand(map, step, slot, shared, kv_head, item.batch);
+    };
+    Step step = cursor.next();
+    load(arguments_.k, step, 0);
+    for (int32_t round = 1; round < halves.steps(); ++round) {
+      const Step following = cursor.next();
+      load(arguments_.k, following, round);
+      load(arguments_.v, step, round - 1);
       step = following;
     }
-    load_operand(arguments_.v, step, kv_head, item.batch);
-  }
-
-  __device__ static Step next_step(HalfCursor<WarpEntries>& cursor, int32_t& left) {
-    Step step{};
-    step.halves[0] = cursor.next();
-    if (left > 1) step.halves[1] = cursor.next();
-    left -= 2;
-    return step;
+    load(arguments_.v, step, halves.steps() - 1);
   }
 
   __device__ void load_queries(const WorkItem& item) {
 #pragma unroll
-    for (int32_t reader = 0; reader < kReaders; ++reader) {
-      const int32_t consumer = ring_ + reader;
+    for (int32_t consumer = 0; consumer < kConsumers; ++consumer) {
+      if (kConfig.grain == Grain::kFine && consumer != list_) continue;
       barrier_wait(shared_.query_empty(consumer), query_parity_ ^ 1);
       if (threadIdx.x % 32 == 0) {
         const uint32_t full = shared_.query_full(consumer);
+        const uint32_t queries = shared_address(shared_.query(consumer));
         barrier_arrive_expect(full, kConfig.query_bytes());
 #pragma unroll
         for (int32_t box = 0; box < kColumnBoxes; ++box) {
-          load_box(&arguments_.q,
-                   shared_address(shared_.query(consumer)) + box * kConsumerTokens * kColumns * 2,
-                   full, box * kColumns, item.rows.query + reader * kConsumerTokens, item.head,
-                   item.batch);
+          load_box(&arguments_.q, queries + box * kConsumerTokens * kColumns * 2, full,
+                   box * kColumns, item.rows[consumer].query, item.head, item.batch);
         }
       }
     }
     query_parity_ ^= 1;
   }
 
-  // Keys or values of one step, into the next slot.
-  __device__ void load_operand(const CUtensorMap& map, const Step& step, int32_t head,
-                               int32_t batch) {
-    barrier_wait(shared_.slot_empty(ring_, cursor_.slot), cursor_.parity ^ 1);
-    if (threadIdx.x % 32 == 0) {
-      const uint32_t full = shared_.slot_full(ring_, cursor_.slot);
-      const uint32_t slot = shared_address(shared_.slot(ring_, cursor_.slot));
-      shared_.slot_valid(ring_, cursor_.slot) =
-          make_int2(step.halves[0].valid, step.halves[1].valid);
-      barrier_arrive_expect(
-          full, step.halves[1].valid > 0 ? kConfig.slot_bytes() : kConfig.slot_bytes() / 2);
+  // Keys or values of one step, into a slot.
+  __device__ void load_operand(const CUtensorMap& map, const Step& step, const RingCursor& slot,
+                               bool shared, int32_t head, int32_t batch) {
+    const uint32_t empty = shared_.slot_empty(slot.slot);
+    barrier_wait(empty, slot.parity ^ 1);
+    if (threadIdx.x % 32 != 0) return;
+    const uint32_t full = shared_.slot_full(slot.slot);
+    const uint32_t destination = shared_address(shared_.slot(slot.slot));
+    const bool whole = step.halves[1].valid > 0;
+    if (!shared) barrier_arrive(empty, kConsumerWarps);  // for the consumer that needs it not
+    shared_.slot_valid(slot.slot) = make_int2(step.halves[0].valid, step.halves[1].valid);
+    barrier_arrive_expect(full, whole ? kConfig.slot_bytes() : kConfig.slot_bytes() / 2);
 #pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        if (step.halves[half].valid == 0) continue;
+    for (int32_t half = 0; half < 2; ++half) {
+      if (step.halves[half].valid == 0) continue;
 #pragma unroll
-        for (int32_t box = 0; box < kColumnBoxes; ++box) {
-          const int32_t row = box * kStepTokens + half * kHalfTokens;
-          load_box(&map, slot + row * kColumns * 2, full, box * kColumns, step.halves[half].token,
-                   head, batch);
-        }
+      for (int32_t box = 0; box < kColumnBoxes; ++box) {
+        const int32_t row = box * kStepTokens + half * kHalfTokens;
+        load_box(&map, destination + row * kColumns * 2, full, box * kColumns,
+                 step.halves[half].token, head, batch);
       }
     }
-    cursor_.advance(kConfig.slots);
   }
 
   const ForwardArguments& arguments_;
   const SharedMemory<kConfig>& shared_;
-  int32_t ring_;
+  const int32_t list_;
   WorkQueue<kConfig> queue_;
-  RingCursor cursor_;
+  SlotOrder<kConfig> order_;
   uint32_t query_parity_ = 0;
 };
 

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "hopper/config.h"
 #include "hopper/params.h"
 #include "hopper/step_list.h"
@@ -17,7 +19,9 @@ struct Schedule {
   int32_t* ticket;     // the next tile to run; null: block b runs the tiles b, b + blocks, ...
   HalfCounts* halves;  // [batches, heads, rows]; null: every row sees all keys
   int32_t* order;      // [batches, heads, tiles]; null: as they stand
-  int32_t batches, heads, rows, tiles;
+  int32_t* common;     // [batches, heads, tiles]: full blocks in both lists of a fine tile
+  int32_t* paired;     // [batches, heads, rows, longest]: lists in paired order; null: as given
+  int32_t batches, heads, rows, tiles, longest;
 };
 
 // What planning and the kernels need to know of a problem besides its tensors.
@@ -41,6 +45,7 @@ inline Schedule plan_shape(const ForwardParams& params, Grain grain) {
   schedule.heads = head_matters ? problem.heads : 1;
   schedule.rows = divide_up(problem.q_side.length, problem.q_side.block_size);
   schedule.tiles = query_tiles(grain, problem.q_side.length, problem.q_side.block_size);
+  schedule.longest = listed && grain == Grain::kFine ? lists.longest : 0;
   return schedule;
 }
 
@@ -49,30 +54,38 @@ inline bool needs_plan(const ForwardParams& params) {
   return params.lists.counts != nullptr || params.problem.kv_side.lens.data != nullptr;
 }
 
-inline size_t align_workspace(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-inline size_t schedule_bytes(const Schedule& schedule) {
-  const size_t lists = static_cast<size_t>(schedule.batches) * schedule.heads;
-  return align_workspace(sizeof(int32_t)) +
-         align_workspace(lists * schedule.rows * sizeof(HalfCounts)) +
-         align_workspace(lists * schedule.tiles * sizeof(int32_t));
+inline size_t list_count(const Schedule& schedule) {
+  return static_cast<size_t>(schedule.batches) * schedule.heads;
 }
 
-inline void place_schedule(Schedule& schedule, void* workspace) {
-  const size_t lists = static_cast<size_t>(schedule.batches) * schedule.heads;
-  char* next = static_cast<char*>(workspace);
-  schedule.ticket = reinterpret_cast<int32_t*>(next);
-  next += align_workspace(sizeof(int32_t));
-  schedule.halves = reinterpret_cast<HalfCounts*>(next);
-  next += align_workspace(lists * schedule.rows * sizeof(HalfCounts));
-  schedule.order = reinterpret_cast<int32_t*>(next);
+// Lays the schedule out from `workspace` on, which may be null, and returns its size.
+inline size_t place_schedule(Schedule& schedule, void* workspace) {
+  const size_t lists = list_count(schedule);
+  size_t bytes = 0;
+  const auto place = [&](auto*& array, size_t length) {
+    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(
+        static_cast<char*>(workspace) + bytes);
+    bytes += (length * sizeof(*array) + 255) / 256 * 256;
+  };
+  place(schedule.ticket, 1);
+  place(schedule.halves, lists * schedule.rows);
+  place(schedule.order, lists * schedule.tiles);
+  if (schedule.longest > 0) {
+    place(schedule.common, lists * schedule.tiles);
+    place(schedule.paired, lists * schedule.rows * schedule.longest);
+  }
+  return bytes;
 }
 
 // The list of one row: where its indices lie, and how many there are.
 struct RowList {
-  const int32_t* indices;  // null: slot i is entry i
+  const int32_t* indices;  // null: entry i is slot i
   int64_t stride;
   int32_t count;
+
+  __device__ int32_t slot(int32_t entry) const {
+    return indices == nullptr ? entry : indices[entry * stride];
+  }
 };
 
 __device__ inline RowList row_list(const ForwardShape& shape, int32_t batch, int32_t head,
@@ -99,30 +112,91 @@ __device__ inline int32_t warp_sum(int32_t value) {
 }
 
 constexpr int32_t kPlanThreads = 256;
-constexpr int32_t kRowsPerPlanBlock = kPlanThreads / 32;
+constexpr int32_t kWarpsPerPlanBlock = kPlanThreads / 32;
+
+// Which plan serves a batch and a head.
+__device__ inline int64_t list_of(const Schedule& schedule, int32_t batch, int32_t head) {
+  return static_cast<int64_t>(schedule.batches == 1 ? 0 : batch) * schedule.heads +
+         (schedule.heads == 1 ? 0 : head);
+}
+
+// The list of one row in the order of its steps.
+__device__ inline RowList planned_list(const ForwardShape& shape, const Schedule& schedule,
+                                       int32_t batch, int32_t head, int32_t row) {
+  RowList list = row_list(shape, batch, head, row);
+  if (schedule.paired != nullptr) {
+    const int64_t at = list_of(schedule, batch, head) * schedule.rows + row;
+    list.indices = schedule.paired + at * schedule.longest;
+    list.stride = 1;
+  }
+  return list;
+}
 
 // One warp counts the halves of one row.
 static __global__ void __launch_bounds__(kPlanThreads)
     count_halves(const ForwardShape shape, const Schedule schedule) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *schedule.ticket = 0;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kRowsPerPlanBlock + threadIdx.x / 32;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarpsPerPlanBlock + threadIdx.x / 32;
   const int64_t list = at / schedule.rows;
   if (list >= static_cast<int64_t>(schedule.batches) * schedule.heads) return;
-  const int32_t batch = static_cast<int32_t>(list / schedule.heads);
-  const int32_t head = static_cast<int32_t>(list % schedule.heads);
+  const auto batch = static_cast<int32_t>(list / schedule.heads);
+  const auto head = static_cast<int32_t>(list % schedule.heads);
   const Side& keys = shape.problem.kv_side;
   const int32_t* lens = batch_lens(keys.lens, batch);
   const RowList entries =
       row_list(shape, batch, head, static_cast<int32_t>(at - list * schedule.rows));
   HalfCounts counts{0, 0};
   for (int32_t entry = threadIdx.x % 32; entry < entries.count; entry += 32) {
-    const int32_t slot =
-        entries.indices == nullptr ? entry : entries.indices[entry * entries.stride];
-    counts.add(valid_tokens(slot, keys.block_size, keys.length, lens));
+    counts.add(valid_tokens(entries.slot(entry), keys.block_size, keys.length, lens));
   }
   counts.full = warp_sum(counts.full);
   counts.all = warp_sum(counts.all);
   if (threadIdx.x % 32 == 0) schedule.halves[at] = counts;
+}
+
+// One warp puts the two lists of one fine tile in paired order, and counts their halves.
+static __global__ void __launch_bounds__(kPlanThreads)
+    pair_lists(const ForwardShape shape, const Schedule schedule) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *schedule.ticket = 0;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarpsPerPlanBlock + threadIdx.x / 32;
+  const int64_t list = at / schedule.tiles;
+  if (list >= static_cast<int64_t>(schedule.batches) * schedule.heads) return;
+  const auto batch = static_cast<int32_t>(list / schedule.heads);
+  const auto head = static_cast<int32_t>(list % schedule.heads);
+  const int32_t tile = static_cast<int32_t>(at - list * schedule.tiles);
+  const int32_t lane = threadIdx.x % 32;
+  const uint32_t lower_lanes = (1u << lane) - 1;
+  const Side& keys = shape.problem.kv_side;
+  const int32_t* lens = batch_lens(keys.lens, batch);
+  for (int32_t row = tile * kConsumers; row < min(tile * kConsumers + 2, schedule.rows); ++row) {
+    const RowList own = row_list(shape, batch, head, row);
+    RowList other{nullptr, 0, 0};
+    if ((row ^ 1) < schedule.rows) other = row_list(shape, batch, head, row ^ 1);
+    int32_t* paired = schedule.paired + (list * schedule.rows + row) * schedule.longest;
+    HalfCounts counts{0, 0};
+    int32_t common_count = 0, own_count = 0;
+    for (int32_t first = 0; first < own.count; first += 32) {
+      const bool exists = first + lane < own.count;
+      const int32_t slot = exists ? own.slot(first + lane) : 0;
+      const int32_t valid = exists ? valid_tokens(slot, keys.block_size, keys.length, lens) : 0;
+      const bool common =
+          valid == kHalfTokens && holds_slot(other.indices, other.stride, other.count, slot);
+      const uint32_t common_lanes = __ballot_sync(~0u, common);
+      const uint32_t own_lanes = __ballot_sync(~0u, exists) & ~common_lanes;
+      const int32_t place = paired_place(common, common_count + __popc(common_lanes & lower_lanes),
+                                         own_count + __popc(own_lanes & lower_lanes), own.count);
+      if (exists) paired[place] = slot;
+      common_count += __popc(common_lanes);
+      own_count += __popc(own_lanes);
+      counts.add(valid);
+    }
+    counts.full = warp_sum(counts.full);
+    counts.all = warp_sum(counts.all);
+    if (lane == 0) {
+      schedule.halves[list * schedule.rows + row] = counts;
+      schedule.common[at] = common_count;  // of either row the same
+    }
+  }
 }
 
 // The rows of queries of one consumer in a tile.
@@ -168,9 +242,19 @@ __device__ inline HalfCounts tile_halves(const ForwardShape& shape, const Schedu
   const ConsumerRows rows = consumer_rows<kGrain>(shape, batch, tile, decisive);
   if (rows.valid == 0) return {0, 0};
   if (schedule.halves == nullptr) return dense_halves(shape.problem.kv_side.length);
-  const int64_t list = static_cast<int64_t>(schedule.batches == 1 ? 0 : batch) * schedule.heads +
-                       (schedule.heads == 1 ? 0 : head);
-  return schedule.halves[list * schedule.rows + rows.row];
+  return schedule.halves[list_of(schedule, batch, head) * schedule.rows + rows.row];
+}
+
+// Steps that the consumers of a fine tile share, given the halves of each.
+__device__ inline int32_t tile_shared_steps(const Schedule& schedule, int32_t batch, int32_t head,
+                                            int32_t tile, const HalfCounts& first,
+                                            const HalfCounts& second) {
+  if (first.all == 0 || second.all == 0) return 0;
+  const int32_t common =
+      schedule.paired == nullptr
+          ? first.full  // every row sees all keys
+          : schedule.common[list_of(schedule, batch, head) * schedule.tiles + tile];
+  return shared_steps(common);
 }
 
 template <Grain kGrain>
@@ -243,9 +327,15 @@ __global__ void __launch_bounds__(kPlanThreads)
 template <Grain kGrain>
 cudaError_t launch_schedule(const ForwardShape& shape, const Schedule& schedule,
                             cudaStream_t stream) {
-  const int64_t lists = static_cast<int64_t>(schedule.batches) * schedule.heads;
-  const int64_t blocks = (lists * schedule.rows + kRowsPerPlanBlock - 1) / kRowsPerPlanBlock;
-  count_halves<<<static_cast<uint32_t>(blocks), kPlanThreads, 0, stream>>>(shape, schedule);
+  const auto lists = static_cast<int64_t>(list_count(schedule));
+  const bool paired = schedule.paired != nullptr;
+  const int64_t warps = lists * (paired ? schedule.tiles : schedule.rows);
+  const auto blocks = static_cast<uint32_t>((warps + kWarpsPerPlanBlock - 1) / kWarpsPerPlanBlock);
+  if (paired) {
+    pair_lists<<<blocks, kPlanThreads, 0, stream>>>(shape, schedule);
+  } else {
+    count_halves<<<blocks, kPlanThreads, 0, stream>>>(shape, schedule);
+  }
   order_tiles<kGrain><<<static_cast<uint32_t>(lists), kPlanThreads, 0, stream>>>(shape, schedule);
   return cudaGetLastError();
 }

@@ -61,6 +61,35 @@ struct KeyEntry {
   int32_t slot, valid;
 };
 
+// Whether an ascending list of `count` slots, `stride` apart, holds `slot`.
+VIDEO_ATTN_HOST_DEVICE inline bool holds_slot(const int32_t* indices, int64_t stride, int32_t count,
+                                              int32_t slot) {
+  int32_t first = 0, last = count;  // where it may still be
+  while (first < last) {
+    const int32_t middle = first + (last - first) / 2;
+    const int32_t found = indices[middle * stride];
+    if (found == slot) return true;
+    if (found < slot) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  return false;
+}
+
+// How two rows of a fine tile share loads. Each list is put in a new order: in front, in ascending
+// order, the full blocks that both lists hold, so that the first steps of both rows are the same;
+// behind, in descending order, what only this row sees, and partial blocks. An entry finds its
+// place from the number of entries of either kind before it.
+VIDEO_ATTN_HOST_DEVICE inline int32_t paired_place(bool common, int32_t common_before,
+                                                   int32_t own_before, int32_t count) {
+  return common ? common_before : count - 1 - own_before;
+}
+
+// Steps that the rows of a pair share: those made of common blocks alone.
+VIDEO_ATTN_HOST_DEVICE inline int32_t shared_steps(int32_t common) { return common / 2; }
+
 // Walks the halves of a row in the order of the steps. `Entries` maps a position in the list to its
 // KeyEntry; the caller knows from the HalfCounts how many halves there are.
 template <class Entries>

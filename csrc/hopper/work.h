@@ -14,30 +14,42 @@ struct ForwardArguments {
   float* lse;
 };
 
-// What one consumer, and the producer that serves it, do in one tile.
+// Turns of a consumer at the tensor cores: one for the scores of each step, beside the values of
+// the step before, and one for the last values.
+__device__ inline int32_t turns_of(int32_t steps) { return steps > 0 ? steps + 1 : 0; }
+
+// One tile: what each consumer does, and the producer for them. Steps are numbered in rounds: the
+// consumers share the loads of the first `shared` rounds, and have their own in the others.
 struct WorkItem {
   int32_t batch, head;  // batch -1: there is no more work
-  ConsumerRows rows;
-  HalfCounts halves;
-  int32_t turns;  // at the tensor cores, for every consumer of the tile
-};
+  int32_t shared, rounds;
+  ConsumerRows rows[kConsumers];
+  HalfCounts halves[kConsumers];
 
-// A turn for the scores of each step, beside the values of the step before, and one for the last
-// values.
-__device__ inline int32_t turns_of(const HalfCounts& halves) {
-  return halves.all > 0 ? halves.steps() + 1 : 0;
-}
+  // The arrays may lie in registers, so they take no variable index.
+  __device__ ConsumerRows rows_of(int32_t consumer) const {
+    return consumer == 0 ? rows[0] : rows[1];
+  }
+  __device__ HalfCounts halves_of(int32_t consumer) const {
+    return consumer == 0 ? halves[0] : halves[1];
+  }
+};
+static_assert(kConsumers == 2, "a work item is that of two consumers");
+
+// Warps that load: one for each list of a tile.
+template <Grain kGrain>
+constexpr int32_t kProducers = kGrain == Grain::kCoarse ? 1 : kConsumers;
 
 constexpr int32_t kItemStages = 2;
+constexpr int32_t kConsumerWarps = 4;
 
 template <ForwardConfig kConfig>
 struct Control {
-  static constexpr int32_t kOperands = kConfig.rings * kConfig.slots;
-  uint64_t slot_full[kOperands], slot_empty[kOperands];
+  uint64_t slot_full[kConfig.slots], slot_empty[kConfig.slots];
   uint64_t query_full[kConsumers], query_empty[kConsumers];
   uint64_t item_full[kItemStages], item_empty[kItemStages];
-  int2 slot_valid[kOperands];  // valid tokens of the two halves in a slot
-  WorkItem items[kItemStages][kConsumers];
+  int2 slot_valid[kConfig.slots];  // valid tokens of the two halves in a slot
+  WorkItem items[kItemStages];
 };
 
 // A position in a cyclic buffer and the parity of its barriers.
@@ -45,12 +57,62 @@ struct RingCursor {
   int32_t slot = 0;
   uint32_t parity = 0;
 
-  __device__ void advance(int32_t slots) {
-    if (++slot == slots) {
-      slot = 0;
+  // By fewer than `slots` places.
+  __device__ void advance(int32_t slots, int32_t places = 1) {
+    slot += places;
+    if (slot >= slots) {
+      slot -= slots;
       parity ^= 1;
     }
   }
+  // By any number of places.
+  __device__ void advance_far(int32_t slots, int32_t places) {
+    const int32_t wraps = (slot + places) / slots;
+    slot += places - wraps * slots;
+    parity ^= wraps & 1;
+  }
+};
+
+// The slots that one consumer and its producer go through. Those of a round are one for all
+// consumers while they share loads, and then one for each consumer that still has steps, in turn;
+// the keys of a round come before the values of the round before.
+template <ForwardConfig kConfig>
+class SlotOrder {
+ public:
+  __device__ explicit SlotOrder(int32_t consumer) : second_(consumer == 1) {}
+
+  __device__ void begin(const WorkItem& item) {
+    if constexpr (kConfig.grain == Grain::kFine) {
+      shared_ = item.shared;
+      other_steps_ = item.halves_of(second_ ? 0 : 1).steps();
+      const int32_t loads = 2 * (item.halves[0].steps() + item.halves[1].steps() - shared_);
+      end_ = next_;
+      end_.advance_far(kConfig.slots, loads);
+    }
+  }
+
+  // The slot of the keys, or of the values, of a round in which this consumer has a step.
+  __device__ RingCursor claim(int32_t round) {
+    RingCursor slot = next_;
+    if constexpr (kConfig.grain == Grain::kCoarse) {
+      next_.advance(kConfig.slots);
+    } else {
+      const int32_t others = round >= shared_ && round < other_steps_ ? 1 : 0;
+      slot.advance(kConfig.slots, second_ ? others : 0);
+      next_.advance(kConfig.slots, 1 + others);
+    }
+    return slot;
+  }
+
+  // Passes over what only the other consumer loads.
+  __device__ void end() {
+    if constexpr (kConfig.grain == Grain::kFine) next_ = end_;
+  }
+
+ private:
+  const bool second_;
+  RingCursor next_, end_;
+  int32_t shared_ = 0, other_steps_ = 0;
 };
 
 // Shared memory of a block of threads, as the configuration lays it out.
@@ -68,20 +130,18 @@ class SharedMemory {
   __device__ char* output(int32_t consumer) const {
     return base_ + kConfig.output_offset() + consumer * kConfig.query_bytes();
   }
-  __device__ char* slot(int32_t ring, int32_t slot) const {
-    return base_ + kConfig.ring_offset() + (ring * kConfig.slots + slot) * kConfig.slot_bytes();
+  __device__ char* slot(int32_t slot) const {
+    return base_ + kConfig.ring_offset() + slot * kConfig.slot_bytes();
   }
   __device__ ControlBlock& control() const {
     return *reinterpret_cast<ControlBlock*>(base_ + kConfig.control_offset());
   }
-  __device__ int2& slot_valid(int32_t ring, int32_t slot) const {
-    return control().slot_valid[ring * kConfig.slots + slot];
+  __device__ int2& slot_valid(int32_t slot) const { return control().slot_valid[slot]; }
+  __device__ uint32_t slot_full(int32_t slot) const {
+    return shared_address(&control().slot_full[slot]);
   }
-  __device__ uint32_t slot_full(int32_t ring, int32_t slot) const {
-    return shared_address(&control().slot_full[ring * kConfig.slots + slot]);
-  }
-  __device__ uint32_t slot_empty(int32_t ring, int32_t slot) const {
-    return shared_address(&control().slot_empty[ring * kConfig.slots + slot]);
+  __device__ uint32_t slot_empty(int32_t slot) const {
+    return shared_address(&control().slot_empty[slot]);
   }
   __device__ uint32_t query_full(int32_t consumer) const {
     return shared_address(&control().query_full[consumer]);
@@ -98,21 +158,17 @@ class SharedMemory {
 
   // By one thread, before the barrier of the whole block. Warps arrive as one.
   __device__ void init_barriers() const {
-    constexpr int32_t kWarps = 4;
-    constexpr int32_t kReaders = kConsumers / kConfig.rings;  // consumers of one slot
-    for (int32_t ring = 0; ring < kConfig.rings; ++ring) {
-      for (int32_t at = 0; at < kConfig.slots; ++at) {
-        barrier_init(slot_full(ring, at), 1);
-        barrier_init(slot_empty(ring, at), kReaders * kWarps);
-      }
+    for (int32_t at = 0; at < kConfig.slots; ++at) {
+      barrier_init(slot_full(at), 1);
+      barrier_init(slot_empty(at), kConsumers * kConsumerWarps);
     }
     for (int32_t consumer = 0; consumer < kConsumers; ++consumer) {
       barrier_init(query_full(consumer), 1);
-      barrier_init(query_empty(consumer), kWarps);
+      barrier_init(query_empty(consumer), kConsumerWarps);
     }
     for (int32_t stage = 0; stage < kItemStages; ++stage) {
       barrier_init(item_full(stage), 1);
-      barrier_init(item_empty(stage), kConsumers * kWarps + kConfig.rings);
+      barrier_init(item_empty(stage), kConsumers * kConsumerWarps + kProducers<kConfig.grain>);
     }
     barrier_init_fence();
   }
@@ -121,17 +177,16 @@ class SharedMemory {
   char* base_;
 };
 
-// Takes the work items of one consumer in turn.
+// Takes the work items in turn: one for each warp of consumers and producers.
 template <ForwardConfig kConfig>
 class WorkQueue {
  public:
-  __device__ WorkQueue(const SharedMemory<kConfig>& shared, int32_t consumer)
-      : shared_(shared), consumer_(consumer) {}
+  __device__ explicit WorkQueue(const SharedMemory<kConfig>& shared) : shared_(shared) {}
 
   // By a whole warp. False when there is no more.
   __device__ bool next(WorkItem& item) {
     barrier_wait(shared_.item_full(cursor_.slot), cursor_.parity);
-    item = shared_.control().items[cursor_.slot][consumer_];
+    item = shared_.control().items[cursor_.slot];
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_.item_empty(cursor_.slot));
     cursor_.advance(kItemStages);
@@ -140,51 +195,52 @@ class WorkQueue {
 
  private:
   const SharedMemory<kConfig>& shared_;
-  int32_t consumer_;
   RingCursor cursor_;
 };
 
-// The scheduling warp: lane c makes the items of consumer c, one tile ahead of the others.
+// One tile of the launch as a work item; `next` counts the tiles of all heads.
+template <Grain kGrain>
+__device__ inline WorkItem make_item(const ForwardShape& shape, const Schedule& schedule,
+                                     int32_t next) {
+  WorkItem item;
+  const int32_t list = next / schedule.tiles;
+  item.batch = list / shape.problem.heads;
+  item.head = list - item.batch * shape.problem.heads;
+  int32_t tile = next - list * schedule.tiles;
+  if (schedule.order != nullptr) {
+    tile = schedule.order[list_of(schedule, item.batch, item.head) * schedule.tiles + tile];
+  }
+  item.rounds = 0;
+#pragma unroll
+  for (int32_t consumer = 0; consumer < kConsumers; ++consumer) {
+    item.rows[consumer] = consumer_rows<kGrain>(shape, item.batch, tile, consumer);
+    item.halves[consumer] =
+        tile_halves<kGrain>(shape, schedule, item.batch, item.head, tile, consumer);
+    item.rounds = max(item.rounds, item.halves[consumer].steps());
+  }
+  item.shared = kGrain == Grain::kCoarse ? item.rounds
+                                         : tile_shared_steps(schedule, item.batch, item.head, tile,
+                                                             item.halves[0], item.halves[1]);
+  return item;
+}
+
+// The scheduling warp makes the work items, one or two tiles ahead of the others.
 template <ForwardConfig kConfig>
 __device__ void schedule_tiles(const ForwardArguments& arguments,
                                const SharedMemory<kConfig>& shared) {
+  if (threadIdx.x % 32 != 0) return;
   const ForwardShape& shape = arguments.shape;
   const Schedule& schedule = arguments.schedule;
-  const int32_t lane = threadIdx.x % 32;
-  const int32_t head_tiles = schedule.tiles;
-  const int32_t tiles = shape.problem.batch * shape.problem.heads * head_tiles;
+  const int32_t tiles = shape.problem.batch * shape.problem.heads * schedule.tiles;
   RingCursor cursor;
   for (int32_t turn = blockIdx.x;; turn += gridDim.x) {
-    int32_t next = turn;
-    if (schedule.ticket != nullptr) {
-      if (lane == 0) next = atomicAdd(schedule.ticket, 1);
-      next = __shfl_sync(~0u, next, 0);
-    }
-    WorkItem item{};
+    const int32_t next = schedule.ticket == nullptr ? turn : atomicAdd(schedule.ticket, 1);
+    WorkItem item;
     item.batch = -1;
-    if (next < tiles && lane < kConsumers) {
-      const int32_t list = next / head_tiles;
-      item.batch = list / shape.problem.heads;
-      item.head = list - item.batch * shape.problem.heads;
-      int32_t tile = next - list * head_tiles;
-      if (schedule.order != nullptr) {
-        const int64_t order_list =
-            static_cast<int64_t>(schedule.batches == 1 ? 0 : item.batch) * schedule.heads +
-            (schedule.heads == 1 ? 0 : item.head);
-        tile = schedule.order[order_list * head_tiles + tile];
-      }
-      item.rows = consumer_rows<kConfig.grain>(shape, item.batch, tile, lane);
-      item.halves = tile_halves<kConfig.grain>(shape, schedule, item.batch, item.head, tile, lane);
-    }
-    item.turns = turns_of(item.halves);
-#pragma unroll
-    for (int32_t distance = 1; distance < kConsumers; distance *= 2) {
-      item.turns = max(item.turns, __shfl_xor_sync(~0u, item.turns, distance));
-    }
+    if (next < tiles) item = make_item<kConfig.grain>(shape, schedule, next);
     barrier_wait(shared.item_empty(cursor.slot), cursor.parity ^ 1);
-    if (lane < kConsumers) shared.control().items[cursor.slot][lane] = item;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.item_full(cursor.slot));
+    shared.control().items[cursor.slot] = item;
+    barrier_arrive(shared.item_full(cursor.slot));
     cursor.advance(kItemStages);
     if (next >= tiles) return;
   }
