@@ -34,9 +34,15 @@ from rich.table import Table
 from torch import Tensor
 
 from video_attn import BlockMask
-from video_attn.backends.triton import backward_launches, forward_launches
+from video_attn.backends.triton import (
+    backward_launches,
+    forward_launches,
+    quantize_launches,
+    quantized_launches,
+)
 from video_attn.kernels.launch import Launch, Saved, Side
 from video_attn.kernels.launch_tables import (
+    CODE_KERNELS,
     GRAINS,
     HEAD_DIMS,
     ITEMSIZES,
@@ -45,21 +51,28 @@ from video_attn.kernels.launch_tables import (
     LaunchRow,
     family,
     launch_row,
+    unsupported_precision,
 )
+from video_attn.quantize import QuantizationOptions, fp8_dtype
 
 LENGTH, HEADS = 6400, 24
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
+DTYPES = {1: torch.bfloat16, 2: torch.bfloat16, 4: torch.float32}  # of q, k, v
 VARIANTS = ("steps", "lens", "gather", "dense", "causal", "odd")
+CODE_VARIANTS = (*VARIANTS, "per_thread", "fp16_sums")  # the last two are "lens" with an option
 POOL_KERNELS = ("block_mean", "block_mean_backward", "select_top_k", "step_lists")
+QUANTIZERS = ("channel_statistics", "quantize_tokens", "quantize_channels")
 
 
 class Case(NamedTuple):
     """One compile.
 
     Args:
-        kernel: one of the attention kernels, "prepare", or one of ``POOL_KERNELS``.
+        kernel: one of the attention kernels (the forward kernel over codes by its precision),
+            "prepare", or one of ``POOL_KERNELS`` or ``QUANTIZERS``.
+        itemsize: bytes of a number; 1 for codes.
         variant: of the mask: "steps" (slots that are steps), "lens" (with valid lengths), "gather"
-            (slots of 100 tokens), "dense", "causal"; "odd" is "lens" with a padded head dim.
+            (slots of 100 tokens), "dense", "causal"; "odd" is "lens" with a padded head dim. For
+            codes also "per_thread", the scales with most groups, and "fp16_sums".
     """
 
     arch: str
@@ -173,13 +186,21 @@ def case_launch(case: Case, row: LaunchRow | None = None) -> Launch:
     """The launch of a case, as the backend makes it."""
     if case.kernel in POOL_KERNELS:
         return _pool_launch(case)
+    if case.kernel in QUANTIZERS:
+        return _quantizer_launch(case)
     slot = None if case.variant in ("dense", "causal") else case.grain
     slot = 100 if case.variant == "gather" else slot
     head_dim = case.head_dim - (8 if case.variant == "odd" else 0)
     q = _meta(1, HEADS, LENGTH, head_dim, dtype=DTYPES[case.itemsize])
     out, lse = torch.empty_like(q), _meta(1, HEADS, LENGTH)
-    mask = None if slot is None else _mask(slot, case.variant in ("lens", "odd"))
+    with_lens = case.variant not in ("steps", "gather")
+    mask = None if slot is None else _mask(slot, with_lens)
     options: dict[str, Any] = {"scale": 0.1, "is_causal": case.variant == "causal"}
+    if case.kernel in CODE_KERNELS:
+        row = row or launch_row(case.arch, case.kernel, case.head_dim, 1, case.grain)
+        codes, _ = _quantized(case, q, mask)
+        launches = quantized_launches(codes, out, lse, mask, kv_len=LENGTH, row=row, **options)
+        return attention_launch(launches, "forward")
     rows = {
         name: launch_row(case.arch, name, case.head_dim, case.itemsize, case.grain)
         for name in KERNELS
@@ -199,6 +220,28 @@ def attention_launch(launches: Sequence[Launch], kernel: str) -> Launch:
     """The launch of an attention kernel, without what must run before it."""
     name = "attention_fwd_kernel" if kernel == "forward" else f"attention_bwd_kernel_{kernel}"
     return next(x for x in launches if x.kernel.__name__ == name)
+
+
+def _quantized(case: Case, q: Tensor, mask: BlockMask | None) -> tuple[Any, list[Launch]]:
+    """Codes of q as all three of q, k, v, and the launches of the quantizers."""
+    precision = case.kernel if case.kernel in CODE_KERNELS else "sage_fp16"
+    if case.kernel in QUANTIZERS and unsupported_precision(case.arch, "fp8") is None:
+        precision = "fp8"
+    options = QuantizationOptions(
+        granularity="per_thread" if case.variant == "per_thread" else "per_warp",
+        pv_accumulation="fp16+fp32" if case.variant == "fp16_sums" else "fp32",
+        smooth_v=case.variant == "odd",
+    )
+    fp8 = fp8_dtype(case.arch)
+    return quantize_launches(
+        q, q, q, mask, scale=0.1, precision=precision, options=options, fp8=fp8
+    )
+
+
+def _quantizer_launch(case: Case) -> Launch:
+    q = _meta(1, HEADS, LENGTH, case.head_dim, dtype=DTYPES[case.itemsize])
+    _, launches = _quantized(case, q, _mask(case.grain, True))
+    return next(x for x in launches if x.kernel.__name__ == f"{case.kernel}_kernel")
 
 
 def _pool_launch(case: Case) -> Launch:
@@ -245,6 +288,23 @@ def full_matrix() -> Iterator[Case]:
                 if grain == GRAINS[0] and variant in ("dense", "causal", "gather"):
                     continue  # no mask, and slots of 100, are the other grain's
                 yield Case(arch, kernel, itemsize, head_dim, grain, variant)
+        for kernel in code_kernels(arch):
+            for head_dim, grain in product(HEAD_DIMS, GRAINS):
+                for variant in CODE_VARIANTS if head_dim == 128 else ("lens",):
+                    if grain == GRAINS[0] and variant in ("dense", "causal", "gather"):
+                        continue
+                    if variant != "fp16_sums" or has_fp16_sums(arch, kernel):
+                        yield Case(arch, kernel, 1, head_dim, grain, variant)
+
+
+def code_kernels(arch: str) -> list[str]:
+    """The quantized precisions that a chip has."""
+    return [x for x in CODE_KERNELS if unsupported_precision(arch, x) is None]
+
+
+def has_fp16_sums(arch: str, kernel: str) -> bool:
+    """Whether a chip sums the products of a quantized precision in fp16."""
+    return kernel == "sage_fp16" and arch.startswith("sm_")
 
 
 def cover() -> Iterator[Case]:
@@ -265,10 +325,21 @@ def cover() -> Iterator[Case]:
             if arch in ("sm_90", "gfx942"):
                 for variant in ("steps", "gather", "causal", "odd"):
                     yield Case(arch, kernel, 2, 128, 128, variant)
+        for kernel in code_kernels(arch):
+            for head_dim in head_dims:
+                fine, coarse = (launch_row(arch, kernel, head_dim, 1, x) for x in GRAINS)
+                yield Case(arch, kernel, 1, head_dim, GRAINS[0], "lens")
+                if coarse != fine:
+                    yield Case(arch, kernel, 1, head_dim, GRAINS[1], "lens")
+            if arch in ("sm_90", "gfx942"):
+                for variant in ("gather", "causal", "per_thread"):
+                    yield Case(arch, kernel, 1, 128, 128, variant)
+                if has_fp16_sums(arch, kernel):
+                    yield Case(arch, kernel, 1, 128, 128, "fp16_sums")
 
 
 def _small_kernels(arch: str) -> Iterator[Case]:
-    for kernel in ("prepare", *POOL_KERNELS):
+    for kernel in ("prepare", *POOL_KERNELS, *QUANTIZERS):
         yield Case(arch, kernel)
 
 
@@ -301,9 +372,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name, choices in (
         ("arch", tuple(SHARED_MEMORY)),
-        ("kernel", (*KERNELS, "prepare", *POOL_KERNELS)),
+        ("kernel", (*KERNELS, *CODE_KERNELS, "prepare", *POOL_KERNELS, *QUANTIZERS)),
         ("head-dim", tuple(str(x) for x in HEAD_DIMS)),
-        ("variant", VARIANTS),
+        ("variant", CODE_VARIANTS),
     ):
         parser.add_argument(f"--{name}", help=f"only these, with commas: {', '.join(choices)}")
     parser.add_argument("--cover", action="store_true", help="every row once")

@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..device import device_info
+from ..kernels.codes import Codes, allocate_codes
 from ..kernels.launch import Launch, Lists, Saved, Side, run_launches
-from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch
+from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch, unsupported_precision
+from ..quantize import QUANTIZED_PRECISIONS, TILE, QuantizationOptions, fp8_dtype
 from ..registry import Backend, Problem, register
 from .outputs import empty_like_heads, empty_lse
 
@@ -34,8 +37,6 @@ def _interpreting() -> bool:
 
 
 def _supports(problem: Problem) -> str | None:
-    if problem.precision != "native":
-        return f"precision {problem.precision!r} is not 'native'"
     if problem.dtype not in _DTYPES:
         return f"dtype {problem.dtype} is not float16, bfloat16 or float32"
     for name, size in (("head_dim", problem.head_dim), ("head_dim of v", problem.head_dim_v)):
@@ -44,10 +45,25 @@ def _supports(problem: Problem) -> str | None:
     if _interpreting():
         if problem.dtype == torch.bfloat16:
             return "bfloat16 arithmetic is wrong in the Triton interpreter (TRITON_INTERPRET=1)"
-        return None
-    if problem.device_type == "cpu":
+    elif problem.device_type == "cpu":
         return "CPU tensors run only in the Triton interpreter (TRITON_INTERPRET=1)"
-    return unsupported_arch(problem.arch)
+    else:
+        refusal = unsupported_arch(problem.arch)
+        if refusal is not None:
+            return refusal
+    return None if problem.precision == "native" else _refuse_recipe(problem)
+
+
+def _refuse_recipe(problem: Problem) -> str | None:
+    options = problem.quantization or QuantizationOptions()
+    for name in ("smooth_q", "hadamard"):
+        if getattr(options, name):
+            return f"{name} is not in these kernels"
+    if options.pv_accumulation == "fp32+fp16":
+        return "pv_accumulation 'fp32+fp16': Triton has no FP8 products with fp16 sums"
+    if options.pv_accumulation == "fp16+fp32" and problem.arch.startswith("gfx"):
+        return f"pv_accumulation 'fp16+fp32': {problem.arch} has no fp16 products with fp16 sums"
+    return None if _interpreting() else unsupported_precision(problem.arch, problem.precision)
 
 
 def _forward(
@@ -59,10 +75,20 @@ def _forward(
     scale: float,
     is_causal: bool,
     precision: str,
+    quantization: QuantizationOptions | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
-    row = _row("forward", q, v, mask)
-    launches = forward_launches(q, k, v, out, lse, mask, scale=scale, is_causal=is_causal, row=row)
+    options: dict[str, Any] = {"scale": scale, "is_causal": is_causal}
+    if precision == "native":
+        options["row"] = _row("forward", q, v, mask)
+        launches = forward_launches(q, k, v, out, lse, mask, **options)
+    else:
+        options["row"] = _row(precision, q, v, mask)
+        chosen = quantization or QuantizationOptions()
+        codes, launches = quantize_launches(
+            q, k, v, mask, scale=scale, precision=precision, options=chosen
+        )
+        launches += quantized_launches(codes, out, lse, mask, kv_len=k.shape[2], **options)
     run_launches(launches, q.device)
     return out, lse
 
@@ -84,7 +110,57 @@ def forward_launches(
 
     lists = None if mask is None else Lists(mask.kv_num_blocks, mask.kv_indices)
     return attention_forward(
-        q, k, v, out, lse, lists, *_sides(q, k, mask), scale=scale, is_causal=is_causal, row=row
+        q,
+        k,
+        v,
+        out,
+        lse,
+        lists,
+        *_sides(q.shape[2], k.shape[2], mask),
+        scale=scale,
+        is_causal=is_causal,
+        row=row,
+    )
+
+
+def quantize_launches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    scale: float,
+    precision: str,
+    options: QuantizationOptions,
+    fp8: torch.dtype | None = None,
+) -> tuple[Codes, list[Launch]]:
+    """Codes of q, k, v, and the kernel launches that fill them; fp8: by default the device's."""
+    from ..kernels.quantize import quantize
+
+    fp8 = fp8_dtype(device_info(q.device).arch) if fp8 is None else fp8
+    sides = _sides(q.shape[2], k.shape[2], mask, TILE)
+    codes = allocate_codes(q, k, v, *sides, precision, options, fp8)
+    return codes, quantize(q, k, v, codes, *sides, scale=scale)
+
+
+def quantized_launches(
+    codes: Codes,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask | None,
+    *,
+    kv_len: int,
+    scale: float,
+    is_causal: bool,
+    row: LaunchRow,
+) -> list[Launch]:
+    """The kernel launches of a forward pass over codes with the launch options ``row``."""
+    from ..kernels.attention_forward import quantized_attention_forward
+
+    lists = None if mask is None else Lists(mask.kv_num_blocks, mask.kv_indices)
+    sides = _sides(out.shape[2], kv_len, mask, TILE)
+    return quantized_attention_forward(
+        codes, out, lse, lists, *sides, scale=scale, is_causal=is_causal, row=row
     )
 
 
@@ -128,24 +204,27 @@ def backward_launches(
     lists = None if mask is None else Lists(mask.kv_num_blocks, mask.kv_indices)
     transposed = None if mask is None else Lists(*mask.transposed())
     return attention_backward(
-        saved, grads, lists, transposed, *_sides(saved.q, saved.k, mask),
+        saved, grads, lists, transposed, *_sides(saved.q.shape[2], saved.k.shape[2], mask),
         scale=scale, is_causal=is_causal, dq_row=dq_row, dkv_row=dkv_row,
     )  # fmt: skip
 
 
-def _sides(q: Tensor, k: Tensor, mask: BlockMask | None) -> tuple[Side, Side]:
-    if mask is None:  # the kernels cut dense sequences as they like
-        return Side(1, q.shape[2]), Side(1, k.shape[2])
+def _sides(
+    q_len: int, kv_len: int, mask: BlockMask | None, dense_slot: int = 1
+) -> tuple[Side, Side]:
+    if mask is None:  # the kernels cut dense sequences as they like; codes have their tiles
+        return Side(dense_slot, q_len), Side(dense_slot, kv_len)
     return (
-        Side(mask.q_block_size, q.shape[2], mask.q_block_lens),
-        Side(mask.kv_block_size, k.shape[2], mask.kv_block_lens),
+        Side(mask.q_block_size, q_len, mask.q_block_lens),
+        Side(mask.kv_block_size, kv_len, mask.kv_block_lens),
     )
 
 
 def _row(kernel: str, q: Tensor, v: Tensor, mask: BlockMask | None) -> LaunchRow:
     arch = device_info(q.device).arch
     grain = None if mask is None else min(mask.q_block_size, mask.kv_block_size)
-    return launch_row(arch, kernel, max(q.shape[3], v.shape[3]), q.element_size(), grain)
+    itemsize = 1 if kernel in QUANTIZED_PRECISIONS else q.element_size()
+    return launch_row(arch, kernel, max(q.shape[3], v.shape[3]), itemsize, grain)
 
 
 register(

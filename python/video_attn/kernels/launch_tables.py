@@ -16,6 +16,9 @@ _SMALLEST = 16  # rows of a tile or step
 
 KERNELS = ("forward", "dq", "dkv")
 ITEMSIZES = (2, 4)
+# Forward over codes: tables name it by its precision, and its numbers have one byte (Q and K).
+FP8_PRECISIONS = ("sage_fp8", "fp8")
+CODE_KERNELS = ("sage_fp16", *FP8_PRECISIONS)
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to its own
 GRAINS = (64, 128)  # slots shorter than 128 tokens; slots of 128 and more, and no mask
 SHARED_MEMORY = {**nvidia.SHARED_MEMORY, **amd.SHARED_MEMORY}  # bytes a program can have
@@ -75,6 +78,11 @@ TABLES: Mapping[str, Table] = {
         for kernel in KERNELS
         for itemsize in ITEMSIZES
         for head_dim in HEAD_DIMS
+    }
+    | {
+        (kernel, 1, head_dim): (LaunchRow(64, 64, 4, 1), LaunchRow(128, 64, 4, 1))
+        for kernel in CODE_KERNELS
+        for head_dim in HEAD_DIMS
     },
 }
 
@@ -91,6 +99,13 @@ def unsupported_arch(arch: str) -> str | None:
     return None
 
 
+def unsupported_precision(arch: str, precision: str) -> str | None:
+    """Why a chip of a table has no kernel for a quantized precision; None when it has."""
+    if precision in FP8_PRECISIONS and arch not in (*nvidia.FP8_CHIPS, *amd.FP8_CHIPS):
+        return f"precision {precision!r}: {arch} has no FP8 matrix units"
+    return None
+
+
 def launch_row(
     arch: str, kernel: str, head_dim: int, itemsize: int, grain: int | None
 ) -> LaunchRow:
@@ -98,7 +113,8 @@ def launch_row(
 
     Args:
         arch: of a chip in a table; kernels for any other run in the interpreter.
-        kernel: one of ``KERNELS``. head_dim: the larger of D and DV. itemsize: bytes of a number.
+        kernel: one of ``KERNELS`` or ``CODE_KERNELS``. head_dim: the larger of D and DV.
+        itemsize: bytes of a number of Q and K.
         grain: tokens of the shorter slots of the mask; None without a mask.
     """
     bucket = next(size for size in HEAD_DIMS if head_dim <= size)

@@ -1,0 +1,295 @@
+"""Quantizers: q, k, v to codes and scales, as ``video_attn/quantize.py`` defines them.
+
+A side is cut in tiles of 64 tokens, afresh in every slot. Where a mean or the amax of a whole head
+or channel is needed, a first kernel takes statistics of chunks of tiles, which the programs of the
+second add up: K and V are read twice then, Q once. Tokens that are not valid count nowhere and
+have code 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quantize import TILE, v_limit
+from .codes import Codes, code_limit, padded_codes
+from .launch import Launch, Side, lens_args, named_strides, vector_length, wide_rows
+from .quantize_parts import (
+    encode,
+    group_amax,
+    magnitude_bits,
+    power_of_two_and_inverse,
+    scale_and_inverse,
+)
+from .tiles import head_rows, lens_of_batch, load_tile, own_tile, store_tile, tile_rows
+
+_CHUNKS = 32  # of statistics, per head, at most
+_PROGRAM_TILES = 4  # that a program of the second kernels quantizes
+_STATISTICS = 4  # per channel of a chunk: sum, largest, smallest, amax; see _channel_statistics
+_STATISTICS_OPTIONS = {"num_warps": 8, "num_stages": 1}
+_OPTIONS = {"num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def channel_statistics_kernel(
+    x, partial, counts, lens,
+    stride_x_b, stride_x_h, stride_x_s, stride_lens_b,
+    H, length, n_tiles, n_chunks, CHUNK,
+    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Of CHUNK tiles: sum, largest, smallest and amax of every channel, and how many tokens."""
+    pid = tl.program_id(0).to(tl.int64)
+    i_chunk, i_h, i_b = pid % n_chunks, pid // n_chunks % H, pid // n_chunks // H
+    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
+    o_m, o_d = tile_rows(BM, WIDE), tl.arange(0, BD)
+    b_sum = tl.zeros([BM, BD], tl.float32)
+    b_largest = tl.full([BM, BD], float("-inf"), tl.float32)
+    b_smallest = tl.full([BM, BD], float("inf"), tl.float32)
+    b_amax = tl.zeros([BM, BD], tl.int32)
+    n_counted = tl.zeros((), tl.int32)
+    for i_tile in range(i_chunk * CHUNK, tl.minimum(i_chunk * CHUNK + CHUNK, n_tiles)):
+        _, start, _, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
+        n_valid = tl.minimum(tl.maximum(n_valid, 0), BM).to(tl.int32)
+        m_m = o_m < n_valid
+        b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
+        b_x = b_x.to(tl.float32)
+        b_sum += b_x
+        b_largest = tl.maximum(b_largest, tl.where(m_m[:, None], b_x, float("-inf")))
+        b_smallest = tl.minimum(b_smallest, tl.where(m_m[:, None], b_x, float("inf")))
+        b_amax = tl.maximum(b_amax, magnitude_bits(b_x))
+        n_counted += n_valid
+    p_partial = partial + pid * (4 * BD) + o_d
+    tl.store(p_partial, tl.sum(b_sum, 0))
+    tl.store(p_partial + BD, tl.max(b_largest, 0))
+    tl.store(p_partial + 2 * BD, tl.min(b_smallest, 0))
+    tl.store(p_partial + 3 * BD, tl.max(b_amax, 0).to(tl.float32, bitcast=True))
+    tl.store(counts + pid, n_counted)
+
+
+@triton.jit
+def _channel_mean(partial, counts, i_head, n_chunks, BD: tl.constexpr, CHUNKS: tl.constexpr):
+    """Mean over the valid tokens, [BD]; 0 where there are none."""
+    o_c, o_d = tl.arange(0, CHUNKS), tl.arange(0, BD)
+    p_sum = partial + i_head * n_chunks * (4 * BD) + o_c[:, None] * (4 * BD) + o_d[None, :]
+    b_sum = tl.sum(tl.load(p_sum, mask=(o_c < n_chunks)[:, None], other=0.0), 0)
+    n = tl.sum(tl.load(counts + i_head * n_chunks + o_c, mask=o_c < n_chunks, other=0), 0)
+    b_count = tl.maximum(n, 1).to(tl.float32)
+    return tl.div_rn(b_sum, tl.broadcast_to(b_count, [BD]))
+
+
+@triton.jit
+def _channel_amax(
+    partial, i_head, n_chunks, b_mean, SMOOTH: tl.constexpr, BD: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """The bits of the amax of every channel, [BD], the mean being subtracted for SMOOTH.
+
+    A mean that is not finite makes the amax so too: one of the two differences is inf or NaN.
+    """
+    o_c, o_d = tl.arange(0, CHUNKS), tl.arange(0, BD)
+    m_c = (o_c < n_chunks)[:, None]
+    p = partial + i_head * n_chunks * (4 * BD) + o_c[:, None] * (4 * BD) + o_d[None, :]
+    if SMOOTH:
+        b_largest = tl.max(tl.load(p + BD, mask=m_c, other=float("-inf")), 0)
+        b_smallest = tl.min(tl.load(p + 2 * BD, mask=m_c, other=float("inf")), 0)
+        b_amax = tl.maximum(magnitude_bits(b_largest - b_mean), magnitude_bits(b_mean - b_smallest))
+        b_amax = tl.where(b_largest < b_smallest, 0, b_amax)  # no token at all
+    else:
+        b_amax = tl.max(magnitude_bits(tl.load(p + 3 * BD, mask=m_c, other=0.0)), 0)
+    return b_amax
+
+
+@triton.jit
+def quantize_tokens_kernel(
+    x, codes, scales, partial, k_partial, k_counts, lse_shift, lens,
+    stride_x_b, stride_x_h, stride_x_s, stride_codes_b, stride_codes_h, stride_codes_s,
+    stride_lens_b,
+    H, length, n_tiles, n_programs, n_groups, n_chunks, n_k_chunks, scale,
+    G: tl.constexpr, SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    GROUPS: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr, CHUNKS: tl.constexpr,
+    PROGRAM_TILES: tl.constexpr, VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Codes of Q or K, with a scale per group of tokens; GROUPS None: one per head.
+
+    The mean of K comes from ``k_partial``, head i_h // G. SMOOTH: it is subtracted (K itself).
+    lse_shift: scale times the products with it are stored (Q).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    i_program, i_h, i_b = pid % n_programs, pid // n_programs % H, pid // n_programs // H
+    i_head = i_b * H + i_h
+    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
+    p_codes = head_rows(codes, i_b, i_h, stride_codes_b, stride_codes_h, VEC_CODES)
+    o_m, o_d = tile_rows(BM, WIDE), tl.arange(0, BD)
+    b_mean = tl.zeros([BD], tl.float32)
+    if SMOOTH or lse_shift is not None:
+        i_k_head = i_b * (H // G) + i_h // G
+        b_mean = _channel_mean(k_partial, k_counts, i_k_head, n_k_chunks, BD, CHUNKS)
+    if GROUPS is None:
+        b_amax = tl.max(_channel_amax(partial, i_head, n_chunks, b_mean, SMOOTH, BD, CHUNKS), 0)
+        b_scale, b_inverse = scale_and_inverse(b_amax, LIMIT)
+        if i_program == 0:
+            tl.store(scales + i_head, b_scale)
+    for i in range(PROGRAM_TILES):
+        i_tile = i_program * PROGRAM_TILES + i
+        _, start, n_rows, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
+        if i_tile < n_tiles and n_rows > 0:
+            m_m = o_m < n_valid
+            b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
+            b_x = b_x.to(tl.float32)
+            if lse_shift is not None:
+                b_shift = tl.sum(b_x * b_mean[None, :], 1) * scale
+                tl.store(lse_shift + i_head * length + start + o_m, b_shift, mask=o_m < n_rows)
+            if SMOOTH:
+                b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
+            if GROUPS is not None:
+                b_group, b_row = group_amax(tl.max(magnitude_bits(b_x), 1), GROUPS)
+                b_scale, _inverse = scale_and_inverse(b_group, LIMIT)
+                o_group = tl.arange(0, GROUPS[0] * GROUPS[1])
+                p_scale = scales + i_head * n_groups + i_tile * (GROUPS[0] * GROUPS[1])
+                tl.store(p_scale + o_group, b_scale)
+                _scale_row, b_inverse_row = scale_and_inverse(b_row, LIMIT)
+            else:
+                b_inverse_row = tl.broadcast_to(b_inverse, [BM])
+            b_code = encode(b_x * b_inverse_row[:, None], codes.dtype.element_ty, LIMIT)
+            store_tile(
+                p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, BD, VEC_CODES
+            )
+
+
+@triton.jit
+def quantize_channels_kernel(
+    x, codes, scales, means, partial, counts, lens,
+    stride_x_b, stride_x_h, stride_x_s, stride_codes_b, stride_codes_h, stride_codes_s,
+    stride_lens_b,
+    H, length, n_tiles, n_programs, n_chunks,
+    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    LIMIT: tl.constexpr, PER_HEAD: tl.constexpr, CHUNKS: tl.constexpr,
+    PROGRAM_TILES: tl.constexpr, VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Codes of V with a scale per channel; FP8 codes as [channels, tokens]. means: smooth_v."""
+    pid = tl.program_id(0).to(tl.int64)
+    i_program, i_h, i_b = pid % n_programs, pid // n_programs % H, pid // n_programs // H
+    i_head = i_b * H + i_h
+    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
+    p_codes = head_rows(codes, i_b, i_h, stride_codes_b, stride_codes_h, VEC_CODES)
+    o_m, o_d = tile_rows(BM, WIDE), tl.arange(0, BD)
+    SMOOTH: tl.constexpr = means is not None
+    b_mean = tl.zeros([BD], tl.float32)
+    if SMOOTH:
+        b_mean = _channel_mean(partial, counts, i_head, n_chunks, BD, CHUNKS)
+    b_amax = _channel_amax(partial, i_head, n_chunks, b_mean, SMOOTH, BD, CHUNKS)
+    if PER_HEAD:
+        b_amax = tl.broadcast_to(tl.max(b_amax, 0), [BD])
+    if codes.dtype.element_ty == tl.float16:
+        b_scale, b_inverse = power_of_two_and_inverse(b_amax)
+    else:
+        b_scale, b_inverse = scale_and_inverse(b_amax, LIMIT)
+    if i_program == 0:
+        tl.store(scales + i_head * BD + o_d, b_scale)
+        if SMOOTH:
+            tl.store(means + i_head * BD + o_d, b_mean)
+    for i in range(PROGRAM_TILES):
+        i_tile = i_program * PROGRAM_TILES + i
+        _, start, n_rows, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
+        if i_tile < n_tiles and n_rows > 0:
+            m_m = o_m < n_valid
+            b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
+            b_x = b_x.to(tl.float32)
+            if SMOOTH:
+                b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
+            b_code = encode(b_x * b_inverse[None, :], codes.dtype.element_ty, LIMIT)
+            if codes.dtype.element_ty == tl.float16:
+                store_tile(
+                    p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, BD, VEC_CODES
+                )
+            else:
+                p_tile = p_codes + o_d.to(tl.int64)[:, None] * (stride_codes_s * VEC_CODES)
+                p_tile += (start + o_m)[None, :]
+                tl.store(p_tile, tl.trans(b_code), mask=(o_m < n_rows)[None, :])
+
+
+class _Statistics(NamedTuple):
+    """Statistics of the channels of a tensor, and the launch that takes them."""
+
+    partial: Tensor | None = None
+    counts: Tensor | None = None
+    n_chunks: int = 0
+    launch: tuple[Launch, ...] = ()
+
+
+def quantize(
+    q: Tensor, k: Tensor, v: Tensor, codes: Codes, q_side: Side, kv_side: Side, *, scale: float
+) -> list[Launch]:  # fmt: skip
+    """The launches that fill ``codes``; ``scale`` of the scores enters only the lse's shift."""
+    options = codes.options
+    per_head = options.granularity == "per_head"
+    none = _Statistics()
+    of_q = _statistics(q, q_side) if per_head else none
+    of_k = _statistics(k, kv_side) if per_head or options.smooth_k else none
+    of_v = _statistics(v, kv_side)
+    common = {
+        "LIMIT": code_limit(codes.q.dtype), "scale": scale,
+        "k_partial": of_k.partial, "k_counts": of_k.counts, "n_k_chunks": of_k.n_chunks,
+    }  # fmt: skip
+    of_role = {
+        "q": {"lse_shift": codes.lse_shift, "SMOOTH": False, "G": q.shape[1] // k.shape[1]},
+        "k": {"lse_shift": None, "SMOOTH": options.smooth_k, "G": 1},
+    }
+    launches = [*of_q.launch, *of_k.launch, *of_v.launch]
+    for role, x, x_codes, scales, side, statistics in (
+        ("q", q, codes.q, codes.q_scale, q_side, of_q),
+        ("k", k, codes.k, codes.k_scale, kv_side, of_k),
+    ):
+        args = _launch_args(x, x_codes, scales, side, statistics) | common | of_role[role]
+        args |= {"GROUPS": codes.groups(role), "n_groups": scales.shape[2]}
+        launches.append(_launch(quantize_tokens_kernel, x, args))
+    args = _launch_args(v, codes.v, codes.v_scale, kv_side, of_v)
+    args |= {"counts": of_v.counts, "means": codes.v_mean, "PER_HEAD": per_head}
+    args |= {"LIMIT": v_limit(codes.precision, options.pv_accumulation, codes.v.dtype)}
+    return [*launches, _launch(quantize_channels_kernel, v, args)]
+
+
+def _statistics(x: Tensor, side: Side) -> _Statistics:
+    heads, tiles, dim = x.shape[0] * x.shape[1], side.tiles(TILE), padded_codes(x.shape[3])
+    chunk = -(-tiles // _CHUNKS)
+    n_chunks = -(-tiles // chunk)
+    partial = torch.empty(heads, n_chunks, _STATISTICS, dim, device=x.device)
+    counts = torch.empty(heads, n_chunks, dtype=torch.int32, device=x.device)
+    args = _tensor_args("x", x) | _side_args(side) | {"BD": dim, "D": x.shape[3]}
+    args |= {"partial": partial, "counts": counts, "H": x.shape[1]}
+    args |= {"n_chunks": n_chunks, "CHUNK": chunk, "WIDE": wide_rows(TILE, args)}
+    launch = Launch(channel_statistics_kernel, heads * n_chunks, args, _STATISTICS_OPTIONS)
+    return _Statistics(partial, counts, n_chunks, (launch,))
+
+
+def _launch_args(
+    x: Tensor, codes: Tensor, scales: Tensor, side: Side, statistics: _Statistics
+) -> dict[str, Any]:
+    """Arguments that both quantizers have."""
+    args = _tensor_args("x", x) | _tensor_args("codes", codes, "_CODES") | _side_args(side)
+    args |= {"D": x.shape[3], "BD": padded_codes(x.shape[3]), "H": x.shape[1], "scales": scales}
+    args |= {"partial": statistics.partial, "n_chunks": statistics.n_chunks, "CHUNKS": _CHUNKS}
+    programs = -(-side.tiles(TILE) // _PROGRAM_TILES)
+    args |= {"n_programs": programs, "PROGRAM_TILES": _PROGRAM_TILES}
+    return args | {"WIDE": wide_rows(TILE, args)}
+
+
+def _launch(kernel: Any, x: Tensor, args: dict[str, Any]) -> Launch:
+    return Launch(kernel, args["n_programs"] * x.shape[0] * x.shape[1], args, _OPTIONS)
+
+
+def _tensor_args(name: str, x: Tensor, suffix: str = "") -> dict[str, Any]:
+    vec = vector_length(x)
+    return named_strides(name, x, "bhs", vec) | {f"VEC{suffix}": vec}
+
+
+def _side_args(side: Side) -> dict[str, Any]:
+    args = {"length": side.length, "n_tiles": side.tiles(TILE), "SLOT": side.slot, "BM": TILE}
+    return args | lens_args("lens", side.lens)

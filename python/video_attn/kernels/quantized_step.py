@@ -1,0 +1,99 @@
+"""Device functions of a step of the forward kernel over codes; see ``quantized_reference.py``."""
+
+import triton
+import triton.language as tl
+
+from .quantize_parts import TILE, scale_group, to_fp8
+
+
+@triton.jit
+def query_factors(
+    p_scale, start, o_m, m_m, scale_log2, SLOT: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """What turns products with codes of own rows into base-2 scores, but for K's scale, [BM]."""
+    o_group = scale_group(start + o_m, SLOT, GROUPS)
+    return tl.load(p_scale + o_group, mask=m_m, other=0.0) * scale_log2
+
+
+@triton.jit
+def key_scales(
+    p_scale, start, o_n, m_n, SLOT: tl.constexpr, GROUPS: tl.constexpr,
+    MODE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """K's scales of a step: one number where all its rows share it, else [BN]."""
+    if GROUPS is None:
+        b_scale = tl.load(p_scale)
+    elif GROUPS[0] * GROUPS[1] == 1 and SLOT == TILE and o_n.shape[0] <= TILE and MODE != "gather":
+        b_scale = tl.load(p_scale + start // TILE)
+    else:
+        o_group = scale_group(start + o_n, SLOT, GROUPS)
+        if MASKED:
+            b_scale = tl.load(p_scale + o_group, mask=m_n, other=0.0)
+        else:
+            b_scale = tl.load(p_scale + o_group)
+    return b_scale
+
+
+@triton.jit
+def quantized_scores(b_q, b_k, b_factor, b_k_scale):
+    """Products of codes, fp32 [BM, BN], and what turns them into base-2 scores, [BM]."""
+    if b_q.dtype == tl.int8:
+        b_s = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)  # int32 sums are exact
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k), max_num_imprecise_acc=b_q.shape[1])
+    if len(b_k_scale.shape) == 0:
+        b_factor = b_factor * b_k_scale
+    else:
+        b_s = b_s * b_k_scale[None, :]
+    return b_s, b_factor
+
+
+@triton.jit
+def online_softmax_scaled(
+    b_s, b_factor, m_s, b_m, b_l, EXPONENT: tl.constexpr, MASKED: tl.constexpr
+):
+    """Folds scores in: weights times 2^EXPONENT, new maximum, new sum, factor for earlier sums.
+
+    Maxima are of base-2 scores, ``s * factor``: the factors change from step to step.
+    """
+    if MASKED:
+        b_x = tl.where(m_s, b_s * b_factor[:, None], float("-inf"))
+        b_m_new = tl.maximum(b_m, tl.max(b_x, 1))
+        # Rows that have seen no key yet: any finite pivot gives weights 0.
+        b_pivot = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+        b_p = tl.exp2(b_x - (b_pivot - EXPONENT)[:, None])
+    else:
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * b_factor)
+        b_pivot = b_m_new
+        b_p = tl.exp2(b_s * b_factor[:, None] - (b_pivot - EXPONENT)[:, None])
+    b_alpha = tl.exp2(b_m - b_pivot)
+    return b_p, b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_alpha
+
+
+@triton.jit
+def load_channels(
+    p_head, start, o_row, m_row, o_channel, stride, VEC: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows ``start + o_row`` of an FP8 V, which lies as [channels, rows]: [BDV, BN]."""
+    p_tile = p_head + o_channel.to(tl.int64)[:, None] * (stride * VEC) + (start + o_row)[None, :]
+    m_tile = m_row[None, :]
+    return tl.load(p_tile, mask=m_tile, other=0.0) if MASKED else tl.load(p_tile)
+
+
+@triton.jit
+def add_quantized_values(b_acc, b_p, b_v, FP16_SUMS: tl.constexpr):
+    """acc + p v of one step, fp32 [BM, BDV]; p is rounded to the type of v.
+
+    fp16 v is [BN, BDV]; FP8 v is [BDV, BN]. FP16_SUMS: the products of the step are summed in fp16.
+    """
+    if b_v.dtype == tl.float16:
+        b_p = b_p.to(tl.float16)
+        if FP16_SUMS:
+            b_acc += tl.dot(b_p, b_v, out_dtype=tl.float16).to(tl.float32)
+        else:
+            b_acc = tl.dot(b_p, b_v, b_acc)
+    else:
+        # On sm_90 sums inside the tensor core keep few digits; after each step they go to fp32.
+        b_p = to_fp8(b_p, b_v.dtype)
+        b_acc = tl.dot(b_p, tl.trans(b_v), b_acc, max_num_imprecise_acc=b_v.shape[1])
+    return b_acc
