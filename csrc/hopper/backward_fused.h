@@ -164,7 +164,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
 template <typename Config>
 __device__ inline void run_fused(const BackwardGlobals& globals, typename Config::Shared& shared) {
   start_backward<Config>(shared);
-  const int group = threadIdx.x / 128;
+  const int group = warp_uniform(threadIdx.x / 128);
   if (group == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
     produce<Config>(globals, shared);

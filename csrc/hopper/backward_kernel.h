@@ -19,7 +19,8 @@ struct RingReader {
   // Waits for the next step.
   __device__ Step wait() const {
     barrier_wait(shared_address(&shared.full[ring][stage]), parity);
-    return shared.steps[ring][stage];
+    const Step& step = shared.steps[ring][stage];
+    return {warp_uniform(step.valid), warp_uniform(step.unit)};
   }
   __device__ void advance() {
     if (++stage == Config::kStages) {
@@ -235,6 +236,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
 
     if (valid < kUnit) mask_columns<Config>(p, valid);
     probabilities<Config>(p, globals.scale_log2, nullptr, rows);
+    settle(p);  // before the wait, not after it
     products_wait<0>();
     settle(ds);
     score_gradients<Config>(ds, p, nullptr, rows);
@@ -275,7 +277,7 @@ template <typename Config>
 __device__ inline void run_backward(const BackwardGlobals& globals,
                                     typename Config::Shared& shared) {
   start_backward<Config>(shared);
-  const int group = threadIdx.x / 128;
+  const int group = warp_uniform(threadIdx.x / 128);
   if (group == Config::kWarpgroups) {
     give_registers<Config::kProducerRegisters>();
     produce<Config>(globals, shared);
@@ -292,8 +294,7 @@ __device__ inline void run_backward(const BackwardGlobals& globals,
 // Dynamic shared memory, aligned as the 128-byte swizzle needs it.
 template <typename Shared>
 __device__ inline Shared& aligned_shared(uint8_t* raw) {
-  const uint64_t base = (reinterpret_cast<uint64_t>(raw) + 1023) & ~uint64_t{1023};
-  return *reinterpret_cast<Shared*>(base);
+  return *reinterpret_cast<Shared*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
 }
 
 template <typename Config>

@@ -10,6 +10,10 @@ namespace video_attn::hopper {
 
 using WarpGroup = kittens::warpgroup;
 
+// The same value, known to be one for the whole warp: addresses made from it, and branches on it,
+// then cost no vector registers.
+__device__ inline int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // Makes earlier register writes visible to the products that follow.
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

@@ -98,6 +98,7 @@ struct RingWriter {
                              slot * lists.counts_row_stride];
     const int32_t* indices = lists.indices + batch * lists.indices_batch_stride +
                              head * lists.indices_head_stride + slot * lists.indices_row_stride;
+#pragma unroll 1
     for (int32_t base = 0; base < count; base += 32) {
       int32_t my_slot = base + lane, my_valid = 0;
       if (my_slot < count) {
@@ -105,9 +106,11 @@ struct RingWriter {
         my_valid = valid_tokens(globals.streamed, batch, my_slot);
       }
       const int32_t here = min(32, count - base);
+#pragma unroll 1
       for (int32_t i = 0; i < here; ++i) {
         const int32_t start = __shfl_sync(~0u, my_slot, i) * block_size;
         const int32_t valid = __shfl_sync(~0u, my_valid, i);
+#pragma unroll 1
         for (int32_t done = 0; done < valid; done += kUnit) {
           push_tile(start + done, min(kUnit, valid - done), head, batch);
         }
@@ -122,7 +125,7 @@ struct RingWriter {
 
 template <typename Config>
 __device__ inline void produce(const BackwardGlobals& globals, typename Config::Shared& shared) {
-  const int warp = threadIdx.x % 128 / 32;
+  const int warp = warp_uniform(threadIdx.x % 128 / 32);
   if (warp >= Config::kRings) return;
   const Place place = place_of(globals);
   const int lane = threadIdx.x % 32;
@@ -132,6 +135,7 @@ __device__ inline void produce(const BackwardGlobals& globals, typename Config::
   const int32_t token = (place.tile * Config::kWarpgroups + warp) * kUnit;
   if (token < globals.kept.length) {
     const int32_t slot = token / globals.kept.block_size;
+#pragma unroll 1
     for (int32_t member = 0; member < globals.list_heads; ++member) {
       writer.push_list(slot, place.head * globals.list_heads + member, place.batch);
     }
