@@ -70,28 +70,43 @@ class Kernel:
         return min(loops, key=len)
 
 
-def products_of(name: str) -> int:
-    """Matrix products of 64 x D per 64 keys: q k and p v; their gradients, and q k once more."""
-    if name.startswith("forward_kernel"):
-        return 2
-    return {"(Walk)0": 4, "(Walk)1": 3}[arguments_of(name)[2]]
+@dataclass(frozen=True)
+class Kind:
+    """What follows from the name of a kernel.
+
+    Args:
+        head_dim: channels in shared memory. products: of 64 x 64 x head_dim for 64 rows and 64
+            keys.
+        shared_bytes: C++ that gives its dynamic shared memory.
+    """
+
+    head_dim: int
+    products: int
+    shared_bytes: str
 
 
-def arguments_of(name: str) -> list[str]:
-    """The innermost template arguments of a name."""
-    return [x.strip() for x in name.rpartition("<")[2].partition(">")[0].split(",")]
+def kind_of(name: str) -> Kind:
+    """The scores and their product with v; backward: the scores again, and the gradients made.
 
-
-def head_dim_of(name: str) -> int:
-    return int(arguments_of(name)[1])
+    Raises:
+        ValueError: a kernel that this file does not know.
+    """
+    if m := re.fullmatch(r"forward_kernel<(\(Grain\)\d), (\d+), \w+>", name):
+        return Kind(int(m[2]), 2, f"forward_config({m[1]}, {m[2]}).shared_bytes()")
+    if m := re.fullmatch(r"\w+<(BackwardConfig<\w+, (\d+), \(Walk\)([01]), \w+>)>", name):
+        return Kind(int(m[2]), {"0": 4, "1": 3}[m[3]], f"{m[1]}::kSharedBytes")
+    if m := re.fullmatch(r"\w+<(FusedConfig<\w+>)>", name):
+        return Kind(128, 5, f"{m[1]}::kSharedBytes")
+    raise ValueError(f"unknown kernel {name}: say in kind_of() what it is")
 
 
 def per_64_keys(kernel: Kernel) -> dict[str, int]:
     """Main loop of a warp: all instructions, and tensor core ones, per 64 keys (or queries)."""
     loop = kernel.main_loop()
     columns = [int(m[1]) for m in map(_PRODUCT.search, loop) if m]
-    # 64 x columns x 16 each, of products_of(name) times 64 x 64 x D.
-    share = 64 * head_dim_of(kernel.name) * products_of(kernel.name) / (16 * sum(columns))
+    kind = kind_of(kernel.name)
+    # 64 x columns x 16 each.
+    share = 64 * kind.head_dim * kind.products / (16 * sum(columns))
     return {"instructions": round(len(loop) * share), "hgmma": round(len(columns) * share)}
 
 
@@ -190,17 +205,9 @@ def build_libraries(folder: Path, limit: float | None = None) -> dict[str, Path]
 
 def shared_memory(names: Sequence[str], tools: Tools) -> dict[str, int]:
     """Bytes of dynamic shared memory of each kernel, asked from the headers by a small program."""
-    terms = []
-    for name in names:
-        inner = ", ".join(arguments_of(name))
-        grain_and_dim = ", ".join(arguments_of(name)[:2])
-        is_forward = name.startswith("forward_kernel")
-        terms.append(
-            f"forward_config({grain_and_dim}).shared_bytes()"
-            if is_forward
-            else f"BackwardConfig<{inner}>::kSharedBytes"
-        )
-    prints = "\n".join(f'  std::printf("%d\\n", static_cast<int>({term}));' for term in terms)
+    prints = "\n".join(
+        f'  std::printf("%d\\n", static_cast<int>({kind_of(name).shared_bytes}));' for name in names
+    )
     program = (
         "#include <cstdio>\n"
         '#include "hopper/backward_config.h"\n#include "hopper/config.h"\n'
