@@ -6,6 +6,7 @@ attention (cuDNN and flash on an NVIDIA GPU) and FlexAttention with the same mas
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from video_attn import BlockMask, attention
 from video_attn.ops import problem_of
-from video_attn.registry import select
+from video_attn.registry import backends, select
 from video_attn.tools.bench import Result, Timing, require_correct, time_interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,17 +29,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BACKWARD_FACTOR = 2.5  # floating-point operations of backward over forward
 OURS, FLEX = "video_attn", "FlexAttention, same mask"
+DETERMINISTIC = f"{OURS}, deterministic"  # gradients; the forward pass is the same
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: q, k, v [B, H, S, D] that want gradients, a mask, and what describes them."""
+    """One problem: q, k, v [B, H, S, D] that want gradients, a mask (None: dense), and what
+    describes them.
+    """
 
     tensors: tuple[Tensor, Tensor, Tensor]
     grad: Tensor
-    mask: BlockMask
+    mask: BlockMask | None
     problem: dict[str, Any]
 
     @property
@@ -54,20 +58,30 @@ class Case:
     @property
     def flops(self) -> float:
         """Of the forward pass over the pairs that the mask keeps."""
+        if self.mask is None:
+            return self.dense_flops
         batch, heads, _, head_dim = self.grad.shape
         return self.mask.flops(head_dim, batch=batch, heads=heads)
 
 
 def make_case(mask: BlockMask, heads: int, head_dim: int, dtype: str, problem: dict) -> Case:
     """Normally distributed inputs for ``mask``, on its device."""
+    dense = make_dense_case(mask.q_len, heads, head_dim, dtype, mask.device)
+    return replace(dense, mask=mask, problem={**dense.problem, **problem})
+
+
+def make_dense_case(
+    tokens: int, heads: int, head_dim: int, dtype: str, device: torch.device | str
+) -> Case:
+    """Normally distributed inputs for dense attention."""
     generator = torch.Generator().manual_seed(0)
-    shape = (1, heads, mask.q_len, head_dim)
+    shape = (1, heads, tokens, head_dim)
     q, k, v, grad = (
-        torch.randn(shape, generator=generator).to(mask.device, DTYPES[dtype]) for _ in range(4)
+        torch.randn(shape, generator=generator).to(device, DTYPES[dtype]) for _ in range(4)
     )
-    described = {"dtype": dtype, "heads": heads, "tokens": mask.q_len, "head_dim": head_dim}
+    described = {"dtype": dtype, "heads": heads, "tokens": tokens, "head_dim": head_dim}
     tensors = tuple(x.requires_grad_() for x in (q, k, v))
-    return Case(tensors, grad, mask, {**described, **problem})  # type: ignore[arg-type]
+    return Case(tensors, grad, None, described)  # type: ignore[arg-type]
 
 
 def backend_names(case: Case) -> tuple[str, str]:
@@ -78,11 +92,26 @@ def backend_names(case: Case) -> tuple[str, str]:
 
 
 def providers(case: Case, with_flex: bool) -> dict[str, Run]:
-    """Our kernel first, then the peers that this machine has."""
-    runs: dict[str, Run] = {OURS: partial(_ours, case.mask), **dense_peers(case.device)}
-    if with_flex:
+    """Our kernels first, then the peers that this machine has.
+
+    Ours are the backend that is chosen, and each other one that can serve.
+    """
+    runs: dict[str, Run] = {OURS: partial(_ours, case.mask)}
+    for name in other_backends(case):
+        runs[f"{OURS}, {name}"] = partial(_ours, case.mask, backend=name)
+    if case.device.type == "cuda":
+        runs[DETERMINISTIC] = partial(_ours, case.mask, deterministic=True)
+    runs |= dense_peers(case.device)
+    if with_flex and case.mask is not None:
         runs[FLEX] = partial(compiled_flex(), block_mask=case.mask.to_flex())
     return runs
+
+
+def other_backends(case: Case) -> list[str]:
+    """Backends that can serve both passes of ``case`` too, but are not the first choice."""
+    problems = [problem_of(p, *case.tensors, case.mask) for p in ("forward", "backward")]
+    able = [b.name for b in backends() if not any(b.refusal(problem) for problem in problems)]
+    return [name for name in able if name not in ("reference", *backend_names(case))]
 
 
 def dense_peers(device: torch.device) -> dict[str, Run]:
@@ -96,8 +125,8 @@ def dense_peers(device: torch.device) -> dict[str, Run]:
 def time_case(case: Case, runs: dict[str, Run], repeats: int, with_backward: bool) -> list[Result]:
     """Every provider forward and, where it has one, backward; checked first.
 
-    Ours and FlexAttention are checked on the timed tensors against the fp32 reference, on the first
-    and the last head.
+    Each of ours and FlexAttention is checked on the timed tensors against the fp32 reference, on
+    the first and the last head.
 
     Raises:
         WrongResultError: a result is off; then nothing is timed.
@@ -105,11 +134,12 @@ def time_case(case: Case, runs: dict[str, Run], repeats: int, with_backward: boo
     graphs = {}
     if with_backward:
         graphs = {n: run(*case.tensors) for n, run in runs.items() if has_backward(n, case)}
-    for name in (OURS, FLEX):
-        if name in runs:
+    for name in runs:
+        if name.startswith(OURS) or name == FLEX:
             _check(name, runs[name], graphs.get(name), case)
     quiet = tuple(x.detach() for x in case.tensors)
-    calls = {"forward": {name: partial(run, *quiet) for name, run in runs.items()}}
+    forward = {name: run for name, run in runs.items() if name != DETERMINISTIC}
+    calls = {"forward": {name: partial(run, *quiet) for name, run in forward.items()}}
     if graphs:
         calls["backward"] = {name: partial(_gradients, out, case) for name, out in graphs.items()}
     results = []
@@ -117,6 +147,22 @@ def time_case(case: Case, runs: dict[str, Run], repeats: int, with_backward: boo
         timings = time_interleaved(peers, device=case.device, repeats=repeats)
         results += [result_of(case, direction, name, timings) for name in timings]
     return results
+
+
+def time_host(mask: BlockMask, dtype: str, head_dim: int, repeats: int = 300) -> Timing:
+    """What one forward call costs the host until it returns: kernels of one head are soon done."""
+    one_head = replace(
+        mask, kv_num_blocks=mask.kv_num_blocks[:, :1], kv_indices=mask.kv_indices[:, :1]
+    )
+    case = make_case(one_head, 1, head_dim, dtype, {})
+    q, k, v = (x.detach() for x in case.tensors)
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        attention(q, k, v, one_head)
+        samples.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return Timing(tuple(samples[repeats // 10 :]))
 
 
 def has_backward(name: str, case: Case) -> bool:
@@ -160,8 +206,15 @@ def compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
-def _ours(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention(q, k, v, mask)
+def _ours(
+    mask: BlockMask | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    return attention(q, k, v, mask, backend=backend, deterministic=deterministic)
 
 
 def _sdpa(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -187,7 +240,7 @@ def _check(name: str, run: Run, graph: Tensor | None, case: Case) -> None:
 
 def _reference(case: Case, heads: slice, with_gradients: bool) -> list[Tensor]:
     mask = case.mask
-    if mask.kv_indices.shape[1] > 1:
+    if mask is not None and mask.kv_indices.shape[1] > 1:
         counts, indices = mask.kv_num_blocks[:, heads], mask.kv_indices[:, heads]
         mask = replace(mask, kv_num_blocks=counts, kv_indices=indices, _transpose=None)
     exact = [x[:, heads].detach().float().requires_grad_(with_gradients) for x in case.tensors]

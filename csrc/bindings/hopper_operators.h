@@ -91,9 +91,9 @@ struct Call {
     }
     STD_TORCH_CHECK(x.stride(3) == 1, name, " must have stride 1 on its channels");
     for (int i = 0; i < 3; ++i) {  // nobody steps along a dimension of size 1
-      STD_TORCH_CHECK(sizes[i] == 1 || x.stride(i) * 2 % kAlignment == 0, name, " has stride ",
-                      x.stride(i), " in dimension ", i, ", which is not a multiple of ", kAlignment,
-                      " bytes");
+      STD_TORCH_CHECK(sizes[i] == 1 || (x.stride(i) > 0 && x.stride(i) * 2 % kAlignment == 0), name,
+                      " has stride ", x.stride(i), " in dimension ", i,
+                      ", which is not a positive multiple of ", kAlignment, " bytes");
     }
     const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
     STD_TORCH_CHECK(address % kAlignment == 0, name, " does not start at a multiple of ",

@@ -4,8 +4,8 @@ Two components: ``sta`` serves blocks of at least 128 tokens and dense attention
 64. Either works without the other.
 
 The kernels move tensors with the tensor memory accelerator, which wants addresses and strides that
-are multiples of 16 bytes. A q, k, v or gradient that is not so (a view of odd offset, say) is
-copied once, whole; everything else is read in place.
+are multiples of 16 bytes, and no stride of 0. A q, k, v or gradient that is not so (a view of odd
+offset, an expanded tensor) is copied once, whole; everything else is read in place.
 
 Nothing about a mask is kept from one call to the next. What a launch derives from the lists (steps,
 the order of rows) it derives on the GPU, again in every call: that costs microseconds, and a CUDA
@@ -160,8 +160,12 @@ def _mask_arguments(mask: BlockMask | None) -> tuple:
 def aligned(x: Tensor) -> Tensor:
     """``x`` [B, H, S, D] if the tensor memory accelerator can read it in place, else a copy."""
     step = _ALIGNMENT // x.element_size()
-    fits = x.stride(3) == 1 and x.data_ptr() % _ALIGNMENT == 0
-    if fits and all(x.stride(i) % step == 0 or x.shape[i] == 1 for i in range(3)):
+
+    def fits(dim: int) -> bool:
+        stride = x.stride(dim)
+        return x.shape[dim] == 1 or (stride > 0 and stride % step == 0)
+
+    if x.stride(3) == 1 and x.data_ptr() % _ALIGNMENT == 0 and all(map(fits, range(3))):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
