@@ -110,17 +110,8 @@ class AttentionBlock {
       float s[1][kTile / 8][4];
       multiply_scores<C::kQk, C::kDim>(s[0], q_ + r * kQkTileBytes<C::kDim>, keys(buffer));
       ScoreScale scale[1] = {{Scores<C::kQk>::kOffset, factors()[r * C::kThreads] * k_scale}};
-      const int last_seen_by_all = (first_tile_ + r) * kTile + causal_offset_;
-      const bool cut_by_causal = p_.is_causal && tile.index * kTile + kTile - 1 > last_seen_by_all;
-      if (tile.valid < kTile || cut_by_causal) {
-        int limit[2];
-        SAGE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int seen = row(r, i) + causal_offset_ - tile.index * kTile + 1;
-          limit[i] = cut_by_causal && seen < tile.valid ? seen : tile.valid;
-        }
-        scale[0] = hide_keys(s[0], scale[0], limit);
-      }
+      const int last_key = p_.is_causal ? (first_tile_ + r) * kTile + causal_offset_ : kAllKeys;
+      hide_unseen(s[0], scale[0], last_key, tile.index, tile.valid);
       weigh<Values<C::kV>::kExponent>(s, scale, state_[r], keep[r]);
       Values<C::kV>::pack(weights[r], s[0]);
     }
@@ -187,8 +178,6 @@ class AttentionBlock {
   }
 
   // -- results ----------------------------------------------------------------------------------
-
-  SAGE_DEVICE int row(int r, int i) const { return (first_tile_ + r) * kTile + row_in_tile(i); }
 
   // Valid rows of a row tile; 0 past the end of the sequence.
   SAGE_DEVICE int valid_rows(int r) const {

@@ -316,19 +316,7 @@ class HopperBlock {
 
   // The last key that the first row of this consumer sees; row r sees r more.
   SAGE_DEVICE int last_key_of_first_row() const {
-    return p_.is_causal ? (first_tile_ + consumer()) * kTile + causal_offset_ : 1 << 30;
-  }
-
-  SAGE_DEVICE static void hide_unseen(float (&s)[kTile / 8][4], ScoreScale& scale, int last_key,
-                                      int index, int valid) {
-    const int seen = last_key - index * kTile + 1;  // keys of the tile, by the first row
-    if (valid == kTile && seen >= kTile) return;
-    int limit[2];
-    SAGE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      limit[i] = seen + row_in_tile(i) < valid ? seen + row_in_tile(i) : valid;
-    }
-    scale = hide_keys(s, scale, limit);
+    return p_.is_causal ? (first_tile_ + consumer()) * kTile + causal_offset_ : kAllKeys;
   }
 
   // P V of the step at v.

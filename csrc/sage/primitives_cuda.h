@@ -38,6 +38,15 @@ SAGE_DEVICE void named_barrier(int number, int threads) {
 SAGE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 SAGE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
+// -- numbers that stay out of registers
+// -------------------------------------------------------------
+
+// x, which the compiler can neither keep from before nor guess.
+SAGE_DEVICE uint32_t computed_afresh(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // -- copies from global to shared memory ----------------------------------------------------------
 
 SAGE_DEVICE uint32_t shared_address(const void* pointer) {

@@ -15,12 +15,6 @@ SAGE_DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane);
 SAGE_DEVICE void warp_barrier() { __syncwarp(); }
 SAGE_DEVICE int first_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 
-// x, which the compiler can neither keep from before nor guess.
-SAGE_DEVICE uint32_t computed_afresh(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // Registers of a thread from here on, by the whole warpgroup.
 template <int kCount>
 SAGE_DEVICE void take_registers() {

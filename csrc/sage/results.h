@@ -10,13 +10,6 @@
 
 namespace video_attn::sage {
 
-inline constexpr int kGroupThreads = 128;  // threads that share a tile of 64 rows
-
-// Row of its tile that thread_index() holds; i is 0 or 1.
-SAGE_DEVICE int row_in_tile(int i) {
-  return thread_index() % kGroupThreads / 32 * 16 + thread_index() % 32 / 4 + i * 8;
-}
-
 // One tile of rows, by the 128 threads that hold it.
 template <VCode kV, int kDim>
 class ResultTile {

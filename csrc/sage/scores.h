@@ -44,7 +44,8 @@ struct Scores<QkCode::kFp8> {
 template <QkCode kCode, int kDim>
 SAGE_DEVICE void multiply_scores(float (&s)[kTile / 8][4], const uint8_t* q, const uint8_t* k) {
   using Kind = Scores<kCode>;
-  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  const int thread = static_cast<int>(computed_afresh(thread_index()));
+  const int lane = thread % 32, warp = thread / 32;
   typename Kind::Sum c[kTile / 8][4];
   SAGE_UNROLL
   for (int n = 0; n < kTile / 8; ++n) {

@@ -8,6 +8,14 @@
 
 namespace video_attn::sage {
 
+inline constexpr int kGroupThreads = 128;  // threads that share a tile of 64 rows
+
+// Row of its tile that thread_index() holds; i is 0 or 1.
+SAGE_DEVICE int row_in_tile(int i) {
+  return thread_index() % kGroupThreads / 32 * 16 + thread_index() % 32 / 4 + i * 8;
+}
+
+inline constexpr int kAllKeys = 1 << 30;  // a last key that hides none
 inline constexpr float kMinusInfinity = -__builtin_inff();
 
 struct RowState {
@@ -33,6 +41,20 @@ SAGE_DEVICE ScoreScale hide_keys(float (&s)[kTile / 8][4], ScoreScale scale,
     }
   }
   return {0.0f, 1.0f};
+}
+
+// The same for keys past the first `valid` of tile `index`, and for keys after `last_key`, the last
+// one that the first row sees; row r sees r more.
+SAGE_DEVICE void hide_unseen(float (&s)[kTile / 8][4], ScoreScale& scale, int last_key, int index,
+                             int valid) {
+  const int seen = last_key - index * kTile + 1;  // keys of the tile, by the first row
+  if (valid == kTile && seen >= kTile) return;
+  int limit[2];
+  SAGE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    limit[i] = seen + row_in_tile(i) < valid ? seen + row_in_tile(i) : valid;
+  }
+  scale = hide_keys(s, scale, limit);
 }
 
 // The largest logit of a row (0 or 1) among this lane's keys of a tile.

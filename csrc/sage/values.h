@@ -106,7 +106,8 @@ SAGE_DEVICE void multiply_values(float (&out)[kRowTiles][kDim / 8][4],
                                  const uint32_t (&a)[kRowTiles][Values<kCode>::kSteps][4],
                                  const float (&keep)[kRowTiles][2], const uint8_t* v) {
   using Kind = Values<kCode>;
-  const int lane = thread_index() % 32;
+  // Addresses that stayed in registers would push something else out.
+  const int lane = static_cast<int>(computed_afresh(thread_index() % 32));
   SAGE_UNROLL
   for (int group = 0; group < kDim / 8 / Kind::kPieces; ++group) {
     uint32_t b[Kind::kSteps][4];

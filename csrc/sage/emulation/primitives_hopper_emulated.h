@@ -43,8 +43,6 @@ inline void warp_barrier() {
 
 inline int first_bit(uint32_t x) { return std::countr_zero(x); }
 
-inline uint32_t computed_afresh(uint32_t x) { return x; }
-
 template <int kCount>
 void take_registers() {}
 template <int kCount>
