@@ -22,66 +22,71 @@ cudaError_t launch(void (*kernel)(Globals), const BackwardParams& params, const 
 }
 
 template <typename Value>
-cudaError_t launch_prepare(const BackwardParams& params, float* statistics, cudaStream_t stream) {
-  return launch(prepare_backward<Value>, params, prepare_globals(params, statistics),
+cudaError_t launch_prepare(const BackwardParams& params, const BackwardBuffers& buffers,
+                           cudaStream_t stream) {
+  return launch(prepare_backward<Value>, params, prepare_globals(params, buffers.statistics),
                 kPrepareThreads, 0, stream);
 }
 
+// A walk by `kernel`, after the order of its lists.
 template <typename Config>
-cudaError_t launch_walk(const BackwardParams& params, const float* statistics,
-                        cudaStream_t stream) {
+cudaError_t launch_walk(void (*kernel)(BackwardGlobals), const BackwardParams& params,
+                        const BackwardBuffers& buffers, cudaStream_t stream) {
   BackwardGlobals globals{};
-  const cudaError_t status = walk_globals<Config>(params, statistics, nullptr, &globals);
-  if (status != cudaSuccess) return status;
-  return launch(backward_kernel<Config>, params, globals, Config::kThreads, Config::kSharedBytes,
-                stream);
-}
-
-template <typename Value>
-cudaError_t launch_fused(const BackwardParams& params, const float* statistics, float* dq_sums,
-                         cudaStream_t stream) {
-  using Config = FusedConfig<Value>;
-  BackwardGlobals globals{};
-  FinishGlobals finish{};
-  cudaError_t status = walk_globals<Config>(params, statistics, dq_sums, &globals);
-  if (status == cudaSuccess) status = finish_globals(params, dq_sums, &finish);
-  if (status == cudaSuccess) {
-    status = cudaMemsetAsync(dq_sums, 0, dq_sums_bytes(params.problem), stream);
-  }
-  if (status == cudaSuccess) {
-    status = launch(fused_backward_kernel<Config>, params, globals, Config::kThreads,
-                    Config::kSharedBytes, stream);
+  cudaError_t status = walk_globals<Config>(params, buffers, &globals);
+  if (status == cudaSuccess && globals.order != nullptr) {
+    status = launch(order_lists, params, order_globals<Config>(params, buffers), kOrderThreads,
+                    kOrderThreads * sizeof(int32_t), stream);
   }
   if (status != cudaSuccess) return status;
-  return launch(finish_queries<Value>, params, finish, 128, 0, stream);
+  return launch(kernel, params, globals, Config::kThreads, Config::kSharedBytes, stream);
 }
 
 template <typename Value, int kHeadDim, Walk kWalk, bool kCoarse>
-cudaError_t launch_walk(const BackwardParams& params, const float* statistics,
+cudaError_t launch_walk(const BackwardParams& params, const BackwardBuffers& buffers,
                         cudaStream_t stream) {
   const Problem& problem = params.problem;
   if constexpr (kCoarse) {
     if (shares_lists(kWalk == Walk::kKeys ? problem.kv_side : problem.q_side)) {
-      return launch_walk<BackwardConfig<Value, kHeadDim, kWalk, true>>(params, statistics, stream);
+      using Config = BackwardConfig<Value, kHeadDim, kWalk, true>;
+      return launch_walk<Config>(backward_kernel<Config>, params, buffers, stream);
     }
   }
-  return launch_walk<BackwardConfig<Value, kHeadDim, kWalk, false>>(params, statistics, stream);
+  using Config = BackwardConfig<Value, kHeadDim, kWalk, false>;
+  return launch_walk<Config>(backward_kernel<Config>, params, buffers, stream);
+}
+
+template <typename Value>
+cudaError_t launch_fused(const BackwardParams& params, const BackwardBuffers& buffers,
+                         size_t dq_sums_bytes, cudaStream_t stream) {
+  using Config = FusedConfig<Value>;
+  FinishGlobals finish{};
+  cudaError_t status = finish_globals(params, buffers.dq_sums, &finish);
+  if (status == cudaSuccess) {
+    status = cudaMemsetAsync(buffers.dq_sums, 0, dq_sums_bytes, stream);
+  }
+  if (status == cudaSuccess) {
+    status = launch_walk<Config>(fused_backward_kernel<Config>, params, buffers, stream);
+  }
+  if (status != cudaSuccess) return status;
+  return launch(finish_queries<Value>, params, finish, 128, kFinishSharedBytes, stream);
 }
 
 template <typename Value, int kHeadDim, bool kCoarse>
-cudaError_t launch_backward(const BackwardParams& params, void* workspace, cudaStream_t stream) {
-  float* statistics = static_cast<float*>(workspace);
-  cudaError_t status = launch_prepare<Value>(params, statistics, stream);
+cudaError_t launch_backward(const BackwardParams& params, void* base, cudaStream_t stream) {
+  const bool fused = kCoarse && is_fused(params);
+  const BackwardWorkspace workspace = lay_out_workspace(params, fused);
+  const BackwardBuffers buffers(base, workspace);
+  cudaError_t status = launch_prepare<Value>(params, buffers, stream);
   if (status != cudaSuccess) return status;
   if constexpr (kCoarse && kHeadDim == 128) {
-    if (is_fused(params)) {
-      float* dq_sums = statistics + statistics_bytes(params.problem) / sizeof(float);
-      return launch_fused<Value>(params, statistics, dq_sums, stream);
+    if (fused) {
+      return launch_fused<Value>(params, buffers, workspace.bytes - workspace.dq_sums, stream);
     }
   }
-  status = launch_walk<Value, kHeadDim, Walk::kKeys, kCoarse>(params, statistics, stream);
+  status = launch_walk<Value, kHeadDim, Walk::kKeys, kCoarse>(params, buffers, stream);
   if (status != cudaSuccess) return status;
-  return launch_walk<Value, kHeadDim, Walk::kQueries, kCoarse>(params, statistics, stream);
+  return launch_walk<Value, kHeadDim, Walk::kQueries, kCoarse>(params, buffers, stream);
 }
 
 // The whole backward, for either grain.

@@ -118,7 +118,10 @@ struct BackwardGlobals {
   int32_t list_heads;  // query heads that one kept head answers to: the GQA group, or 1
   int32_t group;       // query heads per key head
   int32_t kept_heads, heads;
-  int32_t tiles;  // pairs of units of the kept side
+  int32_t units;         // of the kept side
+  int32_t tiles;         // pairs of them: blocks of threads per head
+  const int32_t* order;  // see backward_order.h; null: as they stand
+  int64_t order_batch_stride, order_head_stride;
   float scale, scale_log2;
 };
 

@@ -64,7 +64,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   const int barrier_id = 1 + group, common_barrier_id = 1 + Config::kWarpgroups;
   const bool leader = threadIdx.x % 128 == 0;
   const Place place = place_of(globals);
-  const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+  const int token = kept_token<Config>(globals, place, group);
   const int valid_keys = token < globals.kept.length ? valid_kept(globals, place.batch, token) : 0;
   auto& values = shared.values[group];
   RingReader<Config> reader{shared, 0};
@@ -189,6 +189,8 @@ struct FinishGlobals {
   float scale;
 };
 
+constexpr int kFinishSharedBytes = kUnit * 64 * 2 + 1024;
+
 // One block of 128 threads per unit and half of the channels.
 template <typename Value>
 __device__ inline void run_finish(const FinishGlobals& globals,
@@ -211,8 +213,8 @@ __device__ inline void run_finish(const FinishGlobals& globals,
 template <typename Value>
 __global__ void __launch_bounds__(128)
     finish_queries(const __grid_constant__ FinishGlobals globals) {
-  __shared__ alignas(1024) kittens::st<Value, kUnit, 64> tile;
-  run_finish<Value>(globals, tile);
+  extern __shared__ uint8_t raw_shared[];
+  run_finish<Value>(globals, aligned_shared<kittens::st<Value, kUnit, 64>>(raw_shared));
 }
 
 }  // namespace video_attn::hopper

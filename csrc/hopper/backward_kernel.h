@@ -179,7 +179,7 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   settle(dv);
 
   const Place place = place_of(globals);
-  const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+  const int token = kept_token<Config>(globals, place, group);
   if (token >= globals.kept.length) return;
   threads_sync<128>(barrier_id);
   const int valid = valid_kept(globals, place.batch, token);
@@ -198,7 +198,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   using Kept = kittens::rt<Value, 16, Config::kHeadDim>;
   const int barrier_id = 1 + group;
   const Place place = place_of(globals);
-  const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+  const int token = kept_token<Config>(globals, place, group);
   auto& kept = shared.kept[group];
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 

@@ -19,13 +19,27 @@ __device__ inline Place place_of(const BackwardGlobals& globals) {
           rest / globals.kept_heads};
 }
 
+// The first of the 64 kept tokens of a warpgroup; at or past the end if there are none for it.
+template <typename Config>
+__device__ inline int32_t kept_token(const BackwardGlobals& globals, const Place& place,
+                                     int32_t group) {
+  constexpr int32_t kUnitsOfItem = Config::kRingReaders;  // an item: what walks a list together
+  const int32_t items = (globals.units + kUnitsOfItem - 1) / kUnitsOfItem;
+  int32_t item = place.tile * Config::kRings + group / kUnitsOfItem;
+  if (globals.order != nullptr && item < items) {
+    item = globals.order[place.batch * globals.order_batch_stride +
+                         place.head * globals.order_head_stride + item];
+  }
+  return (item * kUnitsOfItem + group % kUnitsOfItem) * kUnit;
+}
+
 template <typename Config>
 __device__ inline void load_kept(const BackwardGlobals& globals, typename Config::Shared& shared,
                                  const Place& place) {
   const uint32_t barrier = shared_address(&shared.kept_full);
   barrier_arrive_expect(barrier, Config::kWarpgroups * 2 * Config::kTileBytes);
   for (int group = 0; group < Config::kWarpgroups; ++group) {
-    const int token = (place.tile * Config::kWarpgroups + group) * kUnit;
+    const int token = kept_token<Config>(globals, place, group);
     for (int panel = 0; panel < Config::kPanels; ++panel) {
       load_box(&globals.kept_first, shared_address(shared.kept_first_panel(group, panel)), barrier,
                64 * panel, token, place.head, place.batch);
@@ -132,7 +146,7 @@ __device__ inline void produce(const BackwardGlobals& globals, typename Config::
   if (warp == 0 && lane == 0) load_kept<Config>(globals, shared, place);
 
   RingWriter<Config> writer{globals, shared, warp, lane};
-  const int32_t token = (place.tile * Config::kWarpgroups + warp) * kUnit;
+  const int32_t token = kept_token<Config>(globals, place, warp);
   if (token < globals.kept.length) {
     const int32_t slot = token / globals.kept.block_size;
 #pragma unroll 1

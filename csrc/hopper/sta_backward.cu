@@ -4,7 +4,7 @@
 namespace video_attn::hopper {
 
 size_t coarse_backward_workspace(const BackwardParams& params) {
-  return statistics_bytes(params.problem) + (is_fused(params) ? dq_sums_bytes(params.problem) : 0);
+  return lay_out_workspace(params, is_fused(params)).bytes;
 }
 
 cudaError_t coarse_backward(const BackwardParams& params, void* workspace, cudaStream_t stream) {

@@ -4,7 +4,7 @@
 namespace video_attn::hopper {
 
 size_t fine_backward_workspace(const BackwardParams& params) {
-  return statistics_bytes(params.problem);
+  return lay_out_workspace(params, false).bytes;
 }
 
 cudaError_t fine_backward(const BackwardParams& params, void* workspace, cudaStream_t stream) {
