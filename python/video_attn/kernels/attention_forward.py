@@ -25,7 +25,6 @@ from .step_lists import plan_steps
 from .tiles import (
     causal_steps,
     head_rows,
-    lens_of_batch,
     listed_steps,
     load_tile,
     own_tile,
@@ -87,8 +86,8 @@ def attention_fwd_kernel(
     see ``codes.py``, D and DV are their padded dims; the weights are rounded as v is.
     """
     i_tile, i_b, i_h = program_tile(n_tiles, HQ)
-    p_q_lens = lens_of_batch(q_lens, i_b, stride_q_lens_b)
-    p_kv_lens = lens_of_batch(kv_lens, i_b, stride_kv_lens_b)
+    p_q_lens = q_lens if q_lens is None else q_lens + i_b * stride_q_lens_b
+    p_kv_lens = kv_lens if kv_lens is None else kv_lens + i_b * stride_kv_lens_b
     i_slot, start, n_rows, n_valid = own_tile(i_tile, q_len, p_q_lens, Q_SLOT, BM)
     p_list = lists
     n_listed = 0

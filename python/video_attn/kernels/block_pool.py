@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Side, head_args, lens_args, named_strides, padded
-from .tiles import head_rows, lens_of_batch, load_tile, own_tile, store_tile
+from .tiles import head_rows, load_tile, own_tile, store_tile
 
 _MEAN_TILE = 4096  # numbers in registers at a time
 _SCORES = 2048  # of a row in registers at a time
@@ -25,7 +25,7 @@ def block_mean_kernel(
     """mean_n = sum of the valid rows of slot n / their number, 0 where there is none."""
     pid = tl.program_id(0).to(tl.int64)
     i_n, i_h, i_b = pid % N, pid // N % H, pid // N // H
-    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
     _, start, _, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
     p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
@@ -50,7 +50,7 @@ def block_mean_bwd_kernel(
     """dx = grad of the slot's mean / number of valid rows; 0 in rows that are not valid."""
     pid = tl.program_id(0).to(tl.int64)
     i_n, i_h, i_b = pid % N, pid // N % H, pid // N // H
-    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
     _, start, n_rows, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
     p_grad = head_rows(grad, i_b, i_h, stride_grad_b, stride_grad_h, VEC)
@@ -95,7 +95,7 @@ def select_top_k_kernel(
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_r, i_h, i_b = i_row % R, i_row // R % H, i_row // R // H
-    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
     p_row = scores + i_b * stride_scores_b + i_h * stride_scores_h + i_r * stride_scores_s
     o = tl.arange(0, BN)
     b_first = _keys(

@@ -25,7 +25,7 @@ from .quantize_parts import (
     power_of_two_and_inverse,
     scale_and_inverse,
 )
-from .tiles import head_rows, lens_of_batch, load_tile, own_tile, store_tile, tile_rows
+from .tiles import head_rows, load_tile, own_tile, store_tile, tile_rows
 
 _CHUNKS = 32  # of statistics, per head, at most
 _PROGRAM_TILES = 4  # that a program of the second kernels quantizes
@@ -45,7 +45,7 @@ def channel_statistics_kernel(
     """Of CHUNK tiles: sum, largest, smallest and amax of every channel, and how many tokens."""
     pid = tl.program_id(0).to(tl.int64)
     i_chunk, i_h, i_b = pid % n_chunks, pid // n_chunks % H, pid // n_chunks // H
-    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
     p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
     o_m, o_d = tile_rows(BM, WIDE), tl.arange(0, BD)
     b_sum = tl.zeros([BM, BD], tl.float32)
@@ -122,7 +122,7 @@ def quantize_tokens_kernel(
     pid = tl.program_id(0).to(tl.int64)
     i_program, i_h, i_b = pid % n_programs, pid // n_programs % H, pid // n_programs // H
     i_head = i_b * H + i_h
-    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
     p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
     p_codes = head_rows(codes, i_b, i_h, stride_codes_b, stride_codes_h, VEC_CODES)
     o_m, o_d = tile_rows(BM, WIDE), tl.arange(0, BD)
@@ -176,7 +176,7 @@ def quantize_channels_kernel(
     pid = tl.program_id(0).to(tl.int64)
     i_program, i_h, i_b = pid % n_programs, pid // n_programs % H, pid // n_programs // H
     i_head = i_b * H + i_h
-    p_lens = lens_of_batch(lens, i_b, stride_lens_b)
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
     p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
     p_codes = head_rows(codes, i_b, i_h, stride_codes_b, stride_codes_h, VEC_CODES)
     o_m, o_d = tile_rows(BM, WIDE), tl.arange(0, BD)

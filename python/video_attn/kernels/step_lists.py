@@ -36,9 +36,7 @@ def step_lists_kernel(
     i_r, i_h, i_b = i_row % R, (i_row // R) % H, i_row // R // H
     n_slots = tl.load(counts + i_b * stride_counts_b + i_h * stride_counts_h + i_r)
     p_list = indices + i_b * stride_indices_b + i_h * stride_indices_h + i_r * stride_indices_r
-    p_lens = lens
-    if lens is not None:
-        p_lens = lens + i_b * stride_lens_b
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
     o = tl.arange(0, CHUNK)
 
     n_full = 0

@@ -19,14 +19,6 @@ def program_tile(n_tiles, H):
 
 
 @triton.jit
-def lens_of_batch(p_lens, i_b, stride):
-    """Pointer to the valid lengths of a batch, or None."""
-    if p_lens is not None:
-        p_lens += i_b * stride
-    return p_lens
-
-
-@triton.jit
 def tile_rows(ROWS: tl.constexpr, WIDE: tl.constexpr):
     """Row numbers inside a tile; 64-bit where a row stride is too large for 32-bit offsets."""
     o_row = tl.arange(0, ROWS)
