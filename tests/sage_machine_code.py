@@ -57,7 +57,7 @@ class Kernel(NamedTuple):
         """
         place = {address: i for i, (address, _, _) in enumerate(self.code)}
         loops = []
-        for i, (address, _, text) in enumerate(self.code):
+        for i, (_, _, text) in enumerate(self.code):
             branch = _BRANCH.search(text)
             start = place.get(int(branch[1], 16), i + 1) if branch else i + 1
             body = [mnemonic for _, mnemonic, _ in self.code[start : i + 1]]
