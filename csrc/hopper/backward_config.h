@@ -44,7 +44,11 @@ struct BackwardConfig {
 
   static constexpr int kRings = kSharedList ? 1 : kWarpgroups;
   static constexpr int kRingReaders = kWarpgroups / kRings;
-  static constexpr int kStages = (kHeadDim == 64 ? 8 : 4) / kRings;
+  // In the query walk the kept tiles move to registers, and their memory to the rings: the last
+  // stages of each, which the producer gets from the warpgroups and not at once.
+  static constexpr bool kKeptMoves = kWalk == Walk::kQueries;
+  static constexpr int kMovedStages = kKeptMoves ? kRingReaders : 0;  // of a ring
+  static constexpr int kStages = (kHeadDim == 64 ? 8 : 4) / kRings + kMovedStages;
 
   using Tile = kittens::st<Value, kUnit, kHeadDim>;
   static constexpr int kTileBytes = sizeof(Tile);
@@ -59,17 +63,21 @@ struct BackwardConfig {
     Tile first, second;
   };
   struct Shared {
-    Stage kept[kWarpgroups];
-    Stage streamed[kRings][kStages];
+    Stage stages[kRings * kStages + (kKeptMoves ? 0 : kWarpgroups)];
     float statistics[kRings][kStages][2 * kUnit];
     uint64_t full[kRings][kStages], empty[kRings][kStages], kept_full;
     Step steps[kRings][kStages];
 
+    __device__ Stage& streamed(int ring, int stage) { return stages[ring * kStages + stage]; }
+    __device__ Stage& kept(int group) {
+      if constexpr (!kKeptMoves) return stages[kRings * kStages + group];
+      return streamed(group / kRingReaders, kStages - kMovedStages + group % kRingReaders);
+    }
     __device__ void* kept_first_panel(int group, int panel) {
-      return kept[group].first.data + panel * kUnit * 64;
+      return kept(group).first.data + panel * kUnit * 64;
     }
     __device__ void* kept_second_panel(int group, int panel) {
-      return kept[group].second.data + panel * kUnit * 64;
+      return kept(group).second.data + panel * kUnit * 64;
     }
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // the base is aligned by hand
@@ -92,13 +100,14 @@ struct FusedConfig : BackwardConfig<ValueT, 128, Walk::kKeys, true> {
   struct Shared {
     Panel keys[kPanels][kWarpgroups];
     Tile values[kWarpgroups];
-    Stage streamed[1][kStages];
+    Stage stages[kStages];
     Panel score_gradients[2][kWarpgroups];  // keys by queries; the two alternate
     alignas(1024) float sums[kWarpgroups][kSumsOfGroup];
     float statistics[1][kStages][2 * kUnit];
     uint64_t full[1][kStages], empty[1][kStages], kept_full;
     Step steps[1][kStages];
 
+    __device__ Stage& streamed(int, int stage) { return stages[stage]; }
     __device__ void* kept_first_panel(int group, int panel) { return &keys[panel][group]; }
     __device__ void* kept_second_panel(int group, int panel) {
       return values[group].data + panel * kUnit * 64;

@@ -94,7 +94,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   while (true) {
     const Step step = reader.wait();
     if (step.valid < 0) break;
-    auto& tiles = shared.streamed[0][reader.stage];
+    auto& tiles = shared.streamed(0, reader.stage);
     const float* statistics = shared.statistics[0][reader.stage];
     if (step.valid < kUnit) zero_tail(tiles.first, tiles.second, step.valid, barrier_id);
     const auto* query_panels = reinterpret_cast<const Panel*>(tiles.first.data);

@@ -28,10 +28,10 @@ struct RingReader {
       parity ^= 1;
     }
   }
-  __device__ void release_previous() {
-    const int previous = (stage == 0 ? Config::kStages : stage) - 1;
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.empty[ring][previous]));
+  __device__ void release(int released) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.empty[ring][released]));
   }
+  __device__ void release_previous() { release((stage == 0 ? Config::kStages : stage) - 1); }
 };
 
 template <typename Config>
@@ -129,7 +129,7 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   using Gradient = kittens::rt<float, 16, Config::kHeadDim>;
   using Packed = kittens::rt<Value, 16, kUnit>;
   const int barrier_id = 1 + group;
-  auto& kept = shared.kept[group];
+  auto& kept = shared.kept(group);
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 
   Gradient dk, dv;
@@ -143,7 +143,7 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   while (true) {
     const int valid = reader.wait().valid;
     if (valid < 0) break;
-    auto& step = shared.streamed[reader.ring][reader.stage];
+    auto& step = shared.streamed(reader.ring, reader.stage);
     const float* statistics = shared.statistics[reader.ring][reader.stage];
     if (valid < kUnit) zero_tail(step.first, step.second, valid, barrier_id);
 
@@ -199,7 +199,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   const int barrier_id = 1 + group;
   const Place place = place_of(globals);
   const int token = kept_token<Config>(globals, place, group);
-  auto& kept = shared.kept[group];
+  auto& kept = shared.kept(group);
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 
   const int64_t unit = (static_cast<int64_t>(place.batch) * globals.heads + place.head) *
@@ -213,15 +213,19 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   kittens::rt<Value, 16, kUnit> packed_ds;  // outside the loop, as in the key walk
   set_zero(dq);
   set_zero(packed_ds);
+  constexpr int kOwnStages = Config::kStages - Config::kMovedStages;
+  for (int stage = 0; stage < kOwnStages; ++stage) reader.release(stage);
   barrier_wait(shared_address(&shared.kept_full), 0);
   Kept q, grad_out;
   load_tile(q, kept.first);
   load_tile(grad_out, kept.second);
+  __syncwarp();
+  for (int stage = kOwnStages; stage < Config::kStages; ++stage) reader.release(stage);
   bool first = true;
   while (true) {
     const int valid = reader.wait().valid;
     if (valid < 0) break;
-    auto& step = shared.streamed[reader.ring][reader.stage];
+    auto& step = shared.streamed(reader.ring, reader.stage);
     if (valid < kUnit) zero_tail(step.first, step.second, valid, barrier_id);
 
     Scores<Config> p, ds;
@@ -249,8 +253,10 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   products_wait<0>();
   settle(dq);
 
+  // The memory of the kept tiles has been a stage of a ring: all its readers are done.
+  threads_sync<128 * Config::kRingReaders>(Config::kSharedList ? 1 + Config::kWarpgroups
+                                                               : barrier_id);
   if (token >= globals.kept.length) return;
-  threads_sync<128>(barrier_id);
   const int valid = valid_kept(globals, place.batch, token);
   store_gradient(dq, globals.scale, valid, kept.first, &globals.result_first, 0, token, place.head,
                  place.batch, barrier_id);

@@ -57,7 +57,7 @@ struct RingWriter {
   const int ring;
   const int lane;
   int stage = 0;
-  uint32_t parity = 1;  // the first round finds every stage empty
+  uint32_t parity = Config::kKeptMoves ? 0 : 1;  // of a first round: waits for its readers, or not
 
   // Waits for a free stage and fills it by `issue(stage, barrier)`, called by one lane.
   template <typename Issue>
@@ -79,7 +79,7 @@ struct RingWriter {
     const int32_t unit = source_head * units_of(globals.streamed.length) + token / kUnit;
     push({valid, unit}, [&](int at, uint32_t barrier) {
       barrier_arrive_expect(barrier, Config::kStepBytes);
-      auto& step = shared.streamed[ring][at];
+      auto& step = shared.streamed(ring, at);
 #pragma unroll
       for (int panel = 0; panel < Config::kPanels; ++panel) {
         load_box(&globals.streamed_first, shared_address(&step.first) + panel * Config::kPanelBytes,
