@@ -6,8 +6,16 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
 from .attention import attention
+from .attention_types import resolve_attention_type
 from .block_mask import BlockMask
-from .functional import radial, sliding_tile, video_sparse
+from .functional import (
+    named_attention,
+    radial,
+    sageattn,
+    sageattn_varlen,
+    sliding_tile,
+    video_sparse,
+)
 from .layout import VideoLayout
 from .patterns.radial import RadialRule, radial_mask
 from .patterns.scene import Scenes
@@ -25,8 +33,12 @@ __all__ = [
     "Scenes",
     "VideoLayout",
     "attention",
+    "named_attention",
     "radial",
     "radial_mask",
+    "resolve_attention_type",
+    "sageattn",
+    "sageattn_varlen",
     "sliding_tile",
     "sliding_tile_mask",
     "use_backend",

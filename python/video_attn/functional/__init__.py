@@ -2,9 +2,12 @@
 
 ``sliding_tile``, ``video_sparse`` and ``radial`` take the video in raster order. The functions of
 ``st_attn`` and ``vsa`` keep the forms that are in use: tile order, and for ``vsa`` padded tiles.
+Those of ``sageattention`` know no video, nor does ``named_attention``.
 """
 
+from .named_attention import named_attention
 from .radial_attention import radial
+from .sage import sageattn, sageattn_varlen
 from .sta import sliding_tile, sliding_tile_attention
 from .vsa import video_sparse
 from .vsa_padded import block_sparse_attn, block_sparse_attn_from_indices, video_sparse_attn
@@ -12,7 +15,10 @@ from .vsa_padded import block_sparse_attn, block_sparse_attn_from_indices, video
 __all__ = [
     "block_sparse_attn",
     "block_sparse_attn_from_indices",
+    "named_attention",
     "radial",
+    "sageattn",
+    "sageattn_varlen",
     "sliding_tile",
     "sliding_tile_attention",
     "video_sparse",

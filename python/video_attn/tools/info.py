@@ -56,6 +56,7 @@ def collect() -> dict[str, list[Row]]:
         "components": _components,
         "backends": _backends,
         "choices": _choices,
+        "attention types": _attention_types,
         "environment": _environment,
     }
     return {name: _guarded(section) for name, section in sections.items()}
@@ -232,6 +233,28 @@ def typical_problems() -> list[tuple[str, Problem]]:
     return problems
 
 
+def _attention_types() -> list[Row]:
+    """What each name of an attention type stands for here."""
+    from ..attention_types import ATTENTION_TYPES
+    from ..quantize import recipe_text
+
+    rows: list[Row] = []
+    for dense in [problem for name, problem in typical_problems() if "dense, forward" in name]:
+        for row in ATTENTION_TYPES.values():
+            verdicts = row.why_not(dense)
+            chosen = next((n for n, v in enumerate(verdicts) if v.chosen), len(verdicts))
+            rows.append(
+                {
+                    "name": row.name,
+                    "on": dense.arch,
+                    "precision": recipe_text(row.precision, row.quantization),
+                    "backend": verdicts[chosen].backend if chosen < len(verdicts) else "none",
+                    "why not those before": [f"{v.backend}: {v.reason}" for v in verdicts[:chosen]],
+                }
+            )
+    return rows
+
+
 def _environment() -> list[Row]:
     return [
         {**variable._asdict(), "value": os.environ.get(variable.name, "")}
@@ -290,4 +313,9 @@ def _cell(value: Any) -> str:
 
 
 def _style(column: str) -> str:
-    return {"error": "red", "reason": "yellow", "why not the others": "dim"}.get(column, "")
+    return {
+        "error": "red",
+        "reason": "yellow",
+        "why not the others": "dim",
+        "why not those before": "dim",
+    }.get(column, "")

@@ -1,0 +1,230 @@
+"""The functions of the ``sageattention`` package, on the kernels of this one.
+
+Code written for SageAttention runs after changing the import. What those functions ignore in
+silence is honoured or refused here, and an unknown keyword is a TypeError.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..attention import attention
+from ..device import device_info
+from ..quantize import QuantizationOptions, parse_recipe, recipe_text
+from ..registry import Problem, forced_backend, why_not
+
+_LAYOUTS = {"HND": "bhsd", "NHD": "bshd"}
+_PRECISIONS = ("sage_fp8", "sage_fp16")  # in the order of preference
+
+
+def sageattn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    smooth_k: bool = True,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with INT8 scores, called as ``sageattention.sageattn``.
+
+    Args:
+        q: [B, Hq, Sq, D] for layout "HND", [B, Sq, Hq, D] for "NHD"; fp16, bf16 or fp32; D <= 256,
+            any value. k, v: alike, Hq a multiple of their heads; their length may differ from
+            q's. Nothing is changed in place.
+        tensor_layout: "HND" or "NHD", of q, k, v and the output.
+        is_causal: query i sees keys up to i + Sk - Sq (aligned at the bottom right).
+        sm_scale: of the scores; default 1/sqrt(D).
+        return_lse: also return the log-sum-exp of the scaled scores, fp32 [B, Hq, Sq], natural
+            logarithm.
+        attn_mask, dropout_p: only None and 0, as callers of SDPA pass them. A block mask goes to
+            :func:`video_attn.attention`.
+        smooth_k: subtract the mean of the keys before they become INT8.
+        precision: "sage_fp16" or "sage_fp8" (values in fp16 or FP8). Default: "sage_fp8" where a
+            kernel (or the backend that is forced) serves it on the device of q, else "sage_fp16".
+            On a CPU that is "sage_fp8" with the C++ component, "sage_fp16" without it.
+        backend: as in :func:`video_attn.attention`.
+
+    Returns:
+        out in the layout and dtype of q; with ``return_lse`` also lse.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
+        RuntimeError: no backend can serve; the message says why for each.
+    """
+    _check_layout(tensor_layout)
+    _refuse_mask_and_dropout(attn_mask, dropout_p)
+    options = QuantizationOptions(smooth_k=smooth_k)
+    if precision is None:
+        precision = _best_precision(q, k, v, tensor_layout, is_causal, options, backend)
+    _check_precision(precision)
+    return attention(
+        q, k, v, precision=precision, scale=sm_scale, is_causal=is_causal, return_lse=return_lse,
+        layout=_LAYOUTS[tensor_layout], backend=backend, quantization=options,
+    )  # type: ignore[call-overload]  # fmt: skip
+
+
+def sageattn_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    smooth_k: bool = True,
+    *,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention over sequences of different lengths, packed one after the other; called as
+    ``sageattention.sageattn_varlen``.
+
+    It costs one launch per sequence, and reads ``cu_seqlens_q`` and ``cu_seqlens_k`` on the host:
+    if they are on a GPU, the host waits for it. So it breaks the graph of ``torch.compile`` and
+    cannot be captured in a CUDA graph. The keys of each sequence are smoothed by their own mean.
+
+    Args:
+        q: [Tq, Hq, D]. k, v: [Tk, Hkv, D]; the tokens of all sequences.
+        cu_seqlens_q, cu_seqlens_k: where the sequences start, and the end: [0, ..., Tq] and
+            [0, ..., Tk]; int32 or int64 [sequences + 1].
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; checked, and not used.
+        is_causal: within each sequence, aligned at the bottom right.
+        sm_scale, smooth_k, attn_mask, dropout_p, precision, backend: as in :func:`sageattn`.
+
+    Returns:
+        [Tq, Hq, D] in the dtype of q. A sequence without keys gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
+        RuntimeError: no backend can serve; the message says why for each.
+    """
+    _refuse_mask_and_dropout(attn_mask, dropout_p)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be [tokens, heads, D], got shape {tuple(x.shape)}")
+    if v.shape[0] != k.shape[0]:
+        raise ValueError(f"v must have as many tokens as k, {k.shape[0]}, got {v.shape[0]}")
+    q_starts = _starts("q", cu_seqlens_q, max_seqlen_q, q.shape[0])
+    k_starts = _starts("k", cu_seqlens_k, max_seqlen_k, k.shape[0])
+    if len(q_starts) != len(k_starts):
+        raise ValueError(
+            f"cu_seqlens_k must have as many entries as cu_seqlens_q, {len(q_starts)}, "
+            f"got {len(k_starts)}"
+        )
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    for q_range, k_range in zip(pairwise(q_starts), pairwise(k_starts), strict=True):
+        queries, keys = slice(*q_range), slice(*k_range)
+        out[queries] = sageattn(
+            q[None, queries], k[None, keys], v[None, keys], "NHD", is_causal, sm_scale,
+            smooth_k=smooth_k, precision=precision, backend=backend,
+        )[0]  # fmt: skip
+    return out
+
+
+def _starts(side: str, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> list[int]:
+    """The checked entries of ``cu_seqlens_q`` or ``cu_seqlens_k``, on the host."""
+    name = f"cu_seqlens_{side}"
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name} must be an int32 or int64 Tensor, got {got}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must be [sequences + 1], got shape {tuple(cu_seqlens.shape)}")
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != tokens or starts != sorted(starts):
+        raise ValueError(
+            f"{name} must ascend from 0 to the {tokens} tokens of {side}, got {starts}"
+        )
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int):
+        raise TypeError(f"max_seqlen_{side} must be a whole number, got {max_seqlen!r}")
+    longest = max((end - start for start, end in pairwise(starts)), default=0)
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen_{side} must be at least {longest}, got {max_seqlen}")
+    return starts
+
+
+def _check_layout(tensor_layout: str) -> None:
+    if not isinstance(tensor_layout, str):
+        raise TypeError(
+            "tensor_layout must be 'HND' or 'NHD', got a "
+            f"{type(tensor_layout).__name__}: a mask is not the fourth argument of sageattn"
+        )
+    if tensor_layout not in _LAYOUTS:
+        raise ValueError(f"tensor_layout must be 'HND' or 'NHD', got {tensor_layout!r}")
+
+
+def _refuse_mask_and_dropout(attn_mask: None, dropout_p: float) -> None:
+    if attn_mask is not None:
+        raise ValueError(
+            "attn_mask must be None: the kernels have no token masks. Pass a BlockMask to "
+            "video_attn.attention(..., precision='sage_fp16')"
+        )
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be 0, got {dropout_p!r}")
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0: the kernels are for inference, got {dropout_p}")
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"precision must be None or one of {', '.join(_PRECISIONS)}; got {precision!r}"
+        )
+
+
+def _best_precision(
+    q: Tensor, k: Tensor, v: Tensor, tensor_layout: str, is_causal: bool,
+    options: QuantizationOptions, backend: str | None,
+) -> str:  # fmt: skip
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            return _PRECISIONS[-1]  # attention() says what is wrong
+    heads = 1 if tensor_layout == "HND" else 2
+    return _served_precision(
+        q.device, q.dtype, q.shape[3], v.shape[3], bool(is_causal),
+        q.shape[heads] != k.shape[heads], recipe_text(_PRECISIONS[0], options), backend,
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _served_precision(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    gqa: bool,
+    recipe: str,
+    backend: str | None,
+) -> str:
+    """The first precision that a kernel, or the forced backend, serves. It takes and gives plain
+    values, so that compiled code keeps it.
+    """
+    forced = forced_backend(backend)
+    for precision in _PRECISIONS:
+        problem = Problem(
+            "forward", device.type, device_info(device).arch, dtype,
+            head_dim, head_dim_v, is_causal=is_causal, precision=precision,
+            quantization=parse_recipe(recipe)[1], gqa=gqa,
+        )  # fmt: skip
+        serving = [x.backend for x in why_not(problem) if x.reason is None]
+        if (forced[0] in serving) if forced else set(serving) - {"reference"}:
+            return precision
+    return _PRECISIONS[-1]

@@ -1,0 +1,220 @@
+"""sageattn and sageattn_varlen: SDPA's answer, every argument honoured or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import attention_oracle, causal_tokens
+from problems import require_backend
+from quantized_cases import ERROR_BOUND, check, normal, qkv, relative_error, tokens_of
+from torch import Tensor
+from torch.nn import functional as F
+
+import video_attn
+from video_attn import attention, native, sageattn, sageattn_varlen, use_backend
+from video_attn.quantize import QuantizationOptions
+
+BOUND = ERROR_BOUND["sage_fp8"]
+
+
+def nhd(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2).contiguous() for x in tensors]
+
+
+# -- sageattn --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (40, 40), (96, 128), (160, 160)])
+def test_is_sdpa_in_both_layouts(dims, dtype):
+    q, k, v = qkv(batch=2, heads=(4, 2), lengths=(70, 200), dims=dims, dtype=dtype)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=True)
+    out = sageattn(q, k, v)
+    assert out.dtype == dtype
+    check("sage_fp8", out, expected)
+    swapped = sageattn(*nhd(q, k, v), tensor_layout="NHD")
+    assert swapped.is_contiguous() and torch.equal(swapped.transpose(1, 2), out)
+    assert torch.equal(sageattn(q, k, v, "HND", False, None, False), out)  # by position
+
+
+def test_causal_scale_and_lse():
+    q, k, v = qkv(lengths=(150, 150))
+    out, lse = sageattn(q, k, v, is_causal=True, sm_scale=0.3, return_lse=True)
+    expected, expected_lse = attention_oracle(q, k, v, causal_tokens(150, 150), 0.3)
+    check("sage_fp8", out, expected)
+    assert lse.shape == (1, 2, 150) and lse.dtype == torch.float32
+    assert (lse - expected_lse).abs().max() < 0.1
+    plain = sageattn(q, k, v)
+    for changed in ({"is_causal": True}, {"sm_scale": 0.3}):
+        assert relative_error(sageattn(q, k, v, **changed), plain) > 0.1
+
+
+def test_smooth_k_is_honoured_and_nothing_changes_in_place():
+    q, k, v = qkv(lengths=(100, 300), dims=(128, 128))
+    k[..., :8] += 12.0 * torch.tensor([1.0, -1.0] * 4)
+    copies = [x.clone() for x in (q, k, v)]
+    exact, _ = attention_oracle(q, k, v, tokens_of(None, q, k))
+    smooth, rough = (
+        relative_error(sageattn(q, k, v, smooth_k=chosen, precision="sage_fp16"), exact)
+        for chosen in (True, False)
+    )
+    assert smooth < 0.02 and rough > 1.5 * smooth
+    for x, copy in zip((q, k, v), copies, strict=True):
+        assert torch.equal(x, copy)
+
+
+def test_precision_is_the_best_that_a_kernel_serves(monkeypatch):
+    q, k, v = qkv()
+    with use_backend("reference"):
+        assert torch.equal(sageattn(q, k, v), attention(q, k, v, precision="sage_fp8"))
+    gone = native.Component("cpu", False, "component cpu is not part of this install")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "component", lambda name: gone)
+        patch.setenv("TRITON_INTERPRET", "0")
+        video_attn.registry._select.cache_clear()
+        expected = attention(q, k, v, precision="sage_fp16", backend="reference")
+        assert torch.equal(sageattn(q, k, v), expected)
+    video_attn.registry._select.cache_clear()
+    require_backend("cpu")
+    for chosen, precision in ((None, "sage_fp8"), ("sage_fp16", "sage_fp16")):
+        expected = attention(q, k, v, precision=precision, backend="cpu")
+        assert torch.equal(sageattn(q, k, v, precision=chosen), expected)
+
+
+def test_a_callers_mask_and_dropout_may_be_absent():
+    q, k, v = qkv()
+    assert torch.equal(sageattn(q, k, v, attn_mask=None, dropout_p=0), sageattn(q, k, v))
+
+
+BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "mask": (ValueError, "attn_mask", {"attn_mask": torch.ones(200, 200, dtype=torch.bool)}),
+    "dropout": (ValueError, "dropout_p", {"dropout_p": 0.1}),
+    "dropout type": (TypeError, "dropout_p", {"dropout_p": "none"}),
+    "layout": (ValueError, "tensor_layout must be 'HND' or 'NHD'", {"tensor_layout": "BHSD"}),
+    "mask as layout": (TypeError, "tensor_layout", {"tensor_layout": torch.ones(2)}),
+    "scale": (ValueError, "scale", {"sm_scale": -1.0}),
+    "causal": (TypeError, "is_causal", {"is_causal": 1}),
+    "lse": (TypeError, "return_lse", {"return_lse": None}),
+    "smooth_k": (TypeError, "smooth_k", {"smooth_k": 1}),
+    "precision": (ValueError, "sage_fp8, sage_fp16", {"precision": "fp8"}),
+    "backend": (ValueError, "backend", {"backend": "cuda"}),
+    "scale by another name": (TypeError, "scale", {"scale": 0.3}),
+    "gqa flag": (TypeError, "enable_gqa", {"enable_gqa": True}),
+    "old option": (TypeError, "pv_accum_dtype", {"pv_accum_dtype": "fp32"}),
+    "k": (TypeError, "k must be a Tensor", {"k": None}),
+    "q": (ValueError, "q must be", {"q": torch.ones(200, 64)}),
+    "v": (TypeError, "v must have the dtype of q", {"v": torch.ones(1, 2, 200, 64).half()}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_sageattn_refuses(name):
+    error, match, arguments = BAD[name]
+    inputs = dict(zip("qkv", qkv(), strict=True))
+    with pytest.raises(error, match=match):
+        sageattn(**{**inputs, **arguments})
+
+
+def test_gradients_are_refused_not_zero():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    with pytest.raises(ValueError, match="no backward pass"):
+        sageattn(q, k, v)
+
+
+@pytest.mark.parametrize("options", [{}, {"tensor_layout": "NHD", "is_causal": True}])
+def test_fullgraph(options):
+    q, k, v = qkv(lengths=(90, 90))
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sageattn(q * 2, k, v, **options) + 1
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), model(q, k, v))
+
+
+# -- sageattn_varlen -------------------------------------------------------------------------------
+
+LENGTHS = ((70, 1, 130, 0, 64), (90, 65, 64, 7, 0))  # of queries and keys; empty ones too
+
+
+def packed(heads: tuple[int, int] = (4, 2)) -> tuple[list[Tensor], list[Tensor]]:
+    """(q, k, v) of all sequences, and (cu_seqlens_q, cu_seqlens_k)."""
+    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in LENGTHS]
+    tokens = [int(x[-1]) for x in starts]
+    tensors = [
+        normal(n, h, 64, seed=seed)
+        for seed, (n, h) in enumerate(
+            ((tokens[0], heads[0]), (tokens[1], heads[1]), (tokens[1], heads[1]))
+        )
+    ]
+    return tensors, starts
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_varlen_is_attention_sequence_by_sequence(is_causal):
+    (q, k, v), starts = packed()
+    out = sageattn_varlen(q, k, v, *starts, 130, 90, is_causal, 0.2)
+    assert out.shape == q.shape and out.dtype == q.dtype
+    for n in range(len(LENGTHS[0])):
+        rows, keys = (slice(int(x[n]), int(x[n + 1])) for x in starts)
+        if LENGTHS[0][n] == 0:
+            continue
+        if LENGTHS[1][n] == 0:
+            assert (out[rows] == 0).all()
+            continue
+        each = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
+        tokens = tokens_of(None, each[0], each[1], is_causal)
+        exact, _ = attention_oracle(*each, tokens, 0.2)
+        check("sage_fp8", out[rows].transpose(0, 1)[None], exact, 1.5 * BOUND)
+    assert relative_error(sageattn_varlen(q, k, v, *starts, 130, 90), out) > 0.05
+
+
+def test_varlen_honours_smooth_k_precision_and_backend():
+    (q, k, v), starts = packed()
+    k[..., :8] += 12.0
+    plain = sageattn_varlen(q, k, v, *starts, 130, 90)
+    rough = {"smooth_k": False}
+    for options in (rough, {"precision": "sage_fp16"}, {"precision": "sage_fp16"} | rough):
+        assert not torch.equal(sageattn_varlen(q, k, v, *starts, 130, 90, **options), plain)
+    recipe = {"precision": "sage_fp16", "backend": "reference"}
+    got = sageattn_varlen(q, k, v, *starts, 130, 90, **recipe)
+    first = [x[None, :n] for x, n in ((q, 70), (k, 90), (v, 90))]
+    expected = attention(*first, layout="bshd", quantization=QuantizationOptions(), **recipe)
+    assert torch.equal(got[:70], expected[0])
+
+
+def starts(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+BAD_VARLEN: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "mask": (ValueError, "attn_mask", {"attn_mask": torch.ones(2, 2)}),
+    "unknown": (TypeError, "return_lse", {"return_lse": True}),
+    "q": (ValueError, r"q must be \[tokens, heads, D\]", {"q": torch.ones(1, 265, 4, 64)}),
+    "v": (ValueError, "v must have as many tokens as k", {"v": torch.ones(225, 2, 64)}),
+    "dtype": (TypeError, "cu_seqlens_q", {"cu_seqlens_q": torch.tensor([0.0, 265.0])}),
+    "list": (TypeError, "cu_seqlens_k", {"cu_seqlens_k": [0, 226]}),
+    "shape": (ValueError, "cu_seqlens_k", {"cu_seqlens_k": torch.tensor([[0, 226]])}),
+    "start": (ValueError, "must ascend", {"cu_seqlens_q": starts(1, 70, 71, 201, 201, 265)}),
+    "end": (ValueError, "must ascend", {"cu_seqlens_q": starts(0, 70, 71, 201, 201, 266)}),
+    "order": (ValueError, "must ascend", {"cu_seqlens_q": starts(0, 70, 60, 201, 201, 265)}),
+    "count": (ValueError, "as many", {"cu_seqlens_k": starts(0, 90, 226), "max_seqlen_k": 136}),
+    "longest q": (ValueError, "max_seqlen_q must be at least 130", {"max_seqlen_q": 129}),
+    "longest k": (ValueError, "max_seqlen_k must be at least 90", {"max_seqlen_k": 64}),
+    "longest": (TypeError, "max_seqlen_k", {"max_seqlen_k": 90.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_VARLEN)
+def test_varlen_refuses(name):
+    error, match, changed = BAD_VARLEN[name]
+    (q, k, v), (starts_q, starts_k) = packed()
+    arguments = {
+        "q": q, "k": k, "v": v, "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k,
+        "max_seqlen_q": 130, "max_seqlen_k": 90,
+    }  # fmt: skip
+    sageattn_varlen(**arguments)
+    with pytest.raises(error, match=match):
+        sageattn_varlen(**{**arguments, **changed})
