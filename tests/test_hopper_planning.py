@@ -118,6 +118,40 @@ def test_bad_rows(planning, changes, message):
         planning.row_plan(arguments.pop("slots"), **arguments)
 
 
+# -- two rows that share loads ---------------------------------------------------------------------
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[list[int], list[int], int, list[int] | None]:
+    blocks = draw(st.integers(1, 40))
+    lists = st.sets(st.integers(0, blocks - 1)).map(sorted)
+    lens = st.lists(st.sampled_from([64, 64, 64, 63, 0, 80]), min_size=blocks, max_size=blocks)
+    length = 64 * blocks - draw(st.sampled_from([0, 0, 1, 63]))
+    return draw(lists), draw(lists), length, draw(st.none() | lens)
+
+
+@given(pairs())
+@example(([], [], 64, None))
+@example(([0, 1, 2], [0, 1, 2], 192, None))
+def test_what_two_rows_both_see_is_loaded_once(planning, pair):
+    first, second, length, lens = pair
+    plan = planning.pair_plan(first, second, length=length, lens=lens)
+    whole = [
+        slot
+        for slot in sorted(set(first) & set(second))
+        if (slot + 1) * 64 <= length and (lens is None or lens[slot] >= 64)
+    ]
+    assert plan["shared_steps"] == len(whole) // 2
+    halves = []
+    for given_list, row in zip((first, second), plan["rows"], strict=True):
+        assert sorted(row) == given_list
+        assert row[: len(whole)] == whole
+        assert row[len(whole) :] == sorted(set(given_list) - set(whole), reverse=True)
+        halves.append(planning.row_plan(row, block_size=64, length=length, lens=lens)["halves"])
+    shared = 2 * plan["shared_steps"]
+    assert halves[0][:shared] == halves[1][:shared] == [(64 * slot, 64) for slot in whole[:shared]]
+
+
 # -- transposes ------------------------------------------------------------------------------------
 
 
@@ -167,11 +201,11 @@ def test_shared_memory_of_a_forward_launch(planning, grain, head_dim):
     # Two warpgroups of consumers with 64 rows each, one of producers.
     assert plan["threads"] == 128 * (TILE // 64 + 1)
     slot = STEP * plan["channels"] * 2
-    rings = {"coarse": 1, "fine": 2}[grain]
     queries = TILE * plan["channels"] * 2
-    assert queries + rings * plan["stages"] * slot < plan["shared_bytes"] <= SHARED_BYTES
-    # Keys of one step, values of the one before, and one operand on its way.
-    assert plan["stages"] >= 3
+    assert queries + plan["stages"] * slot < plan["shared_bytes"] <= SHARED_BYTES
+    # A consumer holds the keys of one step and the values of the one before; coarse ones hold the
+    # same. At least one more operand is on its way.
+    assert plan["stages"] > {"coarse": 2, "fine": 4}[grain]
 
 
 def tiles_by_definition(grain: str, length: int, block_size: int) -> int:

@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "hopper/plan.h"
 
@@ -53,8 +55,12 @@ py::dict forward_plan(const std::string& grain, int32_t batch, int32_t heads, in
   return result;
 }
 
-py::dict row_plan(const std::vector<int32_t>& slots, int32_t block_size, int32_t length,
-                  const std::optional<std::vector<int32_t>>& lens) {
+using Slots = std::vector<int32_t>;
+using OptionalLens = std::optional<std::vector<int32_t>>;
+
+// The side of the keys; `lens` must outlive it.
+Side key_side(const std::vector<const Slots*>& lists, int32_t block_size, int32_t length,
+              const OptionalLens& lens) {
   check_positive("block_size", block_size);
   check_positive("length", length);
   const int32_t blocks = divide_up(length, block_size);
@@ -62,20 +68,36 @@ py::dict row_plan(const std::vector<int32_t>& slots, int32_t block_size, int32_t
     throw std::invalid_argument("lens must have " + std::to_string(blocks) + " entries, has " +
                                 std::to_string(lens->size()));
   }
-  for (const int32_t slot : slots) {
-    if (slot < 0 || slot >= blocks) {
-      throw std::invalid_argument("slots must lie in 0 to " + std::to_string(blocks - 1) +
-                                  ", got " + std::to_string(slot));
+  for (const Slots* slots : lists) {
+    for (const int32_t slot : *slots) {
+      if (slot < 0 || slot >= blocks) {
+        throw std::invalid_argument("slots must lie in 0 to " + std::to_string(blocks - 1) +
+                                    ", got " + std::to_string(slot));
+      }
     }
   }
-  const Side side{length, block_size, {lens ? lens->data() : nullptr, 0}};
-  const RowPlan row = plan_row(slots, side);
+  return {length, block_size, {lens ? lens->data() : nullptr, 0}};
+}
+
+py::dict row_plan(const Slots& slots, int32_t block_size, int32_t length,
+                  const OptionalLens& lens) {
+  const RowPlan row = plan_row(slots, key_side({&slots}, block_size, length, lens));
   py::list halves;
   for (const KeyHalf& half : row.halves) halves.append(py::make_tuple(half.token, half.valid));
   py::dict result;
   result["halves"] = halves;
   result["full_steps"] = row.counts.full_steps();
   result["steps"] = row.counts.steps();
+  return result;
+}
+
+py::dict pair_plan(const Slots& first, const Slots& second, int32_t length,
+                   const OptionalLens& lens) {
+  const Side side = key_side({&first, &second}, kHalfTokens, length, lens);
+  const PairPlan pair = plan_pair(first, second, side);
+  py::dict result;
+  result["rows"] = py::make_tuple(pair.rows[0], pair.rows[1]);
+  result["shared_steps"] = pair.shared_steps;
   return result;
 }
 
@@ -93,4 +115,8 @@ PYBIND11_MODULE(_planning, m) {
         py::arg("length"), py::arg("lens") = py::none(),
         "The halves (first key, valid keys) of a query row that sees the key blocks `slots`, and "
         "how many steps of two halves they make, of which the first ones need no mask.");
+  m.def("pair_plan", &pair_plan, py::arg("first"), py::arg("second"), py::kw_only(),
+        py::arg("length"), py::arg("lens") = py::none(),
+        "The lists of two rows of blocks of 64 in the order in which they share their loads, and "
+        "how many of their first steps are the same.");
 }

@@ -26,4 +26,13 @@ struct RowPlan {
 // The halves of a query row that sees the key blocks `slots`.
 RowPlan plan_row(const std::vector<int32_t>& slots, const Side& kv_side);
 
+struct PairPlan {
+  std::vector<int32_t> rows[2];  // the lists in paired order
+  int32_t shared_steps;          // of both rows, loaded once
+};
+
+// How the two rows of a fine tile share their loads; the lists ascend.
+PairPlan plan_pair(const std::vector<int32_t>& first, const std::vector<int32_t>& second,
+                   const Side& kv_side);
+
 }  // namespace video_attn::hopper
