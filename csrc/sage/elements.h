@@ -48,6 +48,42 @@ SAGE_DEVICE void load_four(float (&y)[4], const void* data, Element dtype, int64
   }
 }
 
+// The same four channels of kRows tokens, `stride` elements apart, of which the first `rows` exist;
+// zeros in place of the others. All are asked for before the first is waited for.
+template <int kRows>
+SAGE_DEVICE void load_rows(float (&y)[kRows][4], const void* data, Element dtype, int64_t offset,
+                           int64_t stride, int rows, int count) {
+  const int size = dtype == Element::kFloat32 ? 4 : 2;
+  const auto* bytes = static_cast<const uint8_t*>(data) + offset * size;
+  const int64_t step = stride * size;
+  if (count < 4 || (reinterpret_cast<uintptr_t>(bytes) | step) % (4 * size) != 0) {
+    SAGE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      load_four(y[r], data, dtype, offset + (r < rows ? r * stride : 0), r < rows ? count : 0);
+    }
+  } else if (size == 4) {
+    SAGE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Words4 words = r < rows ? *reinterpret_cast<const Words4*>(bytes + r * step) : Words4{};
+      SAGE_UNROLL
+      for (int i = 0; i < 4; ++i) y[r][i] = from_bits(words.w[i]);
+    }
+  } else {
+    Words2 words[kRows];
+    SAGE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      words[r] = r < rows ? *reinterpret_cast<const Words2*>(bytes + r * step) : Words2{};
+    }
+    SAGE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      SAGE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        y[r][i] = to_float(dtype, words[r].w[i / 2] >> (i % 2 * 16) & 0xFFFFu);
+      }
+    }
+  }
+}
+
 // The first `count` of x to `offset` elements after `data`.
 SAGE_DEVICE void store_four(const float (&x)[4], void* data, Element dtype, int64_t offset,
                             int count) {

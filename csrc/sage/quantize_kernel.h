@@ -111,13 +111,18 @@ struct StatisticsKernel {
     for (int i = 0; i < 4; ++i) mine[i] = {0.0f, -kPlusInfinity, kPlusInfinity, 0u};
     for (int tile = chunk * kChunkTiles; tile < (chunk + 1) * kChunkTiles; ++tile) {
       if (tile >= tiles_in(p.kv_side.length)) break;
-      const int valid = valid_in_tile(p.kv_side, batch, tile);
-      for (int row = Lane<kDim>::group(); row < valid; row += kRowGroups) {
-        float y[4];
-        load_four(y, x.data, x.dtype,
-                  base + (static_cast<int64_t>(tile) * kTile + row) * x.token_stride, channels);
+      const int first = Lane<kDim>::group() * kGroupRows;
+      const int rows = valid_in_tile(p.kv_side, batch, tile) - first;
+      if (rows <= 0) continue;
+      float y[kGroupRows][4];
+      load_rows(y, x.data, x.dtype,
+                base + (static_cast<int64_t>(tile) * kTile + first) * x.token_stride,
+                x.token_stride, rows, channels);
+      SAGE_UNROLL
+      for (int r = 0; r < kGroupRows; ++r) {
+        if (r >= rows) continue;
         SAGE_UNROLL
-        for (int i = 0; i < 4; ++i) add(mine[i], {y[i], y[i], y[i], magnitude(y[i])});
+        for (int i = 0; i < 4; ++i) add(mine[i], {y[r][i], y[r][i], y[r][i], magnitude(y[r][i])});
       }
     }
     auto* shared = reinterpret_cast<ChannelStatistics*>(shared_memory());
@@ -139,24 +144,32 @@ struct StatisticsKernel {
   }
 };
 
-// grid: kv heads, batch, 2 (K first); a thread per channel
+// grid: kv heads, batch, 2 (K first); kRowGroups threads per channel, which share the chunks
 template <int kDim>
 struct FinishKernel {
   using Params = QuantizeParams;
-  static constexpr int kThreads = kDim;
-  static constexpr int kSharedBytes = kDim * sizeof(int);
+  static constexpr int kThreads = kRowGroups * kDim;
+  static constexpr int kSharedBytes = kThreads * sizeof(ChannelStatistics);
   static constexpr int kBlocksPerProcessor = 1;
   static constexpr Feature kNeeds = Feature::kNone;
 
   SAGE_DEVICE static void run(const Params& p) {
-    const int batch = block_index_y(), role = block_index_z(), channel = thread_index();
+    const int batch = block_index_y(), role = block_index_z(), channel = thread_index() % kDim;
     const int64_t head = static_cast<int64_t>(batch) * p.kv_heads + block_index_x();
     if (role == 0 && !p.smooth_k) return;
-    ChannelStatistics all = partial(p, role, head, 0)[channel];
-    for (int chunk = 1; chunk < chunks_of(p); ++chunk) {
+    const int count = valid_tokens(p, batch);
+    ChannelStatistics all{0.0f, -kPlusInfinity, kPlusInfinity, 0u};
+    for (int chunk = thread_index() / kDim; chunk < chunks_of(p); chunk += kRowGroups) {
       StatisticsKernel<kDim>::add(all, partial(p, role, head, chunk)[channel]);
     }
-    const int count = valid_tokens(p, batch);
+    auto* shared = reinterpret_cast<ChannelStatistics*>(shared_memory());
+    block_barrier();
+    shared[thread_index()] = all;
+    block_barrier();
+    if (thread_index() >= kDim) return;
+    for (int i = 1; i < kRowGroups; ++i) {
+      StatisticsKernel<kDim>::add(all, shared[i * kDim + channel]);
+    }
     const float mean = count > 0 ? divide(all.sum, static_cast<float>(count)) : 0.0f;
     if (role == 0) {
       k_mean(p, head)[channel] = mean;
@@ -179,14 +192,14 @@ struct FinishKernel {
 
   SAGE_DEVICE static int valid_tokens(const Params& p, int batch) {
     int count = 0;
-    for (int tile = thread_index(); tile < tiles_in(p.kv_side.length); tile += kDim) {
+    for (int tile = thread_index(); tile < tiles_in(p.kv_side.length); tile += kThreads) {
       count += valid_in_tile(p.kv_side, batch, tile);
     }
     int* shared = reinterpret_cast<int*>(shared_memory());
     shared[thread_index()] = count;
     block_barrier();
     count = 0;
-    for (int i = 0; i < kDim; ++i) count += shared[i];
+    for (int i = 0; i < kThreads; ++i) count += shared[i];
     return count;
   }
 };
@@ -232,14 +245,13 @@ struct QuantizeKernel {
     float centre[4];
     SAGE_UNROLL
     for (int c = 0; c < 4; ++c) centre[c] = mean == nullptr ? 0.0f : mean[channel + c];
+    load_rows(x, from.data, from.dtype,
+              base + (static_cast<int64_t>(tile) * kTile + first) * from.token_stride,
+              from.token_stride, valid - first, dim - channel);
     SAGE_UNROLL
     for (int r = 0; r < kGroupRows; ++r) {
-      const bool counts = first + r < valid;
-      const int64_t token = static_cast<int64_t>(tile) * kTile + first + r;
-      load_four(x[r], from.data, from.dtype, base + (counts ? token * from.token_stride : 0),
-                counts ? dim - channel : 0);
       SAGE_UNROLL
-      for (int c = 0; c < 4; ++c) x[r][c] = counts ? x[r][c] - centre[c] : 0.0f;
+      for (int c = 0; c < 4; ++c) x[r][c] = first + r < valid ? x[r][c] - centre[c] : 0.0f;
     }
   }
 
