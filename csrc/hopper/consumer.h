@@ -10,18 +10,6 @@
 
 namespace video_attn::hopper {
 
-// Named barriers; 0 is that of __syncthreads().
-constexpr int32_t kTurnBarrier = 1;                              // + consumer
-constexpr int32_t kConsumerBarrier = kTurnBarrier + kConsumers;  // + consumer
-
-__device__ inline void named_barrier_sync(int32_t barrier, int32_t threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ inline void named_barrier_arrive(int32_t barrier, int32_t threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // Before a product of a warpgroup: what it reads and adds to is in its registers. (That of
 // ThunderKittens also orders shared memory, which the main loop need not wait for.)
 template <class Accumulator>
@@ -136,7 +124,7 @@ class Consumer {
     for (; step < steps; ++step) attend_step<true>(step, softmax, scores, weights, output);
     if constexpr (kConfig.separate_output) release_queries();
 
-    const RingCursor values = order_.claim(steps - 1);
+    const RingCursor values = order_.claim_last(steps - 1);
     wait_slot(values);
     if (steps > full_steps) clear_values(values);
     take_turn();
@@ -189,6 +177,7 @@ class Consumer {
   __device__ void mend_scores(Scores& scores, const RingCursor& keys) const {
     if (negative_) kittens::warp::mul(scores, scores, -1.0f);
     const int2 valid = shared_.slot_valid(keys.slot);
+    __syncwarp();  // all lanes have read it before one releases the slot
     mask_scores(scores, valid.x, valid.y);
   }
 
@@ -211,6 +200,7 @@ class Consumer {
   }
 
   __device__ void release_queries() const {
+    __syncwarp();  // all lanes have waited for them
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_.query_empty(consumer_));
   }
 

@@ -78,12 +78,22 @@ class Producer {
       order_.begin(item);
       if (item.halves_of(list_).all > 0) load_steps(item);
       order_.end();
+      const int32_t taken = turns_of(item.halves_of(list_).steps());
+      for (int32_t turn = taken; turn < turns_of(item.rounds); ++turn) begin_round();
     }
   }
 
  private:
   static constexpr int32_t kColumns = 64;  // channels of one box
   static constexpr int32_t kColumnBoxes = kConfig.head_dim / kColumns;
+
+  // Producers go from round to round together. So whoever waits for a slot knows that its last use
+  // has begun, and the parity of its barrier tells whether that use has ended.
+  __device__ void begin_round() const {
+    if constexpr (kProducers<kConfig.grain> > 1) {
+      named_barrier_sync(kProducerBarrier, kProducers<kConfig.grain> * 32);
+    }
+  }
 
   // Keys run one step ahead of values, as the consumers take them.
   __device__ void load_steps(const WorkItem& item) {
@@ -95,20 +105,24 @@ class Producer {
     StepCursor cursor(WarpEntries(list, keys, batch_lens(keys.lens, item.batch)), keys.block_size,
                       halves);
     const int32_t kv_head = item.head / (problem.heads / problem.kv_heads);
-    const auto load = [&](const CUtensorMap& map, const Step& step, int32_t round) {
-      const RingCursor slot = order_.claim(round);
+    const auto load = [&](const CUtensorMap& map, const Step& step, int32_t round,
+                          const RingCursor& slot) {
       const bool shared = kConfig.grain == Grain::kCoarse || round < item.shared;
       if (!shared || list_ == 0) load_operand(map, step, slot, shared, kv_head, item.batch);
     };
     Step step = cursor.next();
-    load(arguments_.k, step, 0);
-    for (int32_t round = 1; round < halves.steps(); ++round) {
+    begin_round();
+    load(arguments_.k, step, 0, order_.claim(0));
+    const int32_t last = halves.steps() - 1;
+    for (int32_t round = 1; round <= last; ++round) {
       const Step following = cursor.next();
-      load(arguments_.k, following, round);
-      load(arguments_.v, step, round - 1);
+      begin_round();
+      load(arguments_.k, following, round, order_.claim(round));
+      load(arguments_.v, step, round - 1, order_.claim(round - 1));
       step = following;
     }
-    load(arguments_.v, step, halves.steps() - 1);
+    begin_round();
+    load(arguments_.v, step, last, order_.claim_last(last));
   }
 
   __device__ void load_queries(const WorkItem& item) {
@@ -135,11 +149,12 @@ class Producer {
                                bool shared, int32_t head, int32_t batch) {
     const uint32_t empty = shared_.slot_empty(slot.slot);
     barrier_wait(empty, slot.parity ^ 1);
-    if (threadIdx.x % 32 != 0) return;
+    const int32_t lane = threadIdx.x % 32;
+    if (!shared && lane < kConsumerWarps) barrier_arrive(empty);  // for who needs it not
+    if (lane != 0) return;
     const uint32_t full = shared_.slot_full(slot.slot);
     const uint32_t destination = shared_address(shared_.slot(slot.slot));
     const bool whole = step.halves[1].valid > 0;
-    if (!shared) barrier_arrive(empty, kConsumerWarps);  // for the consumer that needs it not
     shared_.slot_valid(slot.slot) = make_int2(step.halves[0].valid, step.halves[1].valid);
     barrier_arrive_expect(full, whole ? kConfig.slot_bytes() : kConfig.slot_bytes() / 2);
 #pragma unroll

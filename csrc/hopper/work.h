@@ -14,6 +14,19 @@ struct ForwardArguments {
   float* lse;
 };
 
+// Named barriers; 0 is that of __syncthreads().
+constexpr int32_t kTurnBarrier = 1;                              // + consumer
+constexpr int32_t kConsumerBarrier = kTurnBarrier + kConsumers;  // + consumer
+constexpr int32_t kProducerBarrier = kConsumerBarrier + kConsumers;
+
+__device__ inline void named_barrier_sync(int32_t barrier, int32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void named_barrier_arrive(int32_t barrier, int32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Turns of a consumer at the tensor cores: one for the scores of each step, beside the values of
 // the step before, and one for the last values.
 __device__ inline int32_t turns_of(int32_t steps) { return steps > 0 ? steps + 1 : 0; }
@@ -102,6 +115,15 @@ class SlotOrder {
       next_.advance(kConfig.slots, 1 + others);
     }
     return slot;
+  }
+
+  // The slot of the values of this consumer's last round; the other's keys of the next round may
+  // come before it.
+  __device__ RingCursor claim_last(int32_t round) {
+    if constexpr (kConfig.grain == Grain::kFine) {
+      if (other_steps_ > round + 1) next_.advance(kConfig.slots);
+    }
+    return claim(round);
   }
 
   // Passes over what only the other consumer loads.
