@@ -115,7 +115,8 @@ def test_info_shows_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_agrees_with_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(output_of(capsys, "info", "--json"))
     assert list(facts) == [
-        "versions", "devices", "components", "backends", "choices", "environment",
+        "versions", "devices", "components", "backends", "choices", "attention types",
+        "environment",
     ]  # fmt: skip
     assert [row["backend"] for row in facts["backends"]] == [b.name for b in registry.backends()]
     problems = dict(info.typical_problems())

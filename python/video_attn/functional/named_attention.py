@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from ..attention import as_bhsd, attention, check_scale, check_shapes
 from ..attention_types import TORCH_SDPA, AttentionType, resolve_attention_type
 from ..block_mask import BlockMask
+from ..compiler import constant_result
 from ..device import device_info
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
 from ..registry import Problem
@@ -76,7 +77,7 @@ def named_attention(
     )  # type: ignore[call-overload]  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _choose(
     name: str,
     recipe: str,

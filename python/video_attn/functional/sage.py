@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
+from ..compiler import constant_result
 from ..device import device_info
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
 from ..registry import Problem, forced_backend, why_not
@@ -203,7 +204,7 @@ def _best_precision(
     )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _served_precision(
     device: torch.device,
     dtype: torch.dtype,
