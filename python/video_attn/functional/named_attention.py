@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from ..attention import as_bhsd, attention, check_scale, check_shapes
 from ..attention_types import TORCH_SDPA, AttentionType, resolve_attention_type
@@ -120,7 +119,11 @@ def _torch_sdpa(
     scale = check_scale(scale, q.shape[3])
     q_len, kv_len = q.shape[2], k.shape[2]
     # torch aligns is_causal at the top left, attention() at the bottom right.
-    bias = causal_lower_right(q_len, kv_len) if is_causal and q_len != kv_len else None
+    bias = None
+    if is_causal and q_len != kv_len:
+        from torch.nn.attention.bias import causal_lower_right  # it imports Triton
+
+        bias = causal_lower_right(q_len, kv_len)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, is_causal=is_causal and bias is None, scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
