@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from build_plan import ROOT
-from host_library import FOLDER, host_tools
+from build_plan import ROOT, BuildOptions, Tools, find_tools
 
+FOLDER = ROOT / "build" / "emulation"
 KERNELS = ROOT / "csrc" / "hopper"
 UNITS = ("sta_forward.cu", "vsa_forward.cu", "sta_backward.cu", "vsa_backward.cu")
 BINDING = ROOT / "csrc/bindings/emulation/hopper_emulated.cpp"
@@ -40,6 +41,10 @@ _FUNCTION = re.compile(
 _LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 _DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 _STATIC = re.compile(r"__shared__ (?:alignas\(\d+\) )?([\w:<>, ]+?) (\w+)(\[[^\]]*\])?;")
+
+
+def host_tools() -> Tools:
+    return find_tools(BuildOptions.from_environment(os.environ))
 
 
 def missing() -> str | None:

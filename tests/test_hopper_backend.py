@@ -1,8 +1,6 @@
-"""Backend `hopper` without a GPU: what it refuses, and everything above its kernels.
+"""Backend `hopper` without a GPU: what it serves, what it copies, what its operators check.
 
-The operators run on CPU tensors here, through the bindings' own source, with launchers that compute
-the definition pair by pair from the parameters they are given: a wrong stride, list, length or
-transpose on the way gives a wrong answer.
+What the kernels compute is tested in ``test_hopper_emulation.py`` and ``test_hopper_gpu.py``.
 """
 
 from __future__ import annotations
@@ -10,13 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import host_library
+import hopper_emulation
 import pytest
 import torch
-from build_plan import ROOT
-from oracle import Result, check_against_oracle
-from problems import Built, place, random_problems
-from problems import Problem as RandomProblem
+from problems import place
 from torch import Tensor
 
 from video_attn import BlockMask, native
@@ -151,69 +146,17 @@ def test_strides_along_a_single_element_do_not_matter():
     assert hopper.aligned(x) is x
 
 
-# -- everything above the kernels ------------------------------------------------------------------
+# -- the operators ---------------------------------------------------------------------------------
 
-PROBLEMS = [
-    p
-    for p in random_problems(
-        400, seed=20261123, dtypes=(torch.bfloat16, torch.float16), max_len=400, max_heads=4,
-        head_dims=((8, 8), (40, 40), (16, 16)),
-    )
-    if p.q_block_size in (0, 64, 128, 384)
-    and p.kv_block_size in (0, 64, 128, 384)
-    and p.kind != "causal"
-    and (p.q_block_size == 64) == (p.kv_block_size == 64)
-][:60]  # fmt: skip
-
-needs_headers = pytest.mark.skipif(
-    host_library.cuda_headers() is None or not host_library.host_tools().cxx,
-    reason="needs a C++ compiler, and cuda_runtime_api.h of the CUDA toolkit or of Triton",
+needs_emulation = pytest.mark.skipif(
+    hopper_emulation.missing() is not None, reason=f"host emulation: {hopper_emulation.missing()}"
 )
 
 
 @pytest.fixture(scope="module")
-def defined() -> None:
-    """The operators on CPU tensors, by definition."""
-    headers = host_library.cuda_headers()
-    assert headers is not None
-    library = host_library.build(
-        "hopper",
-        ROOT / "csrc/bindings/emulation/hopper_defined.cpp",
-        [ROOT / "csrc/bindings/hopper_operators.h", *sorted(ROOT.glob("csrc/hopper/*.h"))],
-        [headers],
-    )
-    torch.ops.load_library(str(library))
-
-
-def run_backend(built: Built) -> Result:
-    """What ops.py does with the backend, without the choice of a backend."""
-    q, k, v = built.kernel_inputs
-    grad_out, grad_lse = built.kernel_grads
-    if built.kernel_options.get("layout") == "bshd":
-        q, k, v, grad_out = (x.transpose(1, 2) for x in (q, k, v, grad_out))
-    scale = built.scale or q.shape[3] ** -0.5
-    out, lse = hopper._forward(
-        q, k, v, built.mask, scale=scale, is_causal=False, precision="native"
-    )
-    grads = hopper._backward(
-        grad_out, grad_lse if built.problem.with_lse_grad else None, q, k, v, out, lse, built.mask,
-        scale=scale, is_causal=False, deterministic=False,
-    )  # fmt: skip
-    return Result(out, lse, *grads)
-
-
-@needs_headers
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_from_tensors_to_parameters(problem: RandomProblem, defined):
-    built = problem.build()
-    check_against_oracle(run_backend(built), built, str(problem))
-
-
-def test_the_list_has_every_kind():
-    kinds = {(p.kind, p.q_block_size) for p in PROBLEMS}
-    assert {("dense", 0), ("lists", 64), ("lists", 384), ("sliding", 64)} <= kinds
-    assert {p.lens for p in PROBLEMS} == {"none", "shared", "per-batch"}
-    assert any(p.group > 1 for p in PROBLEMS) and any(p.batch > 1 for p in PROBLEMS)
+def emulation() -> None:
+    """The operators on CPU tensors: the bindings' own source, and the kernels'."""
+    hopper_emulation.load()
 
 
 def arguments(grain: str, direction: str) -> dict[str, Any]:
@@ -252,9 +195,9 @@ def arguments(grain: str, direction: str) -> dict[str, Any]:
 OPERATORS = [(grain, way) for grain in ("coarse", "fine") for way in ("forward", "backward")]
 
 
-@needs_headers
+@needs_emulation
 @pytest.mark.parametrize(("grain", "direction"), OPERATORS)
-def test_opcheck(grain, direction, defined):
+def test_opcheck(grain, direction, emulation):
     """The schema names what is changed, the fake agrees with the kernel."""
     operator = getattr(torch.ops.video_attn, f"hopper_{grain}_{direction}").default
     given = arguments(grain, direction)
@@ -300,9 +243,9 @@ def wrong(grain: str, direction: str) -> list[tuple[dict[str, Any], str]]:
     return cases
 
 
-@needs_headers
+@needs_emulation
 @pytest.mark.parametrize(("grain", "direction"), OPERATORS)
-def test_bindings_check_their_arguments(grain, direction, defined):
+def test_bindings_check_their_arguments(grain, direction, emulation):
     """A second line of defence, and the last one before a kernel writes out of bounds."""
     operator = getattr(torch.ops.video_attn, f"hopper_{grain}_{direction}")
     good = arguments(grain, direction)
