@@ -84,6 +84,18 @@ def test_block_lists(precision, name):
     check(q, k, v, random_mask(sizes, lengths, **rest), precision=precision, options=options)
 
 
+def test_lists_of_more_tiles_than_a_warp_has_lanes():
+    """Dense, and a list in which most of the first 32 entries have no valid key."""
+    options = QuantizationOptions()
+    q, k, v = qkv((70, 2300), (1, 1))
+    check(q, k, v, precision="sage_fp8", options=options)
+    keep = torch.ones(1, 1, 2, 36, dtype=torch.bool)
+    lens = torch.full((1, 36), 64, dtype=torch.int32)
+    lens[:, 1:31], lens[:, 35] = 0, 7
+    mask = BlockMask.from_dense(keep, 64, 64, None, lens, q_len=70, kv_len=2300)
+    check(q, k, v, mask, precision="sage_fp16", options=options)
+
+
 def test_lists_that_are_views():
     """Lists with strides of their own, and one list expanded over heads."""
     mask = random_mask((64, 64), (200, 300))

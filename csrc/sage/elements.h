@@ -24,32 +24,9 @@ SAGE_DEVICE uint32_t from_float(Element dtype, float x) {
   return dtype == Element::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
 }
 
-// The first `count` of y from `offset` elements after `data`; zeros in place of the others.
-SAGE_DEVICE void load_four(float (&y)[4], const void* data, Element dtype, int64_t offset,
-                           int count) {
-  const bool is_wide = dtype == Element::kFloat32;
-  const auto* bytes = static_cast<const uint8_t*>(data) + offset * (is_wide ? 4 : 2);
-  const bool is_whole = count >= 4 && reinterpret_cast<uintptr_t>(bytes) % (is_wide ? 16 : 8) == 0;
-  if (is_whole && is_wide) {
-    const Words4 words = *reinterpret_cast<const Words4*>(bytes);
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i) y[i] = from_bits(words.w[i]);
-  } else if (is_whole) {
-    const Words2 words = *reinterpret_cast<const Words2*>(bytes);
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i) y[i] = to_float(dtype, words.w[i / 2] >> (i % 2 * 16) & 0xFFFFu);
-  } else {
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      y[i] = i >= count ? 0.0f
-             : is_wide  ? reinterpret_cast<const float*>(bytes)[i]
-                        : to_float(dtype, reinterpret_cast<const uint16_t*>(bytes)[i]);
-    }
-  }
-}
-
-// The same four channels of kRows tokens, `stride` elements apart, of which the first `rows` exist;
-// zeros in place of the others. All are asked for before the first is waited for.
+// The first `count` of four neighbouring channels, of the first `rows` of kRows tokens that lie
+// `stride` elements apart; zeros in place of the others. Where the channels are whole and aligned,
+// all are asked for before the first is waited for.
 template <int kRows>
 SAGE_DEVICE void load_rows(float (&y)[kRows][4], const void* data, Element dtype, int64_t offset,
                            int64_t stride, int rows, int count) {
@@ -59,7 +36,13 @@ SAGE_DEVICE void load_rows(float (&y)[kRows][4], const void* data, Element dtype
   if (count < 4 || (reinterpret_cast<uintptr_t>(bytes) | step) % (4 * size) != 0) {
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      load_four(y[r], data, dtype, offset + (r < rows ? r * stride : 0), r < rows ? count : 0);
+      SAGE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* element = bytes + r * step + i * size;
+        y[r][i] = r >= rows || i >= count ? 0.0f
+                  : size == 4 ? *reinterpret_cast<const float*>(element)
+                              : to_float(dtype, *reinterpret_cast<const uint16_t*>(element));
+      }
     }
   } else if (size == 4) {
     SAGE_UNROLL

@@ -245,6 +245,10 @@ const char* launch(const typename Kernel::Params& params, int64_t x, int y, int 
   if constexpr (Kernel::kSharedBytes > 48 * 1024) {
     error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  Kernel::kSharedBytes);
+    if (error == cudaSuccess) {  // so that as many blocks fit as the kernel is made for
+      error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
+    }
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
