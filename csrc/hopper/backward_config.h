@@ -27,6 +27,29 @@ struct Step {
   int32_t unit;   // which tile of its batch, counted through the heads
 };
 
+// The barriers of a ring: its first and second operands come and go one by one.
+template <int kFirstSlots, int kSecondSlots>
+struct RingBarriers {
+  uint64_t first_full[kFirstSlots], first_empty[kFirstSlots];
+  uint64_t second_full[kSecondSlots], second_empty[kSecondSlots];
+  Step steps[kFirstSlots];  // come with the first operand
+};
+
+// Where a reader or writer of `kSlots` slots is, and the parity of the phase it waits for.
+template <int kSlots>
+struct RingCursor {
+  int slot = 0;
+  uint32_t parity;
+
+  __device__ void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ int previous() const { return (slot == 0 ? kSlots : slot) - 1; }
+};
+
 // kSharedList: both warpgroups of a block of threads lie in one block slot (its size is a multiple
 // of 128) and walk its list together; otherwise each has a list, a ring and a producer of its own.
 template <typename ValueT, int kHeadDimT, Walk kWalkT, bool kSharedListT>
@@ -44,43 +67,52 @@ struct BackwardConfig {
 
   static constexpr int kRings = kSharedList ? 1 : kWarpgroups;
   static constexpr int kRingReaders = kWarpgroups / kRings;
-  // In the query walk the kept tiles move to registers, and their memory to the rings: the last
-  // stages of each, which the producer gets from the warpgroups and not at once.
-  static constexpr bool kKeptMoves = kWalk == Walk::kQueries;
-  static constexpr int kMovedStages = kKeptMoves ? kRingReaders : 0;  // of a ring
-  static constexpr int kStages = (kHeadDim == 64 ? 8 : 4) / kRings + kMovedStages;
 
   using Tile = kittens::st<Value, kUnit, kHeadDim>;
   static constexpr int kTileBytes = sizeof(Tile);
   static constexpr int kPanels = kHeadDim / 64;  // a panel is 64 channels: one box of the TMA
   static constexpr int kPanelBytes = kTileBytes / kPanels;
 
-  // Row statistics of one streamed query tile: see backward_prepare.h.
-  static constexpr int kStatisticsBytes = 2 * kUnit * sizeof(float);
-  static constexpr int kStepBytes = 2 * kTileBytes + (kWalk == Walk::kKeys ? kStatisticsBytes : 0);
+  // In the query walk the kept tiles move to registers and their memory to the rings: the last
+  // slots of each, which the producer gets from the warpgroups and not at once.
+  static constexpr bool kKeptMoves = kWalk == Walk::kQueries;
+  static constexpr int kMovedSlots = kKeptMoves ? kRingReaders : 0;
+  // First operands are needed longest, so they get more slots where not all fit.
+  static constexpr int kOwnFirst = kHeadDim == 64 ? 8 / kRings : kSharedList ? 4 : 3;
+  static constexpr int kOwnSecond = kHeadDim == 64 ? 8 / kRings : kSharedList ? 4 : 2;
+  static constexpr int kFirstSlots = kOwnFirst + kMovedSlots;
+  static constexpr int kSecondSlots = kOwnSecond + kMovedSlots;
 
-  struct Stage {
-    Tile first, second;
-  };
+  // Row statistics of one streamed query tile (see backward_prepare.h) come with its second
+  // operand.
+  static constexpr bool kHasStatistics = kWalk == Walk::kKeys;
+  static constexpr int kStatisticsBytes = kHasStatistics ? 2 * kUnit * sizeof(float) : 0;
+
   struct Shared {
-    Stage stages[kRings * kStages + (kKeptMoves ? 0 : kWarpgroups)];
-    float statistics[kRings][kStages][2 * kUnit];
-    uint64_t full[kRings][kStages], empty[kRings][kStages], kept_full;
-    Step steps[kRings][kStages];
+    Tile first[kRings * kFirstSlots + (kKeptMoves ? 0 : kWarpgroups)];
+    Tile second[kRings * kSecondSlots + (kKeptMoves ? 0 : kWarpgroups)];
+    float statistics[kRings][kSecondSlots][kHasStatistics ? 2 * kUnit : 1];
+    RingBarriers<kFirstSlots, kSecondSlots> rings[kRings];
+    uint64_t kept_full;
 
-    __device__ Stage& streamed(int ring, int stage) { return stages[ring * kStages + stage]; }
-    __device__ Stage& kept(int group) {
-      if constexpr (!kKeptMoves) return stages[kRings * kStages + group];
-      return streamed(group / kRingReaders, kStages - kMovedStages + group % kRingReaders);
+    __device__ Tile& first_tile(int ring, int slot) { return first[ring * kFirstSlots + slot]; }
+    __device__ Tile& second_tile(int ring, int slot) { return second[ring * kSecondSlots + slot]; }
+    __device__ Tile& kept_first(int group) {
+      if constexpr (!kKeptMoves) return first[kRings * kFirstSlots + group];
+      return first_tile(group / kRingReaders, kOwnFirst + group % kRingReaders);
+    }
+    __device__ Tile& kept_second(int group) {
+      if constexpr (!kKeptMoves) return second[kRings * kSecondSlots + group];
+      return second_tile(group / kRingReaders, kOwnSecond + group % kRingReaders);
     }
     __device__ void* kept_first_panel(int group, int panel) {
-      return kept(group).first.data + panel * kUnit * 64;
+      return kept_first(group).data + panel * kUnit * 64;
     }
     __device__ void* kept_second_panel(int group, int panel) {
-      return kept(group).second.data + panel * kUnit * 64;
+      return kept_second(group).data + panel * kUnit * 64;
     }
   };
-  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // the base is aligned by hand
+  static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of one multiprocessor");
 };
 
@@ -89,9 +121,8 @@ template <typename ValueT>
 struct FusedConfig : BackwardConfig<ValueT, 128, Walk::kKeys, true> {
   using Base = BackwardConfig<ValueT, 128, Walk::kKeys, true>;
   using Base::kWarpgroups, Base::kPanels;
-  using typename Base::Stage;
   using typename Base::Tile;
-  static constexpr int kStages = 3;
+  static constexpr int kFirstSlots = 3, kSecondSlots = 3;
 
   using Panel = kittens::st<ValueT, kUnit, 64>;
   using KeyPanel = kittens::st<ValueT, kWarpgroups * kUnit, 64>;  // of both warpgroups
@@ -100,20 +131,21 @@ struct FusedConfig : BackwardConfig<ValueT, 128, Walk::kKeys, true> {
   struct Shared {
     Panel keys[kPanels][kWarpgroups];
     Tile values[kWarpgroups];
-    Stage stages[kStages];
+    Tile first[kFirstSlots], second[kSecondSlots];
     Panel score_gradients[2][kWarpgroups];  // keys by queries; the two alternate
     alignas(1024) float sums[kWarpgroups][kSumsOfGroup];
-    float statistics[1][kStages][2 * kUnit];
-    uint64_t full[1][kStages], empty[1][kStages], kept_full;
-    Step steps[1][kStages];
+    float statistics[1][kSecondSlots][2 * kUnit];
+    RingBarriers<kFirstSlots, kSecondSlots> rings[1];
+    uint64_t kept_full;
 
-    __device__ Stage& streamed(int, int stage) { return stages[stage]; }
+    __device__ Tile& first_tile(int, int slot) { return first[slot]; }
+    __device__ Tile& second_tile(int, int slot) { return second[slot]; }
     __device__ void* kept_first_panel(int group, int panel) { return &keys[panel][group]; }
     __device__ void* kept_second_panel(int group, int panel) {
       return values[group].data + panel * kUnit * 64;
     }
   };
-  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of one multiprocessor");
 };
 

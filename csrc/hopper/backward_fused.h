@@ -90,32 +90,38 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   set_zero(packed_p);
   set_zero(packed_ds);
   int parity = 0;
-  bool first = true;
+  bool began = false;
   while (true) {
-    const Step step = reader.wait();
+    const Step step = reader.wait_first();
     if (step.valid < 0) break;
-    auto& tiles = shared.streamed(0, reader.stage);
-    const float* statistics = shared.statistics[0][reader.stage];
-    if (step.valid < kUnit) zero_tail(tiles.first, tiles.second, step.valid, barrier_id);
-    const auto* query_panels = reinterpret_cast<const Panel*>(tiles.first.data);
+    auto& queries = reader.first_tile();
+    auto& grad_out = reader.second_tile();
+    const float* statistics = reader.statistics();
+    if (step.valid < kUnit) {
+      reader.wait_second();
+      zero_tail(queries, grad_out, step.valid, barrier_id);
+    }
+    const auto* query_panels = reinterpret_cast<const Panel*>(queries.data);
 
     Scores<Config> p, ds;
     products_begin();
     product_transposed<false>(p, shared.keys[0][group], query_panels[0]);
     product_transposed<true>(p, shared.keys[1][group], query_panels[1]);
-    product_transposed<false>(ds, values, tiles.second);
+    reader.wait_second();
+    products_begin();
+    product_transposed<false>(ds, values, grad_out);
     products_wait<1>();
     settle(p);
     settle(packed_ds);
-    if (!first) reader.release_previous();
-    first = false;
+    if (began) reader.release_first(reader.first.previous());
+    began = true;
 
     probabilities<Config>(p, globals.scale_log2, statistics, {});
     if (valid_keys < kUnit) mask_rows<Config>(p, valid_keys);
     round_to(packed_p, p);
     settle(packed_p);
     products_begin();
-    product(dv, packed_p, tiles.second);
+    product(dv, packed_p, grad_out);
     products_wait<1>();
     settle(ds);
 
@@ -131,10 +137,11 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     products_begin();
     product_across(dq, reinterpret_cast<const KeyPanel&>(shared.score_gradients[parity]),
                    reinterpret_cast<const KeyPanel&>(shared.keys[group]));
-    product(dk, packed_ds, tiles.first);
+    product(dk, packed_ds, queries);
     products_wait<1>();
     settle(dq);
     settle(packed_p);
+    reader.release_second(reader.second.slot);
     write_sums(shared.sums[group], dq);
     shared_write_fence();
     threads_sync<128>(barrier_id);
@@ -177,8 +184,8 @@ __device__ inline void run_fused(const BackwardGlobals& globals, typename Config
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     fused_backward_kernel(const __grid_constant__ BackwardGlobals globals) {
-  extern __shared__ uint8_t raw_shared[];
-  run_fused<Config>(globals, aligned_shared<typename Config::Shared>(raw_shared));
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  run_fused<Config>(globals, *reinterpret_cast<typename Config::Shared*>(raw_shared));
 }
 
 struct FinishGlobals {
@@ -189,7 +196,7 @@ struct FinishGlobals {
   float scale;
 };
 
-constexpr int kFinishSharedBytes = kUnit * 64 * 2 + 1024;
+constexpr int kFinishSharedBytes = kUnit * 64 * 2;
 
 // One block of 128 threads per unit and half of the channels.
 template <typename Value>
@@ -213,8 +220,8 @@ __device__ inline void run_finish(const FinishGlobals& globals,
 template <typename Value>
 __global__ void __launch_bounds__(128)
     finish_queries(const __grid_constant__ FinishGlobals globals) {
-  extern __shared__ uint8_t raw_shared[];
-  run_finish<Value>(globals, aligned_shared<kittens::st<Value, kUnit, 64>>(raw_shared));
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  run_finish<Value>(globals, *reinterpret_cast<kittens::st<Value, kUnit, 64>*>(raw_shared));
 }
 
 }  // namespace video_attn::hopper

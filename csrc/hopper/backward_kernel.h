@@ -7,31 +7,42 @@
 
 namespace video_attn::hopper {
 
-// The reading end of a ring. A stage is handed back one step late, when the products that read it
-// are known to be done.
+// The reading end of a ring. A slot is handed back when the products that read it are known to be
+// done; for first operands that is in the step after.
 template <typename Config>
 struct RingReader {
   typename Config::Shared& shared;
   const int ring;
-  int stage = 0;
-  uint32_t parity = 0;
+  RingCursor<Config::kFirstSlots> first{0, 0};
+  RingCursor<Config::kSecondSlots> second{0, 0};
 
-  // Waits for the next step.
-  __device__ Step wait() const {
-    barrier_wait(shared_address(&shared.full[ring][stage]), parity);
-    const Step& step = shared.steps[ring][stage];
+  // Waits for the first operand of the next step.
+  __device__ Step wait_first() const {
+    const auto& barriers = shared.rings[ring];
+    barrier_wait(shared_address(&barriers.first_full[first.slot]), first.parity);
+    const Step& step = barriers.steps[first.slot];
     return {warp_uniform(step.valid), warp_uniform(step.unit)};
   }
+  // Waits for the second operand, and the statistics.
+  __device__ void wait_second() const {
+    barrier_wait(shared_address(&shared.rings[ring].second_full[second.slot]), second.parity);
+  }
+  __device__ auto& first_tile() const { return shared.first_tile(ring, first.slot); }
+  __device__ auto& second_tile() const { return shared.second_tile(ring, second.slot); }
+  __device__ const float* statistics() const { return shared.statistics[ring][second.slot]; }
+
+  __device__ void release_first(int slot) const { arrive(shared.rings[ring].first_empty[slot]); }
+  __device__ void release_second(int slot) const { arrive(shared.rings[ring].second_empty[slot]); }
   __device__ void advance() {
-    if (++stage == Config::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    first.advance();
+    second.advance();
   }
-  __device__ void release(int released) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.empty[ring][released]));
+
+ private:
+  // The warp has converged, in a wait for products at the latest.
+  __device__ void arrive(const uint64_t& barrier) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&barrier));
   }
-  __device__ void release_previous() { release((stage == 0 ? Config::kStages : stage) - 1); }
 };
 
 template <typename Config>
@@ -129,7 +140,8 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   using Gradient = kittens::rt<float, 16, Config::kHeadDim>;
   using Packed = kittens::rt<Value, 16, kUnit>;
   const int barrier_id = 1 + group;
-  auto& kept = shared.kept(group);
+  auto& keys = shared.kept_first(group);
+  auto& values = shared.kept_second(group);
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 
   Gradient dk, dv;
@@ -139,29 +151,35 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   Packed packed_p, packed_ds;  // outside the loop: products read them until the next step
   set_zero(packed_p);
   set_zero(packed_ds);
-  bool first = true;
+  bool began = false;
   while (true) {
-    const int valid = reader.wait().valid;
+    const int valid = reader.wait_first().valid;
     if (valid < 0) break;
-    auto& step = shared.streamed(reader.ring, reader.stage);
-    const float* statistics = shared.statistics[reader.ring][reader.stage];
-    if (valid < kUnit) zero_tail(step.first, step.second, valid, barrier_id);
+    auto& queries = reader.first_tile();
+    auto& grad_out = reader.second_tile();
+    const float* statistics = reader.statistics();
+    if (valid < kUnit) {
+      reader.wait_second();
+      zero_tail(queries, grad_out, valid, barrier_id);
+    }
 
     Scores<Config> p, ds;
     products_begin();
-    product_transposed<false>(p, kept.first, step.first);
-    product_transposed<false>(ds, kept.second, step.second);
+    product_transposed<false>(p, keys, queries);
+    reader.wait_second();
+    products_begin();
+    product_transposed<false>(ds, values, grad_out);
     products_wait<1>();
     settle(p);
     settle(packed_ds);
-    if (!first) reader.release_previous();
-    first = false;
+    if (began) reader.release_first(reader.first.previous());
+    began = true;
 
     probabilities<Config>(p, globals.scale_log2, statistics, {});
     round_to(packed_p, p);
     settle(packed_p);
     products_begin();
-    product(dv, packed_p, step.second);
+    product(dv, packed_p, grad_out);
     products_wait<1>();
     settle(ds);
 
@@ -169,9 +187,10 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
     round_to(packed_ds, ds);
     settle(packed_ds);
     products_begin();
-    product(dk, packed_ds, step.first);
-    products_wait<1>();  // packed_p is free
+    product(dk, packed_ds, queries);
+    products_wait<1>();  // dv is done
     settle(packed_p);
+    reader.release_second(reader.second.slot);
     reader.advance();
   }
   products_wait<0>();
@@ -183,9 +202,9 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   if (token >= globals.kept.length) return;
   threads_sync<128>(barrier_id);
   const int valid = valid_kept(globals, place.batch, token);
-  store_gradient(dv, 1.f, valid, kept.second, &globals.result_second, 0, token, place.head,
-                 place.batch, barrier_id);
-  store_gradient(dk, globals.scale, valid, kept.first, &globals.result_first, 0, token, place.head,
+  store_gradient(dv, 1.f, valid, values, &globals.result_second, 0, token, place.head, place.batch,
+                 barrier_id);
+  store_gradient(dk, globals.scale, valid, keys, &globals.result_first, 0, token, place.head,
                  place.batch, barrier_id);
   if (threadIdx.x % 128 == 0) store_wait<0>();
 }
@@ -199,7 +218,6 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   const int barrier_id = 1 + group;
   const Place place = place_of(globals);
   const int token = kept_token<Config>(globals, place, group);
-  auto& kept = shared.kept(group);
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 
   const int64_t unit = (static_cast<int64_t>(place.batch) * globals.heads + place.head) *
@@ -213,53 +231,63 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   kittens::rt<Value, 16, kUnit> packed_ds;  // outside the loop, as in the key walk
   set_zero(dq);
   set_zero(packed_ds);
-  constexpr int kOwnStages = Config::kStages - Config::kMovedStages;
-  for (int stage = 0; stage < kOwnStages; ++stage) reader.release(stage);
+  for (int slot = 0; slot < Config::kOwnFirst; ++slot) reader.release_first(slot);
+  for (int slot = 0; slot < Config::kOwnSecond; ++slot) reader.release_second(slot);
   barrier_wait(shared_address(&shared.kept_full), 0);
   Kept q, grad_out;
-  load_tile(q, kept.first);
-  load_tile(grad_out, kept.second);
+  load_tile(q, shared.kept_first(group));
+  load_tile(grad_out, shared.kept_second(group));
   __syncwarp();
-  for (int stage = kOwnStages; stage < Config::kStages; ++stage) reader.release(stage);
-  bool first = true;
+  for (int slot = Config::kOwnFirst; slot < Config::kFirstSlots; ++slot) reader.release_first(slot);
+  for (int slot = Config::kOwnSecond; slot < Config::kSecondSlots; ++slot) {
+    reader.release_second(slot);
+  }
+  bool began = false;
   while (true) {
-    const int valid = reader.wait().valid;
+    const int valid = reader.wait_first().valid;
     if (valid < 0) break;
-    auto& step = shared.streamed(reader.ring, reader.stage);
-    if (valid < kUnit) zero_tail(step.first, step.second, valid, barrier_id);
+    auto& keys = reader.first_tile();
+    auto& values = reader.second_tile();
+    if (valid < kUnit) {
+      reader.wait_second();
+      zero_tail(keys, values, valid, barrier_id);
+    }
 
     Scores<Config> p, ds;
     products_begin();
-    product_transposed<false>(p, q, step.first);
-    product_transposed<false>(ds, grad_out, step.second);
+    product_transposed<false>(p, q, keys);
+    reader.wait_second();
+    products_begin();
+    product_transposed<false>(ds, grad_out, values);
     products_wait<1>();
     settle(p);
     settle(packed_ds);
-    if (!first) reader.release_previous();
-    first = false;
+    if (began) reader.release_first(reader.first.previous());
+    began = true;
 
     if (valid < kUnit) mask_columns<Config>(p, valid);
     probabilities<Config>(p, globals.scale_log2, nullptr, rows);
     settle(p);  // before the wait, not after it
     products_wait<0>();
     settle(ds);
+    reader.release_second(reader.second.slot);
     score_gradients<Config>(ds, p, nullptr, rows);
     round_to(packed_ds, ds);
     settle(packed_ds);
     products_begin();
-    product(dq, packed_ds, step.first);
+    product(dq, packed_ds, keys);
     reader.advance();
   }
   products_wait<0>();
   settle(dq);
 
-  // The memory of the kept tiles has been a stage of a ring: all its readers are done.
+  // The memory of the kept tiles has been a slot of a ring: all its readers are done.
   threads_sync<128 * Config::kRingReaders>(Config::kSharedList ? 1 + Config::kWarpgroups
                                                                : barrier_id);
   if (token >= globals.kept.length) return;
   const int valid = valid_kept(globals, place.batch, token);
-  store_gradient(dq, globals.scale, valid, kept.first, &globals.result_first, 0, token, place.head,
-                 place.batch, barrier_id);
+  store_gradient(dq, globals.scale, valid, shared.kept_first(group), &globals.result_first, 0,
+                 token, place.head, place.batch, barrier_id);
   if (threadIdx.x % 128 == 0) store_wait<0>();
 }
 
@@ -268,11 +296,12 @@ template <typename Config>
 __device__ inline void start_backward(typename Config::Shared& shared) {
   if (threadIdx.x == 0) {
     barrier_init(shared_address(&shared.kept_full), 1);
-    for (int ring = 0; ring < Config::kRings; ++ring) {
-      for (int stage = 0; stage < Config::kStages; ++stage) {
-        barrier_init(shared_address(&shared.full[ring][stage]), 1);
-        barrier_init(shared_address(&shared.empty[ring][stage]), 4 * Config::kRingReaders);
-      }
+    for (auto& ring : shared.rings) {
+      for (auto& full : ring.first_full) barrier_init(shared_address(&full), 1);
+      for (auto& full : ring.second_full) barrier_init(shared_address(&full), 1);
+      constexpr int kArrivals = 4 * Config::kRingReaders;  // one per warp
+      for (auto& empty : ring.first_empty) barrier_init(shared_address(&empty), kArrivals);
+      for (auto& empty : ring.second_empty) barrier_init(shared_address(&empty), kArrivals);
     }
     barrier_init_fence();
   }
@@ -297,17 +326,11 @@ __device__ inline void run_backward(const BackwardGlobals& globals,
   }
 }
 
-// Dynamic shared memory, aligned as the 128-byte swizzle needs it.
-template <typename Shared>
-__device__ inline Shared& aligned_shared(uint8_t* raw) {
-  return *reinterpret_cast<Shared*>(raw + (1024 - shared_address(raw) % 1024) % 1024);
-}
-
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardGlobals globals) {
-  extern __shared__ uint8_t raw_shared[];
-  run_backward<Config>(globals, aligned_shared<typename Config::Shared>(raw_shared));
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  run_backward<Config>(globals, *reinterpret_cast<typename Config::Shared*>(raw_shared));
 }
 
 }  // namespace video_attn::hopper

@@ -52,53 +52,57 @@ __device__ inline void load_kept(const BackwardGlobals& globals, typename Config
 // Fills one ring, in the order of the lists. Called by a whole warp.
 template <typename Config>
 struct RingWriter {
+  // In a first round the slots are free, or their readers hand them over.
+  static constexpr uint32_t kFirstParity = Config::kKeptMoves ? 0 : 1;
+
   const BackwardGlobals& globals;
   typename Config::Shared& shared;
   const int ring;
   const int lane;
-  int stage = 0;
-  uint32_t parity = Config::kKeptMoves ? 0 : 1;  // of a first round: waits for its readers, or not
+  RingCursor<Config::kFirstSlots> first{0, kFirstParity};
+  RingCursor<Config::kSecondSlots> second{0, kFirstParity};
 
-  // Waits for a free stage and fills it by `issue(stage, barrier)`, called by one lane.
-  template <typename Issue>
-  __device__ void push(const Step& step, Issue issue) {
-    barrier_wait(shared_address(&shared.empty[ring][stage]), parity);
-    if (lane == 0) {
-      shared.steps[ring][stage] = step;
-      issue(stage, shared_address(&shared.full[ring][stage]));
-    }
-    __syncwarp();
-    if (++stage == Config::kStages) {
-      stage = 0;
-      parity ^= 1;
+  __device__ void load_tile_of(const CUtensorMap* map, typename Config::Tile& tile, uint64_t& full,
+                               int32_t token, int32_t head, int32_t batch) {
+#pragma unroll
+    for (int panel = 0; panel < Config::kPanels; ++panel) {
+      load_box(map, shared_address(&tile) + panel * Config::kPanelBytes, shared_address(&full),
+               64 * panel, token, head, batch);
     }
   }
 
   __device__ void push_tile(int32_t token, int32_t valid, int32_t head, int32_t batch) {
+    auto& barriers = shared.rings[ring];
     const int32_t source_head = Config::kWalk == Walk::kKeys ? head : head / globals.group;
     const int32_t unit = source_head * units_of(globals.streamed.length) + token / kUnit;
-    push({valid, unit}, [&](int at, uint32_t barrier) {
-      barrier_arrive_expect(barrier, Config::kStepBytes);
-      auto& step = shared.streamed(ring, at);
-#pragma unroll
-      for (int panel = 0; panel < Config::kPanels; ++panel) {
-        load_box(&globals.streamed_first, shared_address(&step.first) + panel * Config::kPanelBytes,
-                 barrier, 64 * panel, token, source_head, batch);
-      }
-      if constexpr (Config::kWalk == Walk::kKeys) {
+
+    barrier_wait(shared_address(&barriers.first_empty[first.slot]), first.parity);
+    if (lane == 0) {
+      uint64_t& full = barriers.first_full[first.slot];
+      barriers.steps[first.slot] = {valid, unit};
+      barrier_arrive_expect(shared_address(&full), Config::kTileBytes);
+      load_tile_of(&globals.streamed_first, shared.first_tile(ring, first.slot), full, token,
+                   source_head, batch);
+    }
+    __syncwarp();
+    first.advance();
+
+    barrier_wait(shared_address(&barriers.second_empty[second.slot]), second.parity);
+    if (lane == 0) {
+      uint64_t& full = barriers.second_full[second.slot];
+      barrier_arrive_expect(shared_address(&full), Config::kTileBytes + Config::kStatisticsBytes);
+      if constexpr (Config::kHasStatistics) {
         const int64_t units =
             static_cast<int64_t>(globals.heads) * units_of(globals.streamed.length);
-        load_bulk(shared_address(shared.statistics[ring][at]),
+        load_bulk(shared_address(shared.statistics[ring][second.slot]),
                   globals.statistics + (batch * units + unit) * (2 * kUnit),
-                  Config::kStatisticsBytes, barrier);
+                  Config::kStatisticsBytes, shared_address(&full));
       }
-#pragma unroll
-      for (int panel = 0; panel < Config::kPanels; ++panel) {
-        load_box(&globals.streamed_second,
-                 shared_address(&step.second) + panel * Config::kPanelBytes, barrier, 64 * panel,
-                 token, source_head, batch);
-      }
-    });
+      load_tile_of(&globals.streamed_second, shared.second_tile(ring, second.slot), full, token,
+                   source_head, batch);
+    }
+    __syncwarp();
+    second.advance();
   }
 
   // Every tile of the list of one block slot of the kept side.
@@ -133,7 +137,12 @@ struct RingWriter {
   }
 
   __device__ void push_end() {
-    push({-1, 0}, [](int, uint32_t barrier) { barrier_arrive(barrier); });
+    auto& barriers = shared.rings[ring];
+    barrier_wait(shared_address(&barriers.first_empty[first.slot]), first.parity);
+    if (lane == 0) {
+      barriers.steps[first.slot] = {-1, 0};
+      barrier_arrive(shared_address(&barriers.first_full[first.slot]));
+    }
   }
 };
 
