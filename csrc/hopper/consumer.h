@@ -49,11 +49,7 @@ class Consumer {
       barrier_wait(shared_.query_full(consumer_), query_parity_);
       query_parity_ ^= 1;
       order_.begin(item);
-      if (item.halves_of(consumer_).all > 0) {
-        attend(item, softmax, output);
-      } else if constexpr (kConfig.separate_output) {
-        release_queries();
-      }
+      if (item.halves_of(consumer_).all > 0) attend(item, softmax, output);
       order_.end();
       skip_turns(item);
       finish(item, softmax, output);
@@ -200,7 +196,6 @@ class Consumer {
   }
 
   __device__ void release_queries() const {
-    __syncwarp();  // all lanes have waited for them
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_.query_empty(consumer_));
   }
 
@@ -237,6 +232,7 @@ class Consumer {
     if constexpr (kConfig.separate_output) {
       if (leader) store_wait_read<0>();  // of the tile before
       named_barrier_sync(barrier, 128);
+      if (item.halves_of(consumer_).all == 0) release_queries();  // else attend() has done it
     }
     auto& staged = *reinterpret_cast<Queries*>(shared_.output(consumer_));
     Warpgroup::store(staged, output);
