@@ -19,7 +19,7 @@ import kernel_table
 import pytest
 from build_plan import BuildOptions, find_tools
 from build_tree import copy_tree, run_setup
-from kernel_table import Kernel
+from machine_code import Function, Instruction, find_disassembler, parse_functions
 
 TOOLS = find_tools(BuildOptions.from_environment(os.environ))
 MISSING = kernel_table.missing_tool(TOOLS)
@@ -35,8 +35,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def kernels(libraries: dict[str, Path]) -> dict[str, list[Kernel]]:
-    disassembler = kernel_table.find_disassembler(TOOLS.nvcc)
+def kernels(libraries: dict[str, Path]) -> dict[str, dict[str, Function]]:
+    disassembler = find_disassembler(TOOLS.nvcc)
     assert disassembler is not None
     return {name: kernel_table.read_kernels(path, disassembler) for name, path in libraries.items()}
 
@@ -58,22 +58,22 @@ def forward_names(component: str) -> set[str]:
 @COMPONENTS
 def test_forward_kernels_keep_everything_in_registers(component, kernels):
     """No spill, no stack; tensor cores fed by the copy engine; registers moved to the consumers."""
-    forward = [k for k in kernels[component] if k.name.startswith("forward_kernel")]
-    assert {k.name for k in forward} == forward_names(component)
-    for kernel in forward:
-        assert (kernel.stack, kernel.local, kernel.count("LDL", "STL")) == (0, 0, 0), kernel.name
-        assert kernel.count("HGMMA") and kernel.count("UTMALDG"), kernel.name
-        assert kernel.count("USETMAXREG") == 2, f"{kernel.name}: registers are not moved"
+    forward = {n: k for n, k in kernels[component].items() if n.startswith("forward_kernel")}
+    assert forward.keys() == forward_names(component)
+    for name, kernel in forward.items():
+        assert (kernel.stack, kernel.local, kernel.count("LDL", "STL")) == (0, 0, 0), name
+        assert kernel.count("HGMMA") and kernel.count("UTMALDG"), name
+        assert kernel.count("USETMAXREG") == 2, f"{name}: registers are not moved"
 
 
 @needs_nvcc
 @COMPONENTS
 def test_backward_kernels_use_tensor_cores_and_the_copy_engine(component, kernels):
-    backward = [k for k in kernels[component] if "backward_kernel<" in k.name]
+    backward = {n: k for n, k in kernels[component].items() if "backward_kernel<" in n}
     assert backward
-    for kernel in backward:
-        assert kernel.count("HGMMA") and kernel.count("UTMALDG"), kernel.name
-        assert kernel.local == 0 and kernel.count("USETMAXREG") == 2, kernel.name
+    for name, kernel in backward.items():
+        assert kernel.count("HGMMA") and kernel.count("UTMALDG"), name
+        assert kernel.local == 0 and kernel.count("USETMAXREG") == 2, name
 
 
 @needs_nvcc
@@ -198,21 +198,23 @@ LISTING = """
 
 
 def test_reading_of_machine_code():
-    name = "forward_kernel<(Grain)0, 128, __half>"
-    (kernel,) = kernel_table.parse_kernels(USAGE, LISTING, lambda symbol: name)
-    assert (kernel.registers, kernel.stack, kernel.local, len(kernel.code)) == (168, 16, 8, 12)
+    (kernel,) = parse_functions(USAGE, LISTING)
+    assert kernel.symbol == "_Zkernel" and len(kernel.code) == 12
+    assert (kernel.registers, kernel.stack, kernel.local) == (168, 16, 8)
     assert kernel.count("HGMMA") == 3 and kernel.count("LDL", "STL") == 2
     assert kernel.count("UTMALDG") == kernel.count("USETMAXREG") == 1
-    loop = kernel.main_loop()  # the inner one
-    assert len(loop) == 4 and loop[-1] == "@!P0 BRA 0x20"
+    assert [len(loop) for loop in kernel.loops()] == [4, 10]
+    loop = kernel_table.main_loop(kernel)
+    assert len(loop) == 4 and loop[-1].text == "@!P0 BRA 0x20"
     # 2 products of 64 x 128 x 16; 64 keys need 2 of 64 x 64 x 128, which is 4 times as many.
-    assert kernel_table.per_64_keys(kernel) == {"instructions": 16, "hgmma": 8}
+    name = "forward_kernel<(Grain)0, 128, __half>"
+    assert kernel_table.per_64_keys(name, kernel) == {"instructions": 16, "hgmma": 8}
 
 
 def test_a_kernel_without_a_loop_of_products_is_refused():
-    kernel = Kernel("forward_kernel<(Grain)0, 64, __half>", 1, 0, 0, ((0, "BRA 0x0"),))
+    kernel = Function("kernel", 1, 0, 0, (Instruction(0, "BRA", "BRA 0x0"),))
     with pytest.raises(ValueError, match="no loop with HGMMA"):
-        kernel.main_loop()
+        kernel_table.main_loop(kernel)
 
 
 def test_names_of_kernels():

@@ -16,58 +16,30 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from build_checks import KITTENS_HEADER, probe_nvcc
 from build_plan import ROOT, BuildOptions, Tools, find_tools
+from machine_code import Function, Instruction, find_disassembler, read_functions
 
 TABLE = ROOT / "tests" / "data" / "hopper_kernels.json"
 COMPONENTS = ("sta", "vsa")
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);")
-_BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
 _PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.")
-_USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The machine code of one kernel.
+def main_loop(kernel: Function) -> tuple[Instruction, ...]:
+    """The shortest loop that multiplies on tensor cores: what runs where no mask is needed.
 
-    Args:
-        name: demangled, without namespaces and arguments.
-        registers: of a thread at launch. stack, local: bytes of a thread in local memory.
-        code: (address, instruction) in the order of addresses.
+    Raises:
+        ValueError: there is none.
     """
-
-    name: str
-    registers: int
-    stack: int
-    local: int
-    code: tuple[tuple[int, str], ...]
-
-    def count(self, *mnemonics: str) -> int:
-        """Instructions of these kinds, as "HGMMA" or "LDL"."""
-        wanted = re.compile(rf"\b(?:{'|'.join(mnemonics)})\b")
-        return sum(bool(wanted.search(text)) for _, text in self.code)
-
-    def main_loop(self) -> tuple[str, ...]:
-        """The shortest loop that multiplies on tensor cores: what runs where no mask is needed."""
-        places = {address: index for index, (address, _) in enumerate(self.code)}
-        loops = []
-        for index, (address, text) in enumerate(self.code):
-            branch = _BRANCH.search(text)
-            start = places.get(int(branch[1], 16)) if branch else None
-            if start is not None and self.code[start][0] <= address:
-                body = tuple(line for _, line in self.code[start : index + 1])
-                if any(_PRODUCT.search(line) for line in body):
-                    loops.append(body)
-        if not loops:
-            raise ValueError(f"{self.name}: no loop with HGMMA instructions")
-        return min(loops, key=len)
+    loops = [x for x in kernel.loops() if any(_PRODUCT.search(step.text) for step in x)]
+    if not loops:
+        raise ValueError(f"{kernel.symbol}: no loop with HGMMA instructions")
+    return min(loops, key=len)
 
 
 @dataclass(frozen=True)
@@ -100,11 +72,10 @@ def kind_of(name: str) -> Kind:
     raise ValueError(f"unknown kernel {name}: say in kind_of() what it is")
 
 
-def per_64_keys(kernel: Kernel) -> dict[str, int]:
+def per_64_keys(name: str, kernel: Function) -> dict[str, int]:
     """Main loop of a warp: all instructions, and tensor core ones, per 64 keys (or queries)."""
-    loop = kernel.main_loop()
-    columns = [int(m[1]) for m in map(_PRODUCT.search, loop) if m]
-    kind = kind_of(kernel.name)
+    loop, kind = main_loop(kernel), kind_of(name)
+    columns = [int(m[1]) for m in (_PRODUCT.search(step.text) for step in loop) if m]
     # 64 x columns x 16 each.
     share = 64 * kind.head_dim * kind.products / (16 * sum(columns))
     return {"instructions": round(len(loop) * share), "hgmma": round(len(columns) * share)}
@@ -113,43 +84,10 @@ def per_64_keys(kernel: Kernel) -> dict[str, int]:
 # -- reading a library -----------------------------------------------------------------------------
 
 
-def find_disassembler(nvcc: str) -> str | None:
-    """cuobjdump, with nvdisasm beside it: of the toolkit, from PATH, or of the triton package."""
-    folders = [str(Path(nvcc).resolve().parent)] if nvcc else []
-    folders += os.environ.get("PATH", "").split(os.pathsep)
-    triton = find_spec("triton")
-    if triton is not None and triton.submodule_search_locations:
-        package = Path(triton.submodule_search_locations[0])
-        folders.append(str(package / "backends" / "nvidia" / "bin"))
-    for folder in folders:
-        if shutil.which("cuobjdump", path=folder) and shutil.which("nvdisasm", path=folder):
-            return str(Path(folder) / "cuobjdump")
-    return None
-
-
-def read_kernels(library: Path, disassembler: str) -> list[Kernel]:
-    """Every kernel of a library, by name."""
-    path = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
-
-    def output(*command: str) -> str:
-        environment = {**os.environ, "PATH": path}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return done.stdout
-
-    usage = output(disassembler, "-res-usage", str(library))
-    return parse_kernels(usage, output(disassembler, "-sass", str(library)), demangle)
-
-
-def parse_kernels(usage: str, listing: str, names: Any) -> list[Kernel]:
-    """From the texts that cuobjdump prints for -res-usage and -sass."""
-    resources = {m[1]: tuple(map(int, m.groups()[1:])) for m in _USAGE.finditer(usage)}
-    kernels = []
-    for section in re.split(r"\n\s*Function : ", listing)[1:]:
-        symbol, _, body = section.partition("\n")
-        code = tuple((int(m[1], 16), m[2].strip()) for m in _INSTRUCTION.finditer(body))
-        registers, stack, local = resources[symbol.strip()]
-        kernels.append(Kernel(names(symbol.strip()), registers, stack, local, code))
-    return sorted(kernels, key=lambda kernel: kernel.name)
+def read_kernels(library: Path, disassembler: str) -> dict[str, Function]:
+    """Every kernel of a library, by its short name."""
+    found = {demangle(f.symbol): f for f in read_functions(library, disassembler)}
+    return dict(sorted(found.items()))
 
 
 def demangle(symbol: str) -> str:
@@ -224,17 +162,19 @@ def shared_memory(names: Sequence[str], tools: Tools) -> dict[str, int]:
     return dict(zip(names, map(int, answer.split()), strict=True))
 
 
-def rows_of(kernels: Iterable[Kernel], shared: Mapping[str, int]) -> dict[str, dict[str, int]]:
+def rows_of(
+    kernels: Mapping[str, Function], shared: Mapping[str, int]
+) -> dict[str, dict[str, int]]:
     """The figures of each kernel that uses tensor cores, by name."""
     return {
-        kernel.name: {
+        name: {
             "registers": kernel.registers,
-            "shared_bytes": shared[kernel.name],
+            "shared_bytes": shared[name],
             "local_accesses": kernel.count("LDL", "STL"),
             "hgmma": kernel.count("HGMMA"),
-            **{f"{what}_per_64_keys": n for what, n in per_64_keys(kernel).items()},
+            **{f"{what}_per_64_keys": n for what, n in per_64_keys(name, kernel).items()},
         }
-        for kernel in kernels
+        for name, kernel in kernels.items()
         if kernel.count("HGMMA")
     }
 
@@ -245,7 +185,7 @@ def make_table(libraries: Mapping[str, Path], tools: Tools) -> dict[str, Any]:
     if disassembler is None:
         raise RuntimeError(str(missing_tool(tools)))
     found = {name: read_kernels(path, disassembler) for name, path in libraries.items()}
-    used = [k.name for kernels in found.values() for k in kernels if k.count("HGMMA")]
+    used = [name for x in found.values() for name, kernel in x.items() if kernel.count("HGMMA")]
     shared = shared_memory(sorted(set(used)), tools)
     version = ".".join(map(str, probe_nvcc(tools.nvcc)))
     return {

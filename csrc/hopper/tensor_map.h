@@ -20,8 +20,13 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encoder = [] {
     void* symbol = nullptr;
     cudaDriverEntryPointQueryResult found;
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12050  // which has no other
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &symbol, cudaEnableDefault, &found);
+#else
     const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol,
                                                                 12000, cudaEnableDefault, &found);
+#endif
     const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
     return usable ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol) : nullptr;
   }();
