@@ -97,8 +97,8 @@ def test_the_table_holds_its_goals():
         assert forward_names(component) <= kept[component].keys()
         for name, row in kept[component].items():
             assert row["registers"] * 384 <= 65536 and row["shared_bytes"] <= 227 * 1024, name
-            if name.startswith("forward_kernel"):
-                assert row["local_accesses"] == 0, name
+            assert row["local_accesses"] == 0, name
+            if name.startswith("forward_kernel<(Grain)1"):  # lists of blocks of 64
                 assert row["instructions_per_64_keys"] <= 260, name
 
 
