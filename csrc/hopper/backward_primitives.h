@@ -2,6 +2,7 @@
 // and the PTX around them.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "kittens.cuh"
@@ -80,7 +81,11 @@ __device__ inline void load_bulk(uint32_t destination, const void* source, uint3
       : "memory");
 }
 
-__device__ inline float2 unpack(kittens::bf16_2 pair) { return __bfloat1622float2(pair); }
+// A bf16 is the upper half of a float; as one word, the pair is never taken apart.
+__device__ inline float2 unpack(kittens::bf16_2 pair) {
+  const uint32_t bits = reinterpret_cast<const uint32_t&>(pair);
+  return {std::bit_cast<float>(bits << 16), std::bit_cast<float>(bits & 0xffff0000u)};
+}
 __device__ inline float2 unpack(float2 pair) { return pair; }
 __device__ inline float2 unpack(kittens::half_2 pair) { return __half22float2(pair); }
 

@@ -49,6 +49,7 @@ template <typename Value>
 __device__ inline void zero_rows(Value* panel, int valid) {
   constexpr int kChunks = 128 / 16;  // of 16 bytes, in a row
   uint4* chunks = reinterpret_cast<uint4*>(panel);
+#pragma unroll 1
   for (int i = valid * kChunks + threadIdx.x % 128; i < 64 * kChunks; i += 128) {
     chunks[i] = uint4{0, 0, 0, 0};
   }
@@ -57,7 +58,7 @@ __device__ inline void zero_rows(Value* panel, int valid) {
 // The same for both tiles of a step, with the fence and a barrier of the warpgroup.
 template <typename Tile>
 __device__ inline void zero_tail(Tile& first, Tile& second, int valid, int barrier_id) {
-#pragma unroll
+#pragma unroll 1
   for (int panel = 0; panel < Tile::cols / 64; ++panel) {
     zero_rows(first.data + panel * Tile::rows * 64, valid);
     zero_rows(second.data + panel * Tile::rows * 64, valid);
