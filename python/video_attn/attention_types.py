@@ -5,6 +5,7 @@ One table, :data:`ATTENTION_TYPES`, for every command and function that takes su
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -76,7 +77,8 @@ def _first(row: AttentionType, problem: Problem) -> str:
     for verdict in verdicts:
         if verdict.chosen:
             if reasons:
-                logger.info("%s runs on %s, because:\n%s", row.name, verdict.backend, reasons)
+                level = logging.WARNING if verdict.backend == "reference" else logging.INFO
+                logger.log(level, "%s runs on %s, because:\n%s", row.name, verdict.backend, reasons)
             return verdict.backend
     raise RuntimeError(f"no backend of attention type {row.name!r} can serve:\n{reasons}")
 
