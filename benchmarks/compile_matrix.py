@@ -88,6 +88,7 @@ class Result:
     """What a compile gave; ``error`` is None when it succeeded.
 
     ``spills`` are bytes of local memory on NVIDIA, spilled vector registers on AMD.
+    ``instruction``: the matrix instruction, and what it multiplies.
     """
 
     case: Case
@@ -159,18 +160,44 @@ def _resources(compiled: Any, arch: str) -> tuple[int, int, int, str]:
             int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
             for name in ("vgpr_count", "vgpr_spill_count")
         )
-        found = re.search(r"v_(mfma|wmma)\w+", text)
-        return registers, spills, compiled.metadata.shared, found[0] if found else ""
+        return registers, spills, compiled.metadata.shared, _instruction(text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [_cuobjdump(), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
-    ptx = compiled.asm["ptx"]
-    instructions = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-    found = next((x for x in instructions if x in ptx), "")
-    return registers, stack, compiled.metadata.shared, found
+    return registers, stack, compiled.metadata.shared, _instruction(compiled.asm["ptx"])
+
+
+def _instruction(text: str) -> str:
+    """The newest kind of matrix instruction in PTX or AMD assembly, and the numbers it multiplies.
+
+    "wgmma.mma_async int8 fp16"; without any, "".
+    """
+    found = set(
+        re.findall(r"(?:tcgen05\.mma|wgmma\.mma_async|mma\.sync|v_mfma|v_wmma)[\w.:]*", text)
+    )
+    for kind in ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma", "v_wmma"):
+        names = sorted(name for name in found if name.startswith(kind))
+        if names:
+            first = names[0] if kind.startswith("v_") else kind
+            return " ".join([first, *sorted({_multiplied(name) for name in names})])
+    return ""
+
+
+def _multiplied(instruction: str) -> str:
+    """What a matrix instruction multiplies."""
+    parts = re.split(r"[._:]+", instruction)
+    for name, words in (
+        ("int8", ("s8", "i8", "iu8")),
+        ("fp8", ("e4m3", "f8f6f4", "fp8")),
+        ("bf16", ("bf16", "1k")),
+        ("tf32", ("tf32", "xf32")),
+    ):
+        if any(word in parts or parts[-1].endswith(word) for word in words):
+            return name
+    return "fp16" if "f16" in parts else "fp32"
 
 
 def _cuobjdump() -> str:

@@ -168,9 +168,15 @@ def check_codes(got: Tensor, expected: Tensor) -> None:
     assert (got != expected).sum() <= 3 + got.numel() // 10000
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
-@pytest.mark.parametrize("name", ["causal-more-queries", "lists-lens", "gather-lens"])
+# Every granularity with every precision, and with every problem.
+QUANTIZER_CASES = [
+    (name, QUANTIZED_PRECISIONS[(i + j) % 3], granularity)
+    for i, name in enumerate(("causal-more-queries", "lists-lens", "gather-lens"))
+    for j, granularity in enumerate(GRANULARITIES)
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "granularity"), QUANTIZER_CASES)
 def test_quantizers(name, precision, granularity):
     mask, shape = problem(name)
     q, k, v = qkv(**shape)
@@ -241,13 +247,18 @@ def attend_with_row(
     return out.cpu(), lse.cpu()
 
 
-def compare(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], bound: float) -> None:
+def compare(
+    got: tuple[Tensor, Tensor],
+    expected: tuple[Tensor, Tensor],
+    bound: float,
+    lse_bound: float = 2e-5,
+) -> None:
     """Outputs within ``bound``, the same rows blind, zeros exact."""
     (out, lse), (expected_out, expected_lse) = got, expected
     assert relative_error(out, expected_out) < bound
     assert torch.equal(lse.isneginf(), expected_lse.isneginf())
     seen = expected_lse.isfinite()
-    assert (lse[seen] - expected_lse[seen]).abs().max() < 2e-5
+    assert (lse[seen] - expected_lse[seen]).abs().max() < lse_bound
     assert (out[~seen] == 0).all()
 
 
@@ -270,13 +281,16 @@ def test_kernel_follows_the_definition_and_is_near_exact_attention(name, precisi
             inputs, order, codes.options, precision=precision, scale=SCALE, is_causal=is_causal,
             fp8=FP8,
         )  # fmt: skip
-        # A last bit of a score can move a weight to the next number of its type.
+        # A last bit of a score can move a weight to the next number of its type. The matrix units
+        # of a GPU sum FP8 products with fewer digits than fp32 has.
         same, loose = (1e-4, 2e-3) if precision == "sage_fp16" else (1e-3, 0.04)
-        bound = same if name in SAME_STEPS else loose
-        compare(got, expected, bound)
+        few_digits = DEVICE.type == "cuda" and precision != "sage_fp16"
+        bound = (5e-3 if few_digits else same) if name in SAME_STEPS else loose
+        lse_bound = 5e-3 if DEVICE.type == "cuda" and precision == "fp8" else 2e-5
+        compare(got, expected, bound, lse_bound)
         for wrong in (torch.zeros_like(got[0]), -got[0], got[0] * 1.05):
             with pytest.raises(AssertionError):
-                compare((wrong, got[1]), expected, bound)
+                compare((wrong, got[1]), expected, bound, lse_bound)
         tokens = tokens_of(mask, q, k, is_causal)
         exact, _ = oracle.attention_oracle(q.cpu(), k.cpu(), v.cpu(), tokens, SCALE)
         # A row that sees few keys averages few rounding errors.

@@ -5,6 +5,10 @@ import triton.language as tl
 
 from .quantize_parts import TILE, scale_group, to_fp8
 
+# Sums of FP8 products inside the tensor core of sm_90 keep about 14 bits. After so many products
+# they are added to fp32 numbers; other chips sum in fp32 anyway.
+_FP8_RUN = tl.constexpr(128)
+
 
 @triton.jit
 def query_factors(
@@ -40,7 +44,7 @@ def quantized_scores(b_q, b_k, b_factor, b_k_scale):
     if b_q.dtype == tl.int8:
         b_s = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)  # int32 sums are exact
     else:
-        b_s = tl.dot(b_q, tl.trans(b_k), max_num_imprecise_acc=b_q.shape[1])
+        b_s = tl.dot(b_q, tl.trans(b_k), max_num_imprecise_acc=min(b_q.shape[1], _FP8_RUN))
     if len(b_k_scale.shape) == 0:
         b_factor = b_factor * b_k_scale
     else:
@@ -93,7 +97,6 @@ def add_quantized_values(b_acc, b_p, b_v, FP16_SUMS: tl.constexpr):
         else:
             b_acc = tl.dot(b_p, b_v, b_acc)
     else:
-        # On sm_90 sums inside the tensor core keep few digits; after each step they go to fp32.
         b_p = to_fp8(b_p, b_v.dtype)
-        b_acc = tl.dot(b_p, tl.trans(b_v), b_acc, max_num_imprecise_acc=b_v.shape[1])
+        b_acc = tl.dot(b_p, tl.trans(b_v), b_acc, max_num_imprecise_acc=min(b_v.shape[1], _FP8_RUN))
     return b_acc
