@@ -27,16 +27,12 @@ constexpr int32_t kProducerRegisters = 56;
 
 struct ForwardConfig {
   Grain grain;
-  int32_t head_dim;      // channels in shared memory, 64 or 128; missing ones are zero
-  int32_t slots;         // of the ring; each holds the keys or the values of one step
-  bool separate_output;  // the output is staged beside the queries, not in their place
+  int32_t head_dim;  // channels in shared memory, 64 or 128; missing ones are zero
+  int32_t slots;     // of the ring; each holds the keys or the values of a step, or a tile's output
 
   constexpr int32_t query_bytes() const { return kConsumerTokens * head_dim * 2; }
   constexpr int32_t slot_bytes() const { return kStepTokens * head_dim * 2; }
-  constexpr int32_t output_offset() const {
-    return separate_output ? kConsumers * query_bytes() : 0;
-  }
-  constexpr int32_t ring_offset() const { return output_offset() + kConsumers * query_bytes(); }
+  constexpr int32_t ring_offset() const { return kConsumers * query_bytes(); }
   constexpr int32_t control_offset() const { return ring_offset() + slots * slot_bytes(); }
   constexpr int32_t shared_bytes() const { return control_offset() + kControlBytes; }
 };
@@ -47,9 +43,7 @@ constexpr int32_t padded_head_dim(int32_t head_dim) { return head_dim <= 64 ? 64
 // load need two slots for that, consumers on their own four; the rest is loaded ahead.
 constexpr ForwardConfig forward_config(Grain grain, int32_t head_dim) {
   const int32_t channels = padded_head_dim(head_dim);
-  const int32_t narrow = channels == 64 ? 2 : 1;
-  return grain == Grain::kCoarse ? ForwardConfig{grain, channels, 5 * narrow, true}
-                                 : ForwardConfig{grain, channels, 6 * narrow, false};
+  return {grain, channels, channels == 64 ? 12 : 6};
 }
 
 static_assert(forward_config(Grain::kCoarse, 128).shared_bytes() <= kSharedBytesPerBlock);

@@ -50,11 +50,11 @@ class Consumer {
       query_parity_ ^= 1;
       order_.begin(item);
       if (item.halves_of(consumer_).all > 0) attend(item, softmax, output);
-      order_.end();
+      free_output();
       skip_turns(item);
       finish(item, softmax, output);
     }
-    if (threadIdx.x % 128 == 0) store_wait_read<0>();
+    free_output();
     // The others' turns all come before one of this consumer, which is the last to be passed.
     if (consumer_ == 0) take_turn();
   }
@@ -109,6 +109,7 @@ class Consumer {
     take_turn();
     issue_scores(scores, keys);
     pass_turn();
+    free_output();
     Warpgroup::mma_async_wait<0>();
     if (full_steps == 0) mend_scores(scores, keys);
     release_slot(keys);
@@ -118,7 +119,7 @@ class Consumer {
     int32_t step = 1;
     for (; step < full_steps; ++step) attend_step<false>(step, softmax, scores, weights, output);
     for (; step < steps; ++step) attend_step<true>(step, softmax, scores, weights, output);
-    if constexpr (kConfig.separate_output) release_queries();
+    release_queries();
 
     const RingCursor values = order_.claim_last(steps - 1);
     wait_slot(values);
@@ -225,31 +226,35 @@ class Consumer {
     store_output(item, rows, output);
   }
 
+  // Through the last slot of the tile. The copy to memory is under way when this returns.
   __device__ void store_output(const WorkItem& item, const ConsumerRows& rows,
                                const Output& output) {
-    const bool leader = threadIdx.x % 128 == 0;
-    const int32_t barrier = kConsumerBarrier + consumer_;
-    if constexpr (kConfig.separate_output) {
-      if (leader) store_wait_read<0>();  // of the tile before
-      named_barrier_sync(barrier, 128);
-      if (item.halves_of(consumer_).all == 0) release_queries();  // else attend() has done it
-    }
-    auto& staged = *reinterpret_cast<Queries*>(shared_.output(consumer_));
-    Warpgroup::store(staged, output);
+    const RingCursor slot = order_.claim_output();
+    wait_slot(slot);
+    char* staged = shared_.slot(slot.slot) + consumer_ * kConfig.query_bytes();
+    Warpgroup::store(*reinterpret_cast<Queries*>(staged), output);
     shared_write_fence();
-    named_barrier_sync(barrier, 128);
-    if (leader && rows.stored > 0) {
+    named_barrier_sync(kConsumerBarrier + consumer_, 128);
+    if (item.halves_of(consumer_).all == 0) release_queries();  // else attend() has done it
+    if (threadIdx.x % 128 != 0) return;
+    if (rows.stored > 0) {
       for (int32_t box = 0; box < kColumnBoxes; ++box) {
-        store_box(&arguments_.out, shared_address(&staged) + box * kConsumerTokens * kColumns * 2,
+        store_box(&arguments_.out, shared_address(staged) + box * kConsumerTokens * kColumns * 2,
                   box * kColumns, rows.query, item.head, item.batch);
       }
       store_commit();
     }
-    if constexpr (!kConfig.separate_output) {
-      if (leader) store_wait_read<0>();
-      named_barrier_sync(barrier, 128);
-      release_queries();
+    output_slot_ = slot.slot;
+  }
+
+  // Gives back the slot of the last output as soon as it has been copied, for the whole warpgroup.
+  __device__ void free_output() {
+    if (output_slot_ < 0) return;
+    store_wait_read<0>();
+    for (int32_t warp = 0; warp < kConsumerWarps; ++warp) {
+      barrier_arrive(shared_.slot_empty(output_slot_));
     }
+    output_slot_ = -1;
   }
 
   const ForwardArguments& arguments_;
@@ -259,6 +264,7 @@ class Consumer {
   const bool negative_;
   WorkQueue<kConfig> queue_;
   SlotOrder<kConfig> order_;
+  int32_t output_slot_ = -1;  // still in use for output; known to the first thread only
   uint32_t query_parity_ = 0;
 };
 

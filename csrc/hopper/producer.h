@@ -74,12 +74,18 @@ class Producer {
   __device__ void run() {
     WorkItem item;
     while (queue_.next(item)) {
-      load_queries(item);
+      const HalfCounts halves = item.halves_of(list_);
       order_.begin(item);
-      if (item.halves_of(list_).all > 0) load_steps(item);
-      order_.end();
-      const int32_t taken = turns_of(item.halves_of(list_).steps());
-      for (int32_t turn = taken; turn < turns_of(item.rounds); ++turn) begin_round();
+      if (halves.all > 0) {
+        load_steps(item, halves);
+      } else {
+        load_queries(item);
+      }
+      for (int32_t turn = turns_of(halves.steps()); turn < turns_of(item.rounds); ++turn) {
+        begin_round();
+      }
+      begin_round();
+      offer_output();
     }
   }
 
@@ -96,10 +102,9 @@ class Producer {
   }
 
   // Keys run one step ahead of values, as the consumers take them.
-  __device__ void load_steps(const WorkItem& item) {
+  __device__ void load_steps(const WorkItem& item, const HalfCounts& halves) {
     const Problem& problem = arguments_.shape.problem;
     const Side& keys = problem.kv_side;
-    const HalfCounts halves = item.halves_of(list_);
     const RowList list = planned_list(arguments_.shape, arguments_.schedule, item.batch, item.head,
                                       item.rows_of(list_).row);
     StepCursor cursor(WarpEntries(list, keys, batch_lens(keys.lens, item.batch)), keys.block_size,
@@ -113,6 +118,7 @@ class Producer {
     Step step = cursor.next();
     begin_round();
     load(arguments_.k, step, 0, order_.claim(0));
+    load_queries(item);  // when the consumers are done with the tile before
     const int32_t last = halves.steps() - 1;
     for (int32_t round = 1; round <= last; ++round) {
       const Step following = cursor.next();
@@ -123,6 +129,14 @@ class Producer {
     }
     begin_round();
     load(arguments_.v, step, last, order_.claim_last(last));
+  }
+
+  // Hands the consumers an empty slot for the output of the tile.
+  __device__ void offer_output() {
+    const RingCursor slot = order_.claim_output();
+    if (list_ != 0) return;
+    barrier_wait(shared_.slot_empty(slot.slot), slot.parity ^ 1);
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_full(slot.slot));
   }
 
   __device__ void load_queries(const WorkItem& item) {

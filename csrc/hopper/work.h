@@ -88,7 +88,7 @@ struct RingCursor {
 
 // The slots that one consumer and its producer go through. Those of a round are one for all
 // consumers while they share loads, and then one for each consumer that still has steps, in turn;
-// the keys of a round come before the values of the round before.
+// the keys of a round come before the values of the round before. The output of the tile follows.
 template <ForwardConfig kConfig>
 class SlotOrder {
  public:
@@ -126,9 +126,12 @@ class SlotOrder {
     return claim(round);
   }
 
-  // Passes over what only the other consumer loads.
-  __device__ void end() {
+  // The last slot of a tile, where its output is staged.
+  __device__ RingCursor claim_output() {
     if constexpr (kConfig.grain == Grain::kFine) next_ = end_;
+    const RingCursor slot = next_;
+    next_.advance(kConfig.slots);
+    return slot;
   }
 
  private:
@@ -148,9 +151,6 @@ class SharedMemory {
 
   __device__ char* query(int32_t consumer) const {
     return base_ + consumer * kConfig.query_bytes();
-  }
-  __device__ char* output(int32_t consumer) const {
-    return base_ + kConfig.output_offset() + consumer * kConfig.query_bytes();
   }
   __device__ char* slot(int32_t slot) const {
     return base_ + kConfig.ring_offset() + slot * kConfig.slot_bytes();
