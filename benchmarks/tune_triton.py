@@ -22,15 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from compile_matrix import (
-    DTYPES,
-    HEADS,
-    Case,
-    Result,
-    attention_launch,
-    code_kernels,
-    compile_case,
-)
+from compile_cases import DTYPES, HEADS, Case, attention_launch, code_kernels
+from compile_matrix import Result, compile_case
 from torch import Tensor
 
 from video_attn import BlockMask

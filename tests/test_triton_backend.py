@@ -274,7 +274,7 @@ def test_choice_of_a_row():
 
 def test_the_tuner_knows_every_row(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    from compile_matrix import Case
+    from compile_cases import Case
     from tune_triton import candidates
 
     for arch in launch_tables.SHARED_MEMORY:
