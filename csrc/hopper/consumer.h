@@ -96,6 +96,7 @@ class Consumer {
   __device__ void release_slot(const RingCursor& cursor) const {
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_empty(cursor.slot));
   }
+
   // Scores of negative scales are turned around in the steps that take care of partial halves.
   __device__ void attend(const WorkItem& item, Softmax& softmax, Output& output) {
     Scores scores;

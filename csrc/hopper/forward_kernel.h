@@ -1,5 +1,5 @@
 // The forward kernel of every list of key blocks and of dense attention: persistent blocks of
-// threads with two consumer warpgroups and a producer warpgroup, whose warps load the rings and
+// threads with two consumer warpgroups and a producer warpgroup, whose warps fill the ring and
 // schedule the tiles.
 #pragma once
 
@@ -15,7 +15,12 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   constexpr ForwardConfig kConfig = forward_config(kGrain, kHeadDim);
   extern __shared__ __align__(1024) char shared_base[];
   const SharedMemory<kConfig> shared(shared_base);
-  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x == 0) {
+    shared.init_barriers();
+    for (const CUtensorMap* map : {&arguments.q, &arguments.k, &arguments.v, &arguments.out}) {
+      prefetch_tensor_map(map);
+    }
+  }
   __syncthreads();
 
   const int32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);

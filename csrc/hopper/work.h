@@ -1,5 +1,5 @@
-// What the warps of a block of threads share: the layout of shared memory, the rings of operands,
-// and the work items that the scheduling warp hands to all others.
+// What the warps of a block of threads share: the layout of shared memory, the order in which
+// operands pass through its ring, and the work items that the scheduling warp hands to all others.
 #pragma once
 
 #include "hopper/schedule.h"
@@ -199,7 +199,7 @@ class SharedMemory {
   char* base_;
 };
 
-// Takes the work items in turn: one for each warp of consumers and producers.
+// Takes the work items in turn. Every warp of consumers and producers has its own queue object.
 template <ForwardConfig kConfig>
 class WorkQueue {
  public:
