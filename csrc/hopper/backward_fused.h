@@ -54,41 +54,58 @@ __device__ inline void mask_rows(Scores<Config>& probabilities, int valid) {
   }
 }
 
+// Keys and values of a warpgroup that do not count become zero: the product for dq sums over keys.
+template <typename Config>
+__device__ inline void zero_kept_tail(typename Config::Shared& shared, int group, int valid,
+                                      int barrier_id) {
+  for (int panel = 0; panel < Config::kPanels; ++panel) {
+    zero_rows(shared.keys[panel][group].data, valid);
+    zero_rows(shared.values[group].data + panel * kUnit * 64, valid);
+  }
+  shared_write_fence();
+  threads_sync<128>(barrier_id);
+}
+
+// Adds what a warpgroup has of dq to the sums in memory, by way of shared memory. The sums of the
+// step before must have left it.
+template <typename Config>
+__device__ inline void add_sums(typename Config::Shared& shared, int group, const QuerySums& dq,
+                                float* destination, int barrier_id) {
+  write_sums(shared.sums[group], dq);
+  shared_write_fence();
+  threads_sync<128>(barrier_id);
+  if (threadIdx.x % 128 == 0) {
+    add_bulk(destination, shared_address(shared.sums[group]), sizeof(shared.sums[group]));
+    store_commit();
+  }
+}
+
 template <typename Config>
 __device__ inline void walk_fused(const BackwardGlobals& globals, typename Config::Shared& shared,
                                   int group) {
   using Value = typename Config::Value;
   using Panel = typename Config::Panel;
   using KeyPanel = typename Config::KeyPanel;
-  constexpr int kAllConsumers = 128 * Config::kWarpgroups;
+  constexpr int kConsumers = 128 * Config::kWarpgroups;
   const int barrier_id = 1 + group, common_barrier_id = 1 + Config::kWarpgroups;
-  const bool leader = threadIdx.x % 128 == 0;
   const Place place = place_of(globals);
   const int token = kept_token<Config>(globals, place, group);
-  const int valid_keys = token < globals.kept.length ? valid_kept(globals, place.batch, token) : 0;
+  const int valid_keys =
+      token < globals.kept.length ? max(valid_kept(globals, place.batch, token), 0) : 0;
+  const int64_t units = units_of(globals.streamed.length);
+  float* sums = globals.dq_sums + place.batch * globals.heads * units * kSumsOfUnit +
+                group * Config::kSumsOfGroup;
   auto& values = shared.values[group];
   RingReader<Config> reader{shared, 0};
 
   kittens::rt<float, 16, Config::kHeadDim> dk, dv;
+  kittens::rt<Value, 16, kUnit> packed_p, packed_ds;
   set_zero(dk);
   set_zero(dv);
-  barrier_wait(shared_address(&shared.kept_full), 0);
-  if (valid_keys < kUnit) {
-    const int valid = max(valid_keys, 0);
-    for (int panel = 0; panel < Config::kPanels; ++panel) {
-      zero_rows(shared.keys[panel][group].data, valid);
-      zero_rows(values.data + panel * kUnit * 64, valid);
-    }
-    shared_write_fence();
-    threads_sync<128>(barrier_id);
-  }
-  float* sums = globals.dq_sums +
-                place.batch * static_cast<int64_t>(globals.heads) *
-                    units_of(globals.streamed.length) * kSumsOfUnit +
-                group * Config::kSumsOfGroup;
-  kittens::rt<Value, 16, kUnit> packed_p, packed_ds;
   set_zero(packed_p);
   set_zero(packed_ds);
+  barrier_wait(shared_address(&shared.kept_full), 0);
+  if (valid_keys < kUnit) zero_kept_tail<Config>(shared, group, valid_keys, barrier_id);
   int parity = 0;
   bool began = false;
   while (true) {
@@ -125,31 +142,26 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     products_wait<1>();
     settle(ds);
 
+    auto& score_gradient_tiles = shared.score_gradients[parity];
     score_gradients<Config>(ds, packed_p, statistics, {});
     round_to(packed_ds, ds);
     settle(packed_ds);
-    store_tile(shared.score_gradients[parity][group], packed_ds);
+    store_tile(score_gradient_tiles[group], packed_ds);
     shared_write_fence();
-    if (leader) store_wait_read<0>();  // the sums of the step before have left
-    threads_sync<kAllConsumers>(common_barrier_id);
+    if (threadIdx.x % 128 == 0) store_wait_read<0>();  // for add_sums
+    threads_sync<kConsumers>(common_barrier_id);
 
     QuerySums dq;
     products_begin();
-    product_across(dq, reinterpret_cast<const KeyPanel&>(shared.score_gradients[parity]),
+    product_across(dq, reinterpret_cast<const KeyPanel&>(score_gradient_tiles),
                    reinterpret_cast<const KeyPanel&>(shared.keys[group]));
     product(dk, packed_ds, queries);
     products_wait<1>();
     settle(dq);
     settle(packed_p);
     reader.release_second(reader.second.slot);
-    write_sums(shared.sums[group], dq);
-    shared_write_fence();
-    threads_sync<128>(barrier_id);
-    if (leader) {
-      add_bulk(sums + static_cast<int64_t>(step.unit) * kSumsOfUnit,
-               shared_address(shared.sums[group]), sizeof(shared.sums[group]));
-      store_commit();
-    }
+    add_sums<Config>(shared, group, dq, sums + static_cast<int64_t>(step.unit) * kSumsOfUnit,
+                     barrier_id);
     parity ^= 1;
     reader.advance();
   }
@@ -157,15 +169,11 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   settle(dk);
   settle(dv);
   // The other warpgroup may still have been reading the gradients of the scores.
-  threads_sync<kAllConsumers>(common_barrier_id);
-  if (token < globals.kept.length) {
-    auto& staged_dk = reinterpret_cast<typename Config::Tile&>(shared.score_gradients[group]);
-    store_gradient(dv, 1.f, valid_keys, values, &globals.result_second, 0, token, place.head,
-                   place.batch, barrier_id);
-    store_gradient(dk, globals.scale, valid_keys, staged_dk, &globals.result_first, 0, token,
-                   place.head, place.batch, barrier_id);
-  }
-  if (leader) store_wait<0>();
+  threads_sync<kConsumers>(common_barrier_id);
+  store_key_gradients<Config>(
+      globals, place, token, barrier_id, dk, dv,
+      reinterpret_cast<typename Config::Tile&>(shared.score_gradients[group]), values);
+  if (threadIdx.x % 128 == 0) store_wait<0>();
 }
 
 template <typename Config>

@@ -53,12 +53,17 @@ struct RowStatistics {
   float lse[2], delta[2];
 };
 
-__device__ inline RowStatistics load_row_statistics(const float* unit_statistics) {
-  RowStatistics rows;
+__device__ inline RowStatistics load_row_statistics(const BackwardGlobals& globals,
+                                                    const Place& place, int token) {
+  RowStatistics rows{};
+  if (token >= globals.kept.length) return rows;
+  const int64_t row = static_cast<int64_t>(place.batch) * globals.heads + place.head;
+  const float* statistics =
+      globals.statistics + (row * units_of(globals.kept.length) + token / kUnit) * (2 * kUnit);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    rows.lse[i] = unit_statistics[row_of(i)];
-    rows.delta[i] = unit_statistics[kUnit + row_of(i)];
+    rows.lse[i] = statistics[row_of(i)];
+    rows.delta[i] = statistics[kUnit + row_of(i)];
   }
   return rows;
 }
@@ -132,6 +137,21 @@ __device__ inline int valid_kept(const BackwardGlobals& globals, int batch, int 
   return valid_tokens(globals.kept, batch, slot) - (token - slot * globals.kept.block_size);
 }
 
+// The end of a key walk: dk and dv of 64 keys to memory, by way of two tiles that nobody reads any
+// more.
+template <typename Config, typename Gradient, typename Tile>
+__device__ inline void store_key_gradients(const BackwardGlobals& globals, const Place& place,
+                                           int token, int barrier_id, Gradient& dk, Gradient& dv,
+                                           Tile& dk_tile, Tile& dv_tile) {
+  if (token >= globals.kept.length) return;
+  const int valid = valid_kept(globals, place.batch, token);
+  store_gradient(dv, 1.f, valid, dv_tile, &globals.result_second, 0, token, place.head, place.batch,
+                 barrier_id);
+  store_gradient(dk, globals.scale, valid, dk_tile, &globals.result_first, 0, token, place.head,
+                 place.batch, barrier_id);
+  if (threadIdx.x % 128 == 0) store_wait<0>();
+}
+
 // dk and dv of 64 keys.
 template <typename Config>
 __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config::Shared& shared,
@@ -197,16 +217,29 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   settle(dk);
   settle(dv);
 
-  const Place place = place_of(globals);
-  const int token = kept_token<Config>(globals, place, group);
-  if (token >= globals.kept.length) return;
   threads_sync<128>(barrier_id);
-  const int valid = valid_kept(globals, place.batch, token);
-  store_gradient(dv, 1.f, valid, values, &globals.result_second, 0, token, place.head, place.batch,
-                 barrier_id);
-  store_gradient(dk, globals.scale, valid, keys, &globals.result_first, 0, token, place.head,
-                 place.batch, barrier_id);
-  if (threadIdx.x % 128 == 0) store_wait<0>();
+  const Place place = place_of(globals);
+  store_key_gradients<Config>(globals, place, kept_token<Config>(globals, place, group), barrier_id,
+                              dk, dv, keys, values);
+}
+
+// Moves the kept tiles of a warpgroup to registers, and gives all slots of its ring to the
+// producer.
+template <typename Config, typename Registers>
+__device__ inline void take_kept(typename Config::Shared& shared, const RingReader<Config>& reader,
+                                 int group, Registers& first, Registers& second) {
+  for (int slot = 0; slot < Config::kOwnFirst; ++slot) reader.release_first(slot);
+  for (int slot = 0; slot < Config::kOwnSecond; ++slot) reader.release_second(slot);
+  barrier_wait(shared_address(&shared.kept_full), 0);
+  load_tile(first, shared.kept_first(group));
+  load_tile(second, shared.kept_second(group));
+  __syncwarp();
+  for (int slot = Config::kOwnFirst; slot < Config::kFirstSlots; ++slot) {
+    reader.release_first(slot);
+  }
+  for (int slot = Config::kOwnSecond; slot < Config::kSecondSlots; ++slot) {
+    reader.release_second(slot);
+  }
 }
 
 // dq of 64 queries, which stay in registers with their grad_out.
@@ -220,28 +253,13 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   const int token = kept_token<Config>(globals, place, group);
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
 
-  const int64_t unit = (static_cast<int64_t>(place.batch) * globals.heads + place.head) *
-                           units_of(globals.kept.length) +
-                       token / kUnit;
-  RowStatistics rows{};
-  if (token < globals.kept.length) {
-    rows = load_row_statistics(globals.statistics + unit * (2 * kUnit));
-  }
+  const RowStatistics rows = load_row_statistics(globals, place, token);
   kittens::rt<float, 16, Config::kHeadDim> dq;
   kittens::rt<Value, 16, kUnit> packed_ds;  // outside the loop, as in the key walk
   set_zero(dq);
   set_zero(packed_ds);
-  for (int slot = 0; slot < Config::kOwnFirst; ++slot) reader.release_first(slot);
-  for (int slot = 0; slot < Config::kOwnSecond; ++slot) reader.release_second(slot);
-  barrier_wait(shared_address(&shared.kept_full), 0);
   Kept q, grad_out;
-  load_tile(q, shared.kept_first(group));
-  load_tile(grad_out, shared.kept_second(group));
-  __syncwarp();
-  for (int slot = Config::kOwnFirst; slot < Config::kFirstSlots; ++slot) reader.release_first(slot);
-  for (int slot = Config::kOwnSecond; slot < Config::kSecondSlots; ++slot) {
-    reader.release_second(slot);
-  }
+  take_kept<Config>(shared, reader, group, q, grad_out);
   bool began = false;
   while (true) {
     const int valid = reader.wait_first().valid;
