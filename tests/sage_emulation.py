@@ -41,7 +41,7 @@ def load() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-_settings: tuple[int, bool, bool] = (89, True, False)
+_settings: tuple[int, bool, bool, bool] = (89, True, True, False)
 
 
 def capability() -> int:
@@ -51,21 +51,25 @@ def capability() -> int:
 
 @contextlib.contextmanager
 def options(
-    capability: int | None = None, late_copies: bool = True, last_first: bool = False
+    capability: int | None = None,
+    late_copies: bool = True,
+    late_products: bool = True,
+    last_first: bool = False,
 ) -> Iterator[None]:
     """Sets emulation::Options (csrc/sage/emulation/block.h) for the calls inside."""
     before = _settings
-    _set((before[0] if capability is None else capability, late_copies, last_first))
+    chosen = before[0] if capability is None else capability
+    _set((chosen, late_copies, late_products, last_first))
     try:
         yield
     finally:
         _set(before)
 
 
-def _set(settings: tuple[int, bool, bool]) -> None:
+def _set(settings: tuple[int, bool, bool, bool]) -> None:
     global _settings
     set_options = load().sage_emulation_options
-    set_options.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
+    set_options.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.c_bool, ctypes.c_bool]
     set_options(*settings)
     _settings = settings
 

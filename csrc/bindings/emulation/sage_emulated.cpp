@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(video_attn, CPU, m) {
 // See emulation::Options.
 extern "C" __attribute__((visibility("default"))) void sage_emulation_options(int capability,
                                                                               bool late_copies,
+                                                                              bool late_products,
                                                                               bool last_first) {
-  video_attn::sage::emulation::options = {capability, late_copies, last_first};
+  video_attn::sage::emulation::options = {capability, late_copies, late_products, last_first};
 }

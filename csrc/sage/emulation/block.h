@@ -28,9 +28,10 @@ inline constexpr int kWarp = 32;
 inline constexpr int kWarpgroup = 128;
 
 struct Options {
-  int capability = 89;      // what the launcher takes the device for
-  bool late_copies = true;  // asynchronous copies happen at the wait, not at the issue
-  bool last_first = false;  // among the threads that can run, the last to become ready runs first
+  int capability = 89;        // what the launcher takes the device for
+  bool late_copies = true;    // asynchronous copies happen at the wait, not at the issue
+  bool late_products = true;  // so do the products of warpgroups
+  bool last_first = false;    // among the threads that can run, the last to become ready runs first
 };
 
 inline Options options;

@@ -1,7 +1,7 @@
 // The primitives of compute capability 9.0a on the CPU; see block.h. Operands are found through
 // their descriptors as the PTX manual documents them. Products take place at their start or only
-// when they are awaited (Options::late_copies); late ones read registers and shared memory then, so
-// that what is overwritten too early shows.
+// when they are awaited (Options::late_products); late ones read registers and shared memory then,
+// so that what is overwritten too early shows.
 #pragma once
 
 #include <bit>
@@ -221,7 +221,7 @@ void start_product(const char* name, WgmmaArgument<C> argument, Task_ task) {
       for (int l = 0; l < kWarpgroup; ++l) pointers[l] = &all[l];
       task(pointers);
     };
-    if (options.late_copies) {
+    if (options.late_products) {
       warpgroup_state().started.push_back(work);
     } else {
       work();
