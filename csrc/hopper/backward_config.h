@@ -22,7 +22,7 @@ constexpr int kUnit = 64;  // tokens of one tile: rows of a warpgroup, and of on
 enum class Walk { kKeys, kQueries };
 
 // One streamed tile.
-struct Step {
+struct TileStep {
   int32_t valid;  // rows that count; -1 ends the walk
   int32_t unit;   // which tile of its batch, counted through the heads
 };
@@ -32,12 +32,12 @@ template <int kFirstSlots, int kSecondSlots>
 struct RingBarriers {
   uint64_t first_full[kFirstSlots], first_empty[kFirstSlots];
   uint64_t second_full[kSecondSlots], second_empty[kSecondSlots];
-  Step steps[kFirstSlots];  // come with the first operand
+  TileStep steps[kFirstSlots];  // come with the first operand
 };
 
 // Where a reader or writer of `kSlots` slots is, and the parity of the phase it waits for.
 template <int kSlots>
-struct RingCursor {
+struct SlotCursor {
   int slot = 0;
   uint32_t parity;
 

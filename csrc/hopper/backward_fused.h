@@ -109,7 +109,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   int parity = 0;
   bool began = false;
   while (true) {
-    const Step step = reader.wait_first();
+    const TileStep step = reader.wait_first();
     if (step.valid < 0) break;
     auto& queries = reader.first_tile();
     auto& grad_out = reader.second_tile();

@@ -13,14 +13,14 @@ template <typename Config>
 struct RingReader {
   typename Config::Shared& shared;
   const int ring;
-  RingCursor<Config::kFirstSlots> first{0, 0};
-  RingCursor<Config::kSecondSlots> second{0, 0};
+  SlotCursor<Config::kFirstSlots> first{0, 0};
+  SlotCursor<Config::kSecondSlots> second{0, 0};
 
   // Waits for the first operand of the next step.
-  __device__ Step wait_first() const {
+  __device__ TileStep wait_first() const {
     const auto& barriers = shared.rings[ring];
     barrier_wait(shared_address(&barriers.first_full[first.slot]), first.parity);
-    const Step& step = barriers.steps[first.slot];
+    const TileStep& step = barriers.steps[first.slot];
     return {warp_uniform(step.valid), warp_uniform(step.unit)};
   }
   // Waits for the second operand, and the statistics.

@@ -59,8 +59,8 @@ struct RingWriter {
   typename Config::Shared& shared;
   const int ring;
   const int lane;
-  RingCursor<Config::kFirstSlots> first{0, kFirstParity};
-  RingCursor<Config::kSecondSlots> second{0, kFirstParity};
+  SlotCursor<Config::kFirstSlots> first{0, kFirstParity};
+  SlotCursor<Config::kSecondSlots> second{0, kFirstParity};
 
   __device__ void load_tile_of(const CUtensorMap* map, typename Config::Tile& tile, uint64_t& full,
                                int32_t token, int32_t head, int32_t batch) {
