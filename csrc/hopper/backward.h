@@ -7,12 +7,14 @@
 
 namespace video_attn::hopper {
 
+constexpr int kSharedBytesByDefault = 48 * 1024;  // a kernel gets more only when asked for
+
 template <typename Globals>
 cudaError_t launch(void (*kernel)(Globals), const BackwardParams& params, const Globals& globals,
                    int threads, int shared_bytes, cudaStream_t stream) {
   const int64_t blocks = blocks_of(params, globals);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  if (shared_bytes > 0) {
+  if (shared_bytes > kSharedBytesByDefault) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
@@ -89,9 +91,15 @@ cudaError_t launch_backward(const BackwardParams& params, void* base, cudaStream
   return launch_walk<Value, kHeadDim, Walk::kQueries, kCoarse>(params, buffers, stream);
 }
 
+inline bool is_legal(const Problem& problem) {
+  return problem.head_dim > 0 && problem.head_dim <= 128 && problem.head_dim % 8 == 0 &&
+         problem.q_side.block_size % kUnit == 0 && problem.kv_side.block_size % kUnit == 0;
+}
+
 // The whole backward, for either grain.
 template <bool kCoarse>
 cudaError_t launch_backward(const BackwardParams& params, void* workspace, cudaStream_t stream) {
+  if (!is_legal(params.problem)) return cudaErrorInvalidValue;
   const bool narrow = params.problem.head_dim <= 64;
   if (params.problem.element == Element::kFloat16) {
     return narrow ? launch_backward<kittens::half, 64, kCoarse>(params, workspace, stream)

@@ -52,7 +52,7 @@ __device__ inline void run_order(const OrderGlobals& globals, int32_t* lengths) 
   }
 }
 
-inline __global__ void __launch_bounds__(kOrderThreads)
+static __global__ void __launch_bounds__(kOrderThreads)
     order_lists(const __grid_constant__ OrderGlobals globals) {
   extern __shared__ int32_t raw_lengths[];
   run_order(globals, raw_lengths);
