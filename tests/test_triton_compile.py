@@ -65,8 +65,8 @@ def mistakes(result: dict) -> list[str]:
     codes = kernel in launch_tables.CODE_KERNELS
     forward = codes or (kernel == "forward" and itemsize == 2)
     forward = forward and head_dim <= 128
-    # The masked steps of FP8 codes may spill a few registers, no more.
-    allowed_spills = 32 if codes and kernel != "sage_fp16" else 0
+    # The masked steps of FP8 codes may spill a few registers (as bytes), no more.
+    allowed_spills = 64 if codes and kernel != "sage_fp16" else 0
     if result["spills"] > allowed_spills and (forward or kernel in SMALL):
         found.append(f"{result['spills']} spills")
     if codes and result["instruction"].split()[1:] != MULTIPLIED[kernel]:

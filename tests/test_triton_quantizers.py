@@ -1,0 +1,87 @@
+"""The Triton quantizers against their definition, quantize.py; in the interpreter without a GPU."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from quantized_cases import ERROR_BOUND, check, tokens_of
+from torch import Tensor
+from triton_codes import FP8, SCALE, inputs_of, plan_of, problem, qkv, quantized
+
+from video_attn import attention
+from video_attn.quantize import (
+    GRANULARITIES,
+    QUANTIZED_PRECISIONS,
+    QuantizationOptions,
+    quantize_inputs,
+)
+
+
+def check_codes(got: Tensor, expected: Tensor) -> None:
+    """Equal but for numbers between two codes, which a last bit of a scale or mean moves."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    got, expected = got.float(), expected.float()
+    assert (got - expected).abs().max() <= expected.abs().max() / 8  # the step of the largest FP8
+    assert (got != expected).sum() <= 3 + got.numel() // 10000
+
+
+# Every granularity with every precision, and with every problem.
+QUANTIZER_CASES = [
+    (name, QUANTIZED_PRECISIONS[(i + j) % 3], granularity)
+    for i, name in enumerate(("causal-more-queries", "lists-lens", "gather-lens"))
+    for j, granularity in enumerate(GRANULARITIES)
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "granularity"), QUANTIZER_CASES)
+def test_quantizers(name, precision, granularity):
+    mask, shape = problem(name)
+    q, k, v = qkv(**shape)
+    plan = plan_of(mask, shape["lengths"])
+    options = {"granularity": granularity, "smooth_v": granularity in ("per_head", "per_block")}
+    before = [x.clone() for x in (q, k, v)]
+    codes = quantized(q, k, v, mask, precision, **options)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
+    got = inputs_of(codes, plan, (q.shape[3], v.shape[3]))
+    expected = quantize_inputs(
+        q.cpu(), k.cpu(), v.cpu(), precision, QuantizationOptions(**options), scale=SCALE, fp8=FP8,
+        q_tiling=plan.q_tiling, kv_tiling=plan.kv_tiling, q_valid=plan.q_valid,
+        kv_valid=plan.kv_valid,
+    )  # fmt: skip
+    for field in ("q", "k", "v"):
+        check_codes(getattr(got, field), getattr(expected, field))
+    for field, group in (("q_scale", got.q_group), ("k_scale", got.k_group)):
+        used = group.unique()
+        a, b = getattr(got, field)[..., used], getattr(expected, field)[..., used]
+        assert torch.allclose(a, b, rtol=1e-5, atol=0), field
+    assert torch.allclose(got.v_scale, expected.v_scale, rtol=1e-5, atol=0)
+    if options["smooth_v"]:
+        assert torch.allclose(got.v_mean, expected.v_mean, atol=1e-6)
+    assert torch.allclose(got.lse_shift, expected.lse_shift, atol=1e-5)
+
+
+def test_padded_dims_of_codes_are_zero():
+    q, k, v = qkv((70, 70), dims=(24, 40))
+    for precision in QUANTIZED_PRECISIONS:
+        codes = quantized(q, k, v, None, precision)
+        v_codes = codes.v if precision == "sage_fp16" else codes.v.mT[:, :, :70]
+        assert codes.q.shape[3] == 32 and v_codes.shape[3] == 64
+        for x, dim in ((codes.q, 24), (codes.k, 24), (v_codes, 40)):
+            assert (x.float()[..., dim:] == 0).all()
+
+
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_zeros_have_scale_zero(precision):
+    q, k, v = qkv((64, 128))
+    q[:, :, :16] = 0.0
+    k[:, :, 64:] = 0.0
+    v[..., 3] = 1e-33
+    codes = quantized(q, k, v, None, precision, smooth_k=False)
+    assert (codes.q_scale[:, :, 0] == 0).all() and (codes.k_scale[:, :, 1] == 0).all()
+    assert (codes.v_scale[..., 3] == 0).all()
+    assert (codes.q[:, :, :16].float() == 0).all() and (codes.k[:, :, 64:].float() == 0).all()
+    out = attention(q, k, v, precision=precision, backend="triton")
+    assert out.isfinite().all() and (out[..., 3] == 0).all()
+    exact, _ = oracle.attention_oracle(q.cpu(), k.cpu(), v.cpu(), tokens_of(None, q, k))
+    check(precision, out.cpu(), exact, 1.5 * ERROR_BOUND[precision])
