@@ -24,16 +24,35 @@ struct ChannelRange {
     std::fill_n(largest, width, -kInfinity);
   }
 
-  // maximum and minimum of vec.h keep a NaN.
-  void add(const float* sums, const float* leasts, const float* largests) const {
+  void add_sums(const float* rows, int64_t count) const {
     for (int64_t i = 0; i < width; i += Vec::size()) {
-      (Vec::loadu(sum + i) + Vec::loadu(sums + i)).store(sum + i);
-      at::vec::minimum(Vec::loadu(least + i), Vec::loadu(leasts + i)).store(least + i);
-      at::vec::maximum(Vec::loadu(largest + i), Vec::loadu(largests + i)).store(largest + i);
+      Vec total = Vec::loadu(sum + i);
+      for (int64_t r = 0; r < count; ++r) total = total + Vec::loadu(rows + r * width + i);
+      total.store(sum + i);
     }
   }
-  void add_row(const float* row) const { add(row, row, row); }
-  void add(const ChannelRange& other) const { add(other.sum, other.least, other.largest); }
+
+  // maximum and minimum of vec.h keep a NaN.
+  void add_ends(const float* rows, int64_t count) const {
+    for (int64_t i = 0; i < width; i += Vec::size()) {
+      Vec low = Vec::loadu(least + i), high = Vec::loadu(largest + i);
+      for (int64_t r = 0; r < count; ++r) {
+        const Vec x = Vec::loadu(rows + r * width + i);
+        low = at::vec::minimum(low, x);
+        high = at::vec::maximum(high, x);
+      }
+      low.store(least + i);
+      high.store(largest + i);
+    }
+  }
+
+  void add(const ChannelRange& other) const {
+    for (int64_t i = 0; i < width; i += Vec::size()) {
+      (Vec::loadu(sum + i) + Vec::loadu(other.sum + i)).store(sum + i);
+      at::vec::minimum(Vec::loadu(least + i), Vec::loadu(other.least + i)).store(least + i);
+      at::vec::maximum(Vec::loadu(largest + i), Vec::loadu(other.largest + i)).store(largest + i);
+    }
+  }
 
   // The largest |x - mean| of a channel: rounding is monotone, so that of an end of the range.
   float amax(int64_t channel, float mean) const {
@@ -69,9 +88,7 @@ class Statistics {
   static constexpr int64_t kChunkTokens = 1024;
 
   float* row(int64_t kv_item) const { return of_keys_.at(kv_item * (width_ + 3 * value_width_)); }
-  bool needs_keys() const {
-    return recipe_.smooth_k || recipe_.granularity == Granularity::kPerHead;
-  }
+  bool one_scale() const { return recipe_.granularity == Granularity::kPerHead; }
 
   // Sums of a chunk of blocks, then sums of chunks in their order: the same for any thread count.
   void reduce_keys() {
@@ -121,14 +138,16 @@ class Statistics {
       count += length;
       for (int64_t offset = 0; offset < length; offset += kTile) {
         const int64_t tokens = std::min(kTile, length - offset);
-        if (needs_keys()) {
+        if (recipe_.smooth_k || one_scale()) {
           load_float_rows<T>(a_.k, batch, head, start + offset, tokens, g_.head_dim,
                              recipe_.hadamard, rows, width_, tokens);
-          for (int64_t r = 0; r < tokens; ++r) k.add_row(rows + r * width_);
+          if (recipe_.smooth_k) k.add_sums(rows, tokens);
+          if (one_scale()) k.add_ends(rows, tokens);
         }
         load_float_rows<T>(a_.v, batch, head, start + offset, tokens, g_.value_dim, false, rows,
                            value_width_, tokens);
-        for (int64_t r = 0; r < tokens; ++r) v.add_row(rows + r * value_width_);
+        if (recipe_.smooth_v) v.add_sums(rows, tokens);
+        v.add_ends(rows, tokens);
       }
     }
     return count;
@@ -144,7 +163,7 @@ class Statistics {
     if (recipe_.smooth_k) {
       for (int64_t d = 0; d < g_.head_dim; ++d) k_mean[d] = k.sum[d] / number;
     }
-    if (recipe_.granularity == Granularity::kPerHead) {
+    if (one_scale()) {
       float amax = 0.0f;
       for (int64_t d = 0; d < g_.head_dim; ++d) amax = max_or_nan(amax, k.amax(d, k_mean[d]));
       key_scales_[item] = scale_of(amax, recipe_.fp8_scores ? kE4m3Limit : kInt8Limit);
@@ -156,7 +175,7 @@ class Statistics {
       head_amax = max_or_nan(head_amax, scale[d]);
     }
     for (int64_t d = 0; d < g_.value_dim; ++d) {
-      const float amax = recipe_.granularity == Granularity::kPerHead ? head_amax : scale[d];
+      const float amax = one_scale() ? head_amax : scale[d];
       const Scale s = recipe_.fp8_values ? scale_of(amax, kE4m3Limit) : power_of_two_scale_of(amax);
       scale[d] = s.scale;
       inverse[d] = s.inverse;
