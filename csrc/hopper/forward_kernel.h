@@ -57,22 +57,19 @@ cudaError_t launch_kernel(const ForwardArguments& arguments, cudaStream_t stream
   return cudaGetLastError();
 }
 
-// A tensor without tokens has no map; its map is never read, so any other will do.
 inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArguments& arguments) {
   const Problem& problem = params.problem;
   const Extents queries{problem.batch, problem.heads, problem.q_side.length, problem.head_dim};
   const Extents keys{problem.batch, problem.kv_heads, problem.kv_side.length, problem.head_dim};
+  cudaError_t status = cudaSuccess;
   const auto make = [&](CUtensorMap& map, const Tensor4& tensor, const Extents& extents) {
-    return make_tensor_map(&map, tensor, extents, problem.element, kHalfTokens);
+    if (status != cudaSuccess) return;
+    status = make_tensor_map(&map, tensor, extents, problem.element, kHalfTokens);
   };
-  cudaError_t status = make(arguments.q, params.q, queries);
-  if (status == cudaSuccess) status = make(arguments.out, params.out, queries);
-  if (problem.kv_side.length == 0) {
-    arguments.k = arguments.v = arguments.q;
-    return status;
-  }
-  if (status == cudaSuccess) status = make(arguments.k, params.k, keys);
-  if (status == cudaSuccess) status = make(arguments.v, params.v, keys);
+  make(arguments.q, params.q, queries);
+  make(arguments.k, params.k, keys);
+  make(arguments.v, params.v, keys);
+  make(arguments.out, params.out, queries);
   return status;
 }
 
@@ -102,8 +99,6 @@ cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStr
 template <Grain kGrain>
 cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
   const Problem& problem = params.problem;
-  const int64_t rows = static_cast<int64_t>(problem.batch) * problem.heads * problem.q_side.length;
-  if (rows == 0 || problem.head_dim == 0) return cudaSuccess;
   const bool paired = kGrain == Grain::kFine && params.lists.counts != nullptr;
   if (paired &&
       (problem.q_side.block_size != kHalfTokens || problem.kv_side.block_size != kHalfTokens)) {

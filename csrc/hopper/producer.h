@@ -165,7 +165,12 @@ class Producer {
     barrier_wait(empty, slot.parity ^ 1);
     const int32_t lane = threadIdx.x % 32;
     if (!shared && lane < kConsumerWarps) barrier_arrive(empty);  // for who needs it not
-    if (lane != 0) return;
+    if (lane == 0) start_copies(map, step, slot, head, batch);
+    __syncwarp();  // the warp is together at the next named barrier
+  }
+
+  __device__ void start_copies(const CUtensorMap& map, const Step& step, const RingCursor& slot,
+                               int32_t head, int32_t batch) {
     const uint32_t full = shared_.slot_full(slot.slot);
     const uint32_t destination = shared_address(shared_.slot(slot.slot));
     const bool whole = step.halves[1].valid > 0;
