@@ -43,8 +43,7 @@ __device__ inline void read_sums(float* sums, QuerySums& dq) {
 }
 
 // Keys that are not valid: their scores are those of zeroed keys, and could overflow.
-template <typename Config>
-__device__ inline void mask_rows(Scores<Config>& probabilities, int valid) {
+__device__ inline void mask_rows(ScoreTile& probabilities, int valid) {
 #pragma unroll
   for (int j = 0; j < kUnit / 16; ++j) {
 #pragma unroll
@@ -120,7 +119,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     }
     const auto* query_panels = reinterpret_cast<const Panel*>(queries.data);
 
-    Scores<Config> p, ds;
+    ScoreTile p, ds;
     products_begin();
     product_transposed<false>(p, shared.keys[0][group], query_panels[0]);
     product_transposed<true>(p, shared.keys[1][group], query_panels[1]);
@@ -134,7 +133,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     began = true;
 
     probabilities<Config>(p, globals.scale_log2, statistics, {});
-    if (valid_keys < kUnit) mask_rows<Config>(p, valid_keys);
+    if (valid_keys < kUnit) mask_rows(p, valid_keys);
     round_to(packed_p, p);
     settle(packed_p);
     products_begin();
@@ -173,7 +172,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   store_key_gradients<Config>(
       globals, place, token, barrier_id, dk, dv,
       reinterpret_cast<typename Config::Tile&>(shared.score_gradients[group]), values);
-  if (threadIdx.x % 128 == 0) store_wait<0>();
+  if (threadIdx.x % 128 == 0) store_wait_read<0>();
 }
 
 template <typename Config>
@@ -222,7 +221,7 @@ __device__ inline void run_finish(const FinishGlobals& globals,
   const int valid =
       valid_tokens(globals.q_side, batch, slot) - (token - slot * globals.q_side.block_size);
   store_gradient(dq, globals.scale, valid, tile, &globals.dq, 64 * half, token, head, batch, 1);
-  if (threadIdx.x == 0) store_wait<0>();
+  if (threadIdx.x == 0) store_wait_read<0>();
 }
 
 template <typename Value>

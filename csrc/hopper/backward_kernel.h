@@ -45,8 +45,7 @@ struct RingReader {
   }
 };
 
-template <typename Config>
-using Scores = kittens::rt<float, 16, kUnit>;
+using ScoreTile = kittens::rt<float, 16, kUnit>;
 
 // Minus lse (base 2) and minus delta of the two rows of a thread, in the query walk.
 struct RowStatistics {
@@ -75,8 +74,8 @@ __device__ inline float2 column_pair(const float* statistics, int j, int k) {
 
 // scores <- probabilities
 template <typename Config>
-__device__ inline void probabilities(Scores<Config>& scores, float scale_log2,
-                                     const float* statistics, const RowStatistics& rows) {
+__device__ inline void probabilities(ScoreTile& scores, float scale_log2, const float* statistics,
+                                     const RowStatistics& rows) {
 #pragma unroll
   for (int j = 0; j < kUnit / 16; ++j) {
 #pragma unroll
@@ -96,7 +95,7 @@ __device__ inline void probabilities(Scores<Config>& scores, float scale_log2,
 
 // grad_probabilities <- gradients of the scores (without the scale)
 template <typename Config, typename Probabilities>
-__device__ inline void score_gradients(Scores<Config>& grad_probabilities,
+__device__ inline void score_gradients(ScoreTile& grad_probabilities,
                                        const Probabilities& probabilities, const float* statistics,
                                        const RowStatistics& rows) {
 #pragma unroll
@@ -118,8 +117,7 @@ __device__ inline void score_gradients(Scores<Config>& grad_probabilities,
 }
 
 // Scores of keys that are not valid: zeroed keys have score 0, whose probability could overflow.
-template <typename Config>
-__device__ inline void mask_columns(Scores<Config>& scores, int valid) {
+__device__ inline void mask_columns(ScoreTile& scores, int valid) {
 #pragma unroll
   for (int j = 0; j < kUnit / 16; ++j) {
 #pragma unroll
@@ -149,7 +147,7 @@ __device__ inline void store_key_gradients(const BackwardGlobals& globals, const
                  barrier_id);
   store_gradient(dk, globals.scale, valid, dk_tile, &globals.result_first, 0, token, place.head,
                  place.batch, barrier_id);
-  if (threadIdx.x % 128 == 0) store_wait<0>();
+  if (threadIdx.x % 128 == 0) store_wait_read<0>();
 }
 
 // dk and dv of 64 keys.
@@ -183,7 +181,7 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
       zero_tail(queries, grad_out, valid, barrier_id);
     }
 
-    Scores<Config> p, ds;
+    ScoreTile p, ds;
     products_begin();
     product_transposed<false>(p, keys, queries);
     reader.wait_second();
@@ -271,7 +269,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
       zero_tail(keys, values, valid, barrier_id);
     }
 
-    Scores<Config> p, ds;
+    ScoreTile p, ds;
     products_begin();
     product_transposed<false>(p, q, keys);
     reader.wait_second();
@@ -283,7 +281,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
     if (began) reader.release_first(reader.first.previous());
     began = true;
 
-    if (valid < kUnit) mask_columns<Config>(p, valid);
+    if (valid < kUnit) mask_columns(p, valid);
     probabilities<Config>(p, globals.scale_log2, nullptr, rows);
     settle(p);  // before the wait, not after it
     products_wait<0>();
@@ -306,7 +304,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   const int valid = valid_kept(globals, place.batch, token);
   store_gradient(dq, globals.scale, valid, shared.kept_first(group), &globals.result_first, 0,
                  token, place.head, place.batch, barrier_id);
-  if (threadIdx.x % 128 == 0) store_wait<0>();
+  if (threadIdx.x % 128 == 0) store_wait_read<0>();
 }
 
 // The barriers of a block of threads; ends with a barrier of all of them.
