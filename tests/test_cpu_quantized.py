@@ -222,6 +222,20 @@ def test_nonsense_in_shows_in_the_output(precision, options, name, value):
     assert out[0, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("precision", ["sage_fp8", "fp8"])
+def test_small_codes_have_fewer_digits(precision):
+    """An outlier that nobody sees makes all other values of V subnormal in FP8."""
+    q, k, v = qkv(lengths=(64, 128), dims=(16, 16))
+    v[:, :, 100] = 2e5
+    keep = torch.tensor([True, False]).view(1, 1, 1, 2)
+    mask = BlockMask.from_dense(keep, 64, 64, q_len=64, kv_len=128)
+    options = QuantizationOptions(smooth_k=False)
+    got, expected = both(q, k, v, mask, precision=precision, quantization=options)
+    check_same(got, expected, bound=1e-3)
+    exact, _ = oracle.attention_oracle(q, k, v, mask.to_token_mask())
+    assert relative_error(got[0], exact) > 2 * ERROR_BOUND[precision]
+
+
 # -- what is read, and where it lies ---------------------------------------------------------------
 
 
