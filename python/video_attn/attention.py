@@ -132,34 +132,32 @@ def as_bhsd(layout: str, **tensors: Tensor) -> list[Tensor]:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    dtype, device = q.dtype, q.device
+    if dtype not in _DTYPES:
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {dtype}")
+    batch, q_heads, _, head_dim = q.shape
+    (_, heads, tokens, k_dim), (_, v_heads, v_tokens, v_dim) = k.shape, v.shape
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name} must have the batch size of q, {q.shape[0]}, got {x.shape[0]}"
-            )
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k must have the head_dim of q, {q.shape[3]}, got {k.shape[3]}")
-    for name, expected, got in (
-        ("heads", k.shape[1], v.shape[1]),
-        ("tokens", k.shape[2], v.shape[2]),
-    ):
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of q, {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+        if x.shape[0] != batch:
+            raise ValueError(f"{name} must have the batch size of q, {batch}, got {x.shape[0]}")
+    if k_dim != head_dim:
+        raise ValueError(f"k must have the head_dim of q, {head_dim}, got {k_dim}")
+    for name, expected, got in (("heads", heads, v_heads), ("tokens", tokens, v_tokens)):
         if got != expected:
             raise ValueError(f"v must have as many {name} as k, {expected}, got {got}")
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"head_dim of {name} must be 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    for name, size in (("q", head_dim), ("v", v_dim)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim of {name} must be 1 to {MAX_HEAD_DIM}, got {size}")
+    if heads == 0 or q_heads % heads:
         raise ValueError(
-            f"q must have a multiple of k's heads (GQA): q has {q.shape[1]}, k has {k.shape[1]}"
+            f"q must have a multiple of k's heads (GQA): q has {q_heads}, k has {heads}"
         )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(3) != 1 and x.shape[3] > 1:
+    for name, x, size in (("q", q, head_dim), ("k", k, k_dim), ("v", v, v_dim)):
+        if x.stride(3) != 1 and size > 1:
             raise ValueError(
                 f"{name} must have stride 1 on its last dimension, got strides "
                 f"{tuple(x.stride())}; pass {name}.contiguous()"

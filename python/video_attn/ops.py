@@ -7,6 +7,7 @@ and backward may run on different backends.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,21 +61,18 @@ def problem_of(
     deterministic: bool = False,
 ) -> Problem:
     """The Problem that a call with these tensors poses to the registry."""
-    return Problem(
-        direction=direction,  # type: ignore[arg-type]
-        device_type=q.device.type,
-        arch=device_info(q.device).arch,
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        head_dim_v=v.shape[3],
-        q_block_size=None if mask is None else mask.q_block_size,
-        kv_block_size=None if mask is None else mask.kv_block_size,
-        is_causal=is_causal,
-        precision=precision,
-        quantization=quantization,
-        gqa=q.shape[1] != k.shape[1],
-        deterministic=deterministic,
-    )
+    sizes = (None, None) if mask is None else (mask.q_block_size, mask.kv_block_size)
+    gqa = q.shape[1] != k.shape[1]
+    return _problem(
+        direction, q.device, q.dtype, q.shape[3], v.shape[3], *sizes,
+        is_causal, precision, quantization, gqa, deterministic,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _problem(direction: str, device: torch.device, *fields: Any) -> Problem:
+    """Kept, because it is made in every call; ``fields`` are those of Problem after ``arch``."""
+    return Problem(direction, device.type, device_info(device).arch, *fields)  # type: ignore[arg-type]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
