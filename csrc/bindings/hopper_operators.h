@@ -78,8 +78,7 @@ struct Call {
     STD_TORCH_CHECK(x.device() == q.device(), name, " is on another device than q");
   }
 
-  // A tensor of `tensor_heads` heads and `length` tokens, as the tensor memory accelerator reads
-  // it.
+  // A tensor of `tensor_heads` heads and `length` tokens, fit for the tensor memory accelerator.
   Tensor4 tensor4(const char* name, const Tensor& x, int64_t tensor_heads, int64_t length) const {
     check_device(name, x);
     STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, " must have the dtype of q");
@@ -206,8 +205,7 @@ template <class Context, class Params>
 void run(const Kernel<Params>& kernel, const Params& params, const Tensor& q) {
   const Context context(kernel.name, q);
   const int64_t bytes = static_cast<int64_t>(kernel.workspace(params));
-  // Freed at the end of this call: torch's allocator gives it to later work of the same stream
-  // only.
+  // Freed with this call: torch's allocator gives it only to later work of the same stream.
   const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   const cudaError_t error = kernel.launch(params, workspace.data_ptr(), context.stream);
   STD_TORCH_CHECK(error == cudaSuccess, kernel.name, ": CUDA error ", static_cast<int>(error), ", ",
