@@ -58,7 +58,7 @@ class Function:
 def find_disassembler(nvcc: str) -> str | None:
     """cuobjdump, with nvdisasm beside it: of the toolkit, from PATH, or of the triton package."""
     folders = [str(Path(nvcc).resolve().parent)] if nvcc else []
-    folders += os.environ.get("PATH", "").split(os.pathsep)
+    folders += os.get_exec_path()
     triton = find_spec("triton")
     if triton is not None and triton.submodule_search_locations:
         package = Path(triton.submodule_search_locations[0])
@@ -75,7 +75,7 @@ def read_functions(path: Path, disassembler: str) -> list[Function]:
     Raises:
         subprocess.CalledProcessError: the disassembler cannot read it.
     """
-    folders = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
+    folders = os.pathsep.join([str(Path(disassembler).parent), *os.get_exec_path()])
 
     def output(option: str) -> str:
         command = [disassembler, option, str(path)]
