@@ -15,7 +15,7 @@ SAGE_DEVICE int row_in_tile(int i) {
   return thread_index() % kGroupThreads / 32 * 16 + thread_index() % 32 / 4 + i * 8;
 }
 
-inline constexpr int kAllKeys = 1 << 30;  // a last key that hides none
+inline constexpr int kAllKeys = 0x7FFFFFFF - kTile;  // a last key that hides none
 inline constexpr float kMinusInfinity = -__builtin_inff();
 
 struct RowState {
