@@ -135,10 +135,10 @@ def quantize_tokens_kernel(
         b_scale, b_inverse = scale_and_inverse(b_amax, LIMIT)
         if i_program == 0:
             tl.store(scales + i_head, b_scale)
-    for i in range(PROGRAM_TILES):
-        i_tile = i_program * PROGRAM_TILES + i
+    i_first = i_program * PROGRAM_TILES
+    for i_tile in range(i_first, tl.minimum(i_first + PROGRAM_TILES, n_tiles)):
         _, start, n_rows, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
-        if i_tile < n_tiles and n_rows > 0:
+        if n_rows > 0:
             m_m = o_m < n_valid
             b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
             b_x = b_x.to(tl.float32)
@@ -195,10 +195,10 @@ def quantize_channels_kernel(
         tl.store(scales + i_head * BD + o_d, b_scale)
         if SMOOTH:
             tl.store(means + i_head * BD + o_d, b_mean)
-    for i in range(PROGRAM_TILES):
-        i_tile = i_program * PROGRAM_TILES + i
+    i_first = i_program * PROGRAM_TILES
+    for i_tile in range(i_first, tl.minimum(i_first + PROGRAM_TILES, n_tiles)):
         _, start, n_rows, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
-        if i_tile < n_tiles and n_rows > 0:
+        if n_rows > 0:
             m_m = o_m < n_valid
             b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
             b_x = b_x.to(tl.float32)
