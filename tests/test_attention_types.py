@@ -177,14 +177,15 @@ def test_refusals(error, match, name, options):
         named_attention(*qkv(), name, **options)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["sdpa", "fav3", "fav3_sage"])
-def test_fullgraph(name):
+def test_fullgraph(name, dynamic):
     q, k, v = qkv()
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return named_attention(q * 2, k, v, name) + 1
 
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     assert torch.allclose(compiled(q, k, v), model(q, k, v))
 
 

@@ -296,6 +296,8 @@ def test_sage_precision_asks_for_kernels_of_that_precision(pipe: CogVideoXPipeli
         expected = latents(pipe)
     refused = 0
     for backend in backends():
+        if backend.name == "triton":
+            continue  # a pipeline takes minutes in the interpreter
         with apply(pipe, **options, precision="sage_fp16", backend=backend.name) as applied:
             try:
                 assert applied.backend_name() == applied.backend_name(sparse=False) == backend.name

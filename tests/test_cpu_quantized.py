@@ -247,7 +247,8 @@ def test_what_lies_past_a_valid_length_is_not_read(precision):
     plan = plan_tiles(lens, 192, 256, q.device)
     for options in (QuantizationOptions(), *OPTIONS[1:3]):
         chosen = {"precision": precision, "quantization": options}
-        clean = run(q, k, v, lens, **chosen)
+        clean, expected = both(q, k, v, lens, **chosen)
+        check_same(clean, expected)
         dirty = [x.clone() for x in (q, k, v)]
         for x, valid, poison in zip(
             dirty, (plan.q_valid, plan.kv_valid, plan.kv_valid), (math.nan, math.inf, math.nan),
@@ -282,6 +283,7 @@ def test_offsets_past_2_31(far):
     op = torch.ops.video_attn.cpu_quantized_forward
     lists: tuple = (None,) * 4 + (0, 0, 0.25, False)
     op(*near, *lists, *options, out, lse)
+    check_same((out, lse), run(*near, scale=0.25, precision="sage_fp8", backend="reference"))
     for n in range(3):  # one far tensor at a time: each is 4 GiB of addresses
         inputs = list(near)
         inputs[n] = far_view(size, far, dtype).copy_(near[n])
@@ -304,6 +306,8 @@ def test_number_of_threads_changes_nothing(precision):
             results.append(run(q, k, v, mask, precision=precision, quantization=options))
     finally:
         torch.set_num_threads(before)
+    chosen = {"precision": precision, "quantization": options, "backend": "reference"}
+    check_same(results[0], run(q, k, v, mask, **chosen))
     for other in results[1:]:
         assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
 
@@ -398,7 +402,9 @@ def test_fullgraph(precision):
     q, k, v, mask = problem("lists-64-gqa")
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q * 2, k, v, mask, precision=precision, backend="cpu") + 1
+        return attention(q * 2, k, v, mask, precision=precision, backend="cpu")
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), model(q, k, v))
+    reference = attention(q * 2, k, v, mask, precision=precision, backend="reference")
+    assert relative_error(compiled(q, k, v), reference) < 6e-3

@@ -78,14 +78,17 @@ def test_precision_is_the_best_that_a_kernel_serves(monkeypatch):
         assert torch.equal(sageattn(q, k, v), expected)
     video_attn.registry._select.cache_clear()
     require_backend("cpu")
+    exact = F.scaled_dot_product_attention(q, k, v)
     for chosen, precision in ((None, "sage_fp8"), ("sage_fp16", "sage_fp16")):
         expected = attention(q, k, v, precision=precision, backend="cpu")
         assert torch.equal(sageattn(q, k, v, precision=chosen), expected)
+        check(precision, expected, exact)
 
 
 def test_a_callers_mask_and_dropout_may_be_absent():
     q, k, v = qkv()
-    assert torch.equal(sageattn(q, k, v, attn_mask=None, dropout_p=0), sageattn(q, k, v))
+    out = sageattn(q, k, v, attn_mask=None, dropout_p=0)
+    check("sage_fp8", out, F.scaled_dot_product_attention(q, k, v))
 
 
 BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
@@ -123,15 +126,23 @@ def test_gradients_are_refused_not_zero():
         sageattn(q, k, v)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("options", [{}, {"tensor_layout": "NHD", "is_causal": True}])
-def test_fullgraph(options):
-    q, k, v = qkv(lengths=(90, 90))
+def test_fullgraph(options, dynamic):
+    q, k, v = nhd(*qkv(lengths=(90, 90))) if options else qkv(lengths=(90, 90))
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sageattn(q * 2, k, v, **options) + 1
 
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q, k, v), model(q, k, v))
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    out = compiled(q, k, v)
+    assert torch.equal(out, model(q, k, v))
+    causal = options.get("is_causal", False)
+    heads = [x.transpose(1, 2) for x in (q, k, v)] if options else [q, k, v]
+    exact, _ = attention_oracle(
+        heads[0] * 2, *heads[1:], tokens_of(None, heads[0], heads[1], causal)
+    )
+    check("sage_fp8", (out - 1).transpose(1, 2) if options else out - 1, exact)
 
 
 # -- sageattn_varlen -------------------------------------------------------------------------------
@@ -183,6 +194,8 @@ def test_varlen_honours_smooth_k_precision_and_backend():
     first = [x[None, :n] for x, n in ((q, 70), (k, 90), (v, 90))]
     expected = attention(*first, layout="bshd", quantization=QuantizationOptions(), **recipe)
     assert torch.equal(got[:70], expected[0])
+    quick = sageattn_varlen(q, k, v, *starts, 130, 90, precision="sage_fp16")
+    assert relative_error(quick, got) < 6e-3
 
 
 def starts(*values: int) -> Tensor:

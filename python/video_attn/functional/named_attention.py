@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import index
 
 import torch
 from torch import Tensor
@@ -66,9 +67,9 @@ def named_attention(
     check_shapes(*heads)
     backend = _choose(
         row.name, recipe_text(row.precision, row.quantization), q.device, q.dtype,
-        heads[0].shape[3], heads[2].shape[3],
+        index(heads[0].shape[3]), index(heads[2].shape[3]),
         (mask.q_block_size, mask.kv_block_size) if isinstance(mask, BlockMask) else None,
-        is_causal, heads[0].shape[1] != heads[1].shape[1],
+        is_causal, index(heads[0].shape[1]) != index(heads[1].shape[1]),
     )  # fmt: skip
     return attention(
         q, k, v, mask, precision=row.precision, scale=scale, is_causal=is_causal,
@@ -126,6 +127,6 @@ def _torch_sdpa(
         bias = causal_lower_right(q_len, kv_len)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, is_causal=is_causal and bias is None, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=index(q.shape[1]) != index(k.shape[1]),
     )  # fmt: skip
     return out.transpose(1, 2) if layout == "bshd" else out

@@ -7,6 +7,7 @@ silence is honoured or refused here, and an unknown keyword is a TypeError.
 from __future__ import annotations
 
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -199,8 +200,9 @@ def _best_precision(
             return _PRECISIONS[-1]  # attention() says what is wrong
     heads = 1 if tensor_layout == "HND" else 2
     return _served_precision(
-        q.device, q.dtype, q.shape[3], v.shape[3], bool(is_causal),
-        q.shape[heads] != k.shape[heads], recipe_text(_PRECISIONS[0], options), backend,
+        q.device, q.dtype, index(q.shape[3]), index(v.shape[3]), bool(is_causal),
+        index(q.shape[heads]) != index(k.shape[heads]), recipe_text(_PRECISIONS[0], options),
+        backend,
     )  # fmt: skip
 
 
