@@ -91,6 +91,31 @@ def test_what_hardware_leaves_open_changes_nothing(problem: Problem):
             assert torch.equal(x, y), name
 
 
+@pytest.mark.parametrize(
+    ("lengths", "head_dim", "density"), [((300, 2000), 64, 0.3), ((79, 2338), 128, 0.9)]
+)
+def test_lists_far_longer_than_the_ring(lengths, head_dim, density):
+    """Two rows of a tile that share some loads, little or nearly all, over many turns of the ring.
+
+    A list that ended before the other lost its place there, and the producer of the second list,
+    with few loads of its own, ran a whole turn ahead.
+    """
+    problem = Problem(
+        index=0, seed=5, kind="lists", dtype=torch.bfloat16, batch=1, kv_heads=1, group=2,
+        head_dim=head_dim, head_dim_v=head_dim, memory="bhsd", logits="normal",
+        with_lse_grad=False, q_len=lengths[0], kv_len=lengths[1], q_block_size=64,
+        kv_block_size=64, density=density,
+    )  # fmt: skip
+    built = problem.build()
+    scale = head_dim**-0.5
+    for late, last_first in ORDERS:
+        with hopper_emulation.options(late, last_first):
+            out, lse = hopper._forward(
+                *built.kernel_inputs, built.mask, scale=scale, is_causal=False, precision="native"
+            )
+        check_against_oracle(Result(out, lse, None, None, None), built, str(problem))
+
+
 def test_the_list_has_every_kind():
     kinds = {(p.kind, p.q_block_size) for p in PROBLEMS}
     assert {("dense", 0), ("lists", 64), ("lists", 128), ("lists", 192), ("lists", 384)} <= kinds
