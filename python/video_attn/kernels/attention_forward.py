@@ -157,13 +157,13 @@ def attention_fwd_kernel(
                 if MASKED:
                     b_s = tl.where(m_s, b_s, float("-inf"))
                 b_p, b_m, b_l, b_alpha = _online_softmax(b_s, b_m, b_l, scale_log2, MASKED)
-            b_acc = b_acc * b_alpha[:, None]
             if QUANTIZED and v.dtype.element_ty != tl.float16:
                 b_v = load_channels(p_v, start_n, o_n, m_n, o_dv, stride_v_s, VEC, MASKED)
             else:
                 b_v = load_tile(  # [BN, BDV]
                     p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED
                 )
+            b_acc = b_acc * b_alpha[:, None]
             if QUANTIZED:
                 b_acc = add_quantized_values(b_acc, b_p, b_v, FP16_SUMS)
             else:
