@@ -61,15 +61,17 @@ def load() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def options(late_copies: bool = True, last_first: bool = False) -> Iterator[None]:
-    """Sets emulation::Options (csrc/sage/emulation/block.h) for the calls inside."""
+def options(
+    late_copies: bool = True, late_products: bool = True, last_first: bool = False
+) -> Iterator[None]:
+    """Sets emulation::Options (csrc/emulation/block.h) for the calls inside."""
     set_options = load().hopper_emulation_options
-    set_options.argtypes = [ctypes.c_bool, ctypes.c_bool]
-    set_options(late_copies, last_first)
+    set_options.argtypes = [ctypes.c_bool] * 3
+    set_options(late_copies, late_products, last_first)
     try:
         yield
     finally:
-        set_options(True, False)
+        set_options(True, True, False)
 
 
 def translate(source: str) -> str:
@@ -96,7 +98,7 @@ def _sources() -> list[Path]:
 
 def _build() -> Path:
     tools = host_tools()
-    parts = [*KERNELS.glob("emulation/*"), *ROOT.glob("csrc/sage/emulation/*.h")]
+    parts = [*KERNELS.glob("emulation/*"), *ROOT.glob("csrc/emulation/*.h")]
     parts += [BINDING, *ROOT.glob("csrc/bindings/hopper_*.h"), Path(__file__), *_sources()]
     identity = hashlib.sha256("\n".join([str(tools.cxx), tools.torch_version]).encode())
     for path in sorted(parts):

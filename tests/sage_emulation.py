@@ -56,7 +56,7 @@ def options(
     late_products: bool = True,
     last_first: bool = False,
 ) -> Iterator[None]:
-    """Sets emulation::Options (csrc/sage/emulation/block.h) for the calls inside."""
+    """Sets emulation::Options (csrc/emulation/block.h) for the calls inside."""
     before = _settings
     chosen = before[0] if capability is None else capability
     _set((chosen, late_copies, late_products, last_first))
@@ -76,7 +76,11 @@ def _set(settings: tuple[int, bool, bool, bool]) -> None:
 
 def _build() -> Path:
     tools = find_tools(BuildOptions.from_environment(os.environ))
-    headers = [*sorted(ROOT.glob("csrc/sage/**/*.h")), ROOT / "csrc/bindings/sage_operators.h"]
+    headers = [
+        *sorted(ROOT.glob("csrc/sage/**/*.h")),
+        *sorted(ROOT.glob("csrc/emulation/*.h")),
+        ROOT / "csrc/bindings/sage_operators.h",
+    ]
     identity = hashlib.sha256("\n".join([tools.cxx, tools.torch_version, *FLAGS]).encode())
     for path in [*SOURCES, *headers]:
         identity.update(path.read_bytes())

@@ -92,9 +92,7 @@ def test_kernel_follows_the_definition_and_is_near_exact_attention(name, precisi
     mask, shape = problem(name)
     q, k, v = qkv(**shape)
     plan, is_causal = plan_of(mask, shape["lengths"]), "causal" in name
-    granularities = (
-        ("per_warp", "per_thread") if name in ("causal", "gather") else ("per_warp",)
-    )
+    granularities = ("per_warp", "per_thread") if name in ("causal", "gather") else ("per_warp",)
     for granularity in granularities:
         codes = quantized(q, k, v, mask, precision, granularity=granularity)
         got = attend_with_row(codes, q, k, v.shape[3], mask, is_causal, LaunchRow(64, 64, 4, 1))

@@ -76,7 +76,7 @@ struct RingWriter {
     const int32_t source_head = Config::kWalk == Walk::kKeys ? head : head / globals.group;
     const int32_t unit = source_head * units_of(globals.streamed.length) + token / kUnit;
 
-    barrier_wait(shared_address(&barriers.first_empty[first.slot]), first.parity);
+    barrier_wait_together(shared_address(&barriers.first_empty[first.slot]), first.parity);
     if (lane == 0) {
       uint64_t& full = barriers.first_full[first.slot];
       barriers.steps[first.slot] = {valid, unit};
@@ -87,7 +87,7 @@ struct RingWriter {
     __syncwarp();
     first.advance();
 
-    barrier_wait(shared_address(&barriers.second_empty[second.slot]), second.parity);
+    barrier_wait_together(shared_address(&barriers.second_empty[second.slot]), second.parity);
     if (lane == 0) {
       uint64_t& full = barriers.second_full[second.slot];
       barrier_arrive_expect(shared_address(&full), Config::kTileBytes + Config::kStatisticsBytes);
@@ -138,7 +138,7 @@ struct RingWriter {
 
   __device__ void push_end() {
     auto& barriers = shared.rings[ring];
-    barrier_wait(shared_address(&barriers.first_empty[first.slot]), first.parity);
+    barrier_wait_together(shared_address(&barriers.first_empty[first.slot]), first.parity);
     if (lane == 0) {
       barriers.steps[first.slot] = {-1, 0};
       barrier_arrive(shared_address(&barriers.first_full[first.slot]));

@@ -135,7 +135,7 @@ class Producer {
   __device__ void offer_output() {
     const RingCursor slot = order_.claim_output();
     if (list_ != 0) return;
-    barrier_wait(shared_.slot_empty(slot.slot), slot.parity ^ 1);
+    barrier_wait_together(shared_.slot_empty(slot.slot), slot.parity ^ 1);
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_full(slot.slot));
   }
 
@@ -143,7 +143,7 @@ class Producer {
 #pragma unroll
     for (int32_t consumer = 0; consumer < kConsumers; ++consumer) {
       if (kConfig.grain == Grain::kFine && consumer != list_) continue;
-      barrier_wait(shared_.query_empty(consumer), query_parity_ ^ 1);
+      barrier_wait_together(shared_.query_empty(consumer), query_parity_ ^ 1);
       if (threadIdx.x % 32 == 0) {
         const uint32_t full = shared_.query_full(consumer);
         const uint32_t queries = shared_address(shared_.query(consumer));
@@ -162,7 +162,7 @@ class Producer {
   __device__ void load_operand(const CUtensorMap& map, const Step& step, const RingCursor& slot,
                                bool shared, int32_t head, int32_t batch) {
     const uint32_t empty = shared_.slot_empty(slot.slot);
-    barrier_wait(empty, slot.parity ^ 1);
+    barrier_wait_together(empty, slot.parity ^ 1);
     const int32_t lane = threadIdx.x % 32;
     if (!shared && lane < kConsumerWarps) barrier_arrive(empty);  // for who needs it not
     if (lane == 0) start_copies(map, step, slot, head, batch);

@@ -47,6 +47,13 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// The same for a whole warp, which is together afterwards. Then one lane may start what lets the
+// barrier's next phases pass: no other lane is still about to ask for this one.
+__device__ inline void barrier_wait_together(uint32_t barrier, uint32_t parity) {
+  barrier_wait(barrier, parity);
+  __syncwarp();
+}
+
 __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

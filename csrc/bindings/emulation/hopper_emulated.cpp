@@ -1,7 +1,7 @@
 // The operators on CPU tensors, by the host emulation of the Hopper kernels: for tests, not
 // shipped.
 #include "bindings/hopper_operators.h"
-#include "sage/emulation/block.h"
+#include "emulation/block.h"
 
 namespace video_attn::hopper {
 namespace {
@@ -33,8 +33,9 @@ STABLE_TORCH_LIBRARY_IMPL(video_attn, CPU, m) {
   m.impl("hopper_fine_backward", TORCH_BOX((&backward<EmulatedContext, kFineBackward>)));
 }
 
-// See sage::emulation::Options.
+// See emulation::Options.
 extern "C" __attribute__((visibility("default"))) void hopper_emulation_options(bool late_copies,
+                                                                                bool late_products,
                                                                                 bool last_first) {
-  video_attn::sage::emulation::options = {90, late_copies, last_first};
+  video_attn::emulation::options = {90, late_copies, late_products, last_first};
 }

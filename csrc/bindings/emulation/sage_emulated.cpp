@@ -1,6 +1,6 @@
 // The operators on CPU tensors, by the host emulation of the kernels: for tests, not shipped.
 #include "bindings/sage_operators.h"
-#include "sage/emulation/block.h"
+#include "emulation/block.h"
 
 namespace video_attn::sage {
 namespace {
@@ -26,5 +26,5 @@ extern "C" __attribute__((visibility("default"))) void sage_emulation_options(in
                                                                               bool late_copies,
                                                                               bool late_products,
                                                                               bool last_first) {
-  video_attn::sage::emulation::options = {capability, late_copies, late_products, last_first};
+  video_attn::emulation::options = {capability, late_copies, late_products, last_first};
 }

@@ -1,5 +1,5 @@
 // Of the CUDA language what csrc/hopper uses, for the host emulation: threads are those of
-// sage/emulation/block.h.
+// emulation/block.h.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "cuda_runtime_api.h"
-#include "sage/emulation/primitives_hopper_emulated.h"
+#include "emulation/machine.h"
 
 #define __device__
 #define __host__
@@ -40,7 +40,7 @@ using std::min;
 
 namespace emulated_language {
 
-using video_attn::sage::emulation::Block;
+using namespace video_attn::emulation;
 
 struct ThreadIndex {
   operator unsigned() const { return static_cast<unsigned>(Block::current().thread()); }
@@ -56,31 +56,18 @@ struct Dimensions {
   X x;
 };
 
-// What lane `lane` gives.
-template <class T>
-T shuffle(const char* name, T x, int lane) {
-  struct Argument {
-    T given, received;
-    int lane;
-  } mine{x, x, lane};
-  Block::current().together(name, mine, [](Argument* const* lanes) {
-    for (int i = 0; i < 32; ++i) lanes[i]->received = lanes[lanes[i]->lane]->given;
-  });
-  return mine.received;
-}
-
 }  // namespace emulated_language
 
 inline constexpr emulated_language::Dimensions<emulated_language::ThreadIndex> threadIdx{};
 inline constexpr emulated_language::Dimensions<emulated_language::BlockIndex> blockIdx{};
 inline constexpr emulated_language::Dimensions<emulated_language::GridSize> gridDim{};
 
-inline void __syncthreads() { video_attn::sage::block_barrier(); }
-inline void __syncwarp() { video_attn::sage::warp_barrier(); }
-inline bool __any_sync(unsigned, bool x) { return video_attn::sage::ballot(x) != 0; }
-inline bool __all_sync(unsigned, bool x) { return video_attn::sage::ballot(!x) == 0; }
+inline void __syncthreads() { video_attn::emulation::Block::current().barrier(); }
+inline void __syncwarp() { video_attn::emulation::warp_barrier(); }
+inline bool __any_sync(unsigned, bool x) { return video_attn::emulation::ballot(x) != 0; }
+inline bool __all_sync(unsigned, bool x) { return video_attn::emulation::ballot(!x) == 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline unsigned __ballot_sync(unsigned, bool x) { return video_attn::sage::ballot(x); }
+inline unsigned __ballot_sync(unsigned, bool x) { return video_attn::emulation::ballot(x); }
 
 template <class T>
 T __shfl_sync(unsigned, T x, int lane) {

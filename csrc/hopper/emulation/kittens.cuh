@@ -1,6 +1,6 @@
 // Of ThunderKittens what csrc/hopper uses, for the host emulation: tiles in registers and in shared
 // memory with the layouts of sm_90, and the products of a warpgroup. A product takes place at its
-// start or only when it is awaited (Options::late_copies); a late one reads and writes registers
+// start or only when it is awaited (Options::late_products); a late one reads and writes registers
 // and shared memory then, so that what is overwritten or used too early shows.
 #pragma once
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "emulation/numbers.h"
 
 namespace kittens {
 
@@ -26,7 +27,7 @@ struct half_2 {
 
 namespace emulated {
 
-using namespace video_attn::sage::emulation;
+using namespace video_attn::emulation;
 
 inline float value(float x) { return x; }
 inline float value(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
@@ -212,7 +213,7 @@ void start(D& d, const A& a, const B& b) {
     warpgroup_state().started.push_back(
         [results, lefts, right] { product<kForm, kAdds>(results.data(), lefts.data(), *right); });
   });
-  video_attn::sage::wgmma_commit();
+  wgmma_commit();
 }
 
 }  // namespace emulated
@@ -262,7 +263,7 @@ struct group {
   }
   template <int kLeft = 0>
   static void mma_async_wait() {
-    video_attn::sage::wgmma_wait<kLeft>();
+    emulated::wgmma_wait<kLeft>();
   }
 
   // Between a warpgroup's tile and its registers: every thread moves what is its own.

@@ -14,9 +14,8 @@
 
 namespace video_attn::hopper {
 
-using sage::emulation::BarrierState;
-using sage::emulation::Block;
-using sage::emulation::Task;
+using emulation::Block;
+using emulation::Task;
 
 // -- launches -------------------------------------------------------------------------------------
 
@@ -85,22 +84,22 @@ inline uint8_t* shared_pointer(uint32_t address, int32_t bytes) {
   return pointer;
 }
 
-inline sage::MemoryBarrier* barrier_at(uint32_t address) {
-  return reinterpret_cast<sage::MemoryBarrier*>(shared_pointer(address, 8));
+inline emulation::MemoryBarrier* barrier_at(uint32_t address) {
+  return reinterpret_cast<emulation::MemoryBarrier*>(shared_pointer(address, 8));
 }
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  sage::barrier_init(barrier_at(barrier), static_cast<int>(arrivals));
+  emulation::barrier_init(barrier_at(barrier), static_cast<int>(arrivals));
 }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(uint32_t barrier, uint32_t arrivals = 1) {
-  for (uint32_t i = 0; i < arrivals; ++i) sage::barrier_arrive(barrier_at(barrier));
+  for (uint32_t i = 0; i < arrivals; ++i) emulation::barrier_arrive(barrier_at(barrier));
 }
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  sage::barrier_arrive_expecting(barrier_at(barrier), static_cast<int>(bytes));
+  emulation::barrier_arrive_expecting(barrier_at(barrier), static_cast<int>(bytes));
 }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  sage::barrier_wait(barrier_at(barrier), static_cast<int>(parity));
+  emulation::barrier_wait(barrier_at(barrier), static_cast<int>(parity));
 }
 
 inline void named_barrier_sync(int32_t barrier, int32_t threads) {
@@ -137,18 +136,10 @@ void each_of_box(const CUtensorMap& map, uint8_t* shared, const int32_t (&at)[4]
 
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 
-// A copy whose `bytes` count on a barrier.
+// A copy into shared memory, which nobody may read before it is there.
 inline void issue_copy(uint32_t barrier, uint8_t* destination, int32_t bytes, Task copy) {
-  BarrierState& state = sage::emulation::barrier_state(barrier_at(barrier));
   std::memset(destination, 0xFF, bytes);
-  state.copies.push_back([&state, bytes, copy = std::move(copy)] {
-    copy();
-    state.bytes -= bytes;
-  });
-  if (!sage::emulation::options.late_copies || !state.waiting.empty()) {
-    sage::emulation::do_copies(state);
-    sage::emulation::end_phase_if_complete(state);
-  }
+  emulation::issue_copy(barrier_at(barrier), bytes, std::move(copy));
 }
 
 inline uint8_t* box_at(const CUtensorMap& map, uint32_t address) {
@@ -176,7 +167,7 @@ inline void load_bulk(uint32_t destination, const void* source, uint32_t bytes, 
 }
 
 inline void issue_store(Task task) {
-  sage::emulation::options.late_copies ? bulk_stores().open.push_back(std::move(task)) : task();
+  emulation::options.late_copies ? bulk_stores().open.push_back(std::move(task)) : task();
 }
 
 inline void store_box(const CUtensorMap* map, uint32_t source, int32_t channel, int32_t token,
@@ -234,7 +225,7 @@ inline void shared_write_fence() {}
 inline void products_begin() {}
 template <int kPending>
 void products_wait() {
-  sage::wgmma_wait<kPending>();
+  emulation::wgmma_wait<kPending>();
 }
 template <class Registers>
 void settle(Registers&) {}

@@ -7,14 +7,18 @@
 #include <cstring>
 
 #include "../feature.h"
-#include "block.h"
-#include "numbers.h"
+#include "emulation/machine.h"
+#include "emulation/numbers.h"
 
 #define SAGE_DEVICE inline
 #define SAGE_HOST_DEVICE inline
 #define SAGE_UNROLL
 
 namespace video_attn::sage {
+
+namespace emulation {
+using namespace video_attn::emulation;
+}
 
 using emulation::Block;
 using emulation::float_to_bfloat16;
@@ -35,16 +39,7 @@ inline void named_barrier(int number, int threads) { Block::current().barrier(nu
 
 template <class T>
 inline T shuffle_xor(T x, int mask) {
-  struct Argument {
-    T given, received;
-    int mask;
-  } mine{x, x, mask};
-  Block::current().together("shuffle_xor", mine, [](Argument* const* lanes) {
-    for (int i = 0; i < kWarp; ++i) {
-      lanes[i]->received = lanes[(i ^ lanes[i]->mask) % kWarp]->given;
-    }
-  });
-  return mine.received;
+  return emulation::shuffle("shuffle_xor", x, emulation::lane_index() ^ mask);
 }
 
 inline uint32_t computed_afresh(uint32_t x) { return x; }

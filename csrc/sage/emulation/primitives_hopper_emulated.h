@@ -13,34 +13,10 @@ namespace video_attn::sage {
 
 // -- threads --------------------------------------------------------------------------------------
 
-inline uint32_t ballot(bool x) {
-  struct Argument {
-    bool given;
-    uint32_t received;
-  } mine{x, 0};
-  Block::current().together("ballot", mine, [](Argument* const* lanes) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kWarp; ++i) bits |= static_cast<uint32_t>(lanes[i]->given) << i;
-    for (int i = 0; i < kWarp; ++i) lanes[i]->received = bits;
-  });
-  return mine.received;
-}
+using emulation::ballot;
+using emulation::warp_barrier;
 
-inline int shuffle(int x, int lane) {
-  struct Argument {
-    int given, received, lane;
-  } mine{x, 0, lane};
-  Block::current().together("shuffle", mine, [](Argument* const* lanes) {
-    for (int i = 0; i < kWarp; ++i) lanes[i]->received = lanes[lanes[i]->lane % kWarp]->given;
-  });
-  return mine.received;
-}
-
-inline void warp_barrier() {
-  int nothing = 0;
-  Block::current().together("warp_barrier", nothing, [](int* const*) {});
-}
-
+inline int shuffle(int x, int lane) { return emulation::shuffle("shuffle", x, lane); }
 inline int first_bit(uint32_t x) { return std::countr_zero(x); }
 
 template <int kCount>
@@ -50,79 +26,22 @@ void give_registers() {}
 
 // -- memory barriers ------------------------------------------------------------------------------
 
-using MemoryBarrier = uint64_t;
-
-namespace emulation {
-
-inline BarrierState& barrier_state(const MemoryBarrier* barrier) {
-  Block::current().check_shared(barrier, sizeof(*barrier));
-  const auto found = Block::current().hopper.barriers.find(barrier);
-  if (found == Block::current().hopper.barriers.end()) {
-    Block::current().fail("a memory barrier that nobody made");
-  }
-  return found->second;
-}
-
-inline void end_phase_if_complete(BarrierState& state) {
-  if (state.missing > 0 || state.bytes > 0) return;
-  state.missing = state.arrivals;
-  state.parity ^= 1;
-  Block::current().wake(state.waiting);
-}
-
-// Without ending the phase: that is up to the caller.
-inline void do_copies(BarrierState& state) {
-  for (const Task& copy : state.copies) copy();
-  state.copies.clear();
-}
-
-}  // namespace emulation
-
-inline void barrier_init(MemoryBarrier* barrier, int arrivals) {
-  Block::current().check_shared(barrier, sizeof(*barrier));
-  Block::current().hopper.barriers[barrier] = {.arrivals = arrivals, .missing = arrivals};
-}
+using emulation::barrier_arrive;
+using emulation::barrier_arrive_expecting;
+using emulation::barrier_init;
+using emulation::barrier_wait;
+using emulation::MemoryBarrier;
 
 inline void barrier_publish() {}
 
-inline void barrier_arrive_expecting(MemoryBarrier* barrier, int bytes) {
-  emulation::BarrierState& state = emulation::barrier_state(barrier);
-  if (state.missing == 0) Block::current().fail("one arrival too many at a memory barrier");
-  state.bytes += bytes;
-  --state.missing;
-  if (!state.waiting.empty()) emulation::do_copies(state);
-  emulation::end_phase_if_complete(state);
-}
-
-inline void barrier_arrive(MemoryBarrier* barrier) { barrier_arrive_expecting(barrier, 0); }
-
-inline void barrier_wait(MemoryBarrier* barrier, int parity) {
-  emulation::BarrierState& state = emulation::barrier_state(barrier);
-  if (state.parity != parity) return;
-  emulation::do_copies(state);
-  emulation::end_phase_if_complete(state);
-  while (state.parity == parity) {
-    state.waiting.push_back(Block::current().thread());
-    Block::current().park("a memory barrier");
-  }
-}
-
 inline void copy_bulk(void* shared, const void* global, int bytes, MemoryBarrier* barrier) {
   Block& block = Block::current();
-  emulation::BarrierState& state = emulation::barrier_state(barrier);
   block.check_shared(shared, 16);
   block.check_shared(static_cast<uint8_t*>(shared) + bytes - 16, 16);
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     block.fail("a misaligned bulk copy");
   }
-  state.copies.push_back([=, &state] {
-    std::memcpy(shared, global, bytes);
-    state.bytes -= bytes;
-  });
-  if (!emulation::options.late_copies || !state.waiting.empty()) {
-    emulation::do_copies(state);
-    emulation::end_phase_if_complete(state);
-  }
+  emulation::issue_copy(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
 }
 
 // -- products of a warpgroup ----------------------------------------------------------------------
@@ -132,11 +51,6 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 namespace emulation {
-
-inline WarpgroupState& warpgroup_state() {
-  Block& block = Block::current();
-  return block.hopper.warpgroups[block.thread() / kWarpgroup];
-}
 
 // The operand in shared memory that a descriptor stands for.
 class Matrix {
@@ -216,16 +130,11 @@ void start_product(const char* name, WgmmaArgument<C> argument, Task_ task) {
         Block::current().fail("threads of a warpgroup give different operands");
       }
     }
-    Task work = [all, task]() mutable {
+    issue_product([all, task]() mutable {
       WgmmaArgument<C>* pointers[kWarpgroup];
       for (int l = 0; l < kWarpgroup; ++l) pointers[l] = &all[l];
       task(pointers);
-    };
-    if (options.late_products) {
-      warpgroup_state().started.push_back(work);
-    } else {
-      work();
-    }
+    });
   });
 }
 
@@ -252,27 +161,8 @@ double weight(WgmmaArgument<float>* const* lanes, int row, int k) {
 }  // namespace emulation
 
 inline void wgmma_fence() {}
-
-inline void wgmma_commit() {
-  int nothing = 0;
-  Block::current().together<kWarpgroup>("wgmma_commit", nothing, [](int* const*) {
-    emulation::WarpgroupState& state = emulation::warpgroup_state();
-    state.committed.push_back(std::move(state.started));
-    state.started.clear();
-  });
-}
-
-template <int kLeft>
-void wgmma_wait() {
-  int nothing = 0;
-  Block::current().together<kWarpgroup>("wgmma_wait", nothing, [](int* const*) {
-    emulation::WarpgroupState& state = emulation::warpgroup_state();
-    while (static_cast<int>(state.committed.size()) > kLeft) {
-      for (const emulation::Task& task : state.committed.front()) task();
-      state.committed.pop_front();
-    }
-  });
-}
+using emulation::wgmma_commit;
+using emulation::wgmma_wait;
 
 template <class T, int kRows>
 void wgmma_results(T (&)[kRows][4]) {}

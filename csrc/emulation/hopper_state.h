@@ -8,7 +8,7 @@
 #include <map>
 #include <vector>
 
-namespace video_attn::sage::emulation {
+namespace video_attn::emulation {
 
 using Task = std::function<void()>;
 
@@ -41,4 +41,4 @@ struct HopperState {
   }
 };
 
-}  // namespace video_attn::sage::emulation
+}  // namespace video_attn::emulation

@@ -22,7 +22,7 @@
 
 #include "hopper_state.h"
 
-namespace video_attn::sage::emulation {
+namespace video_attn::emulation {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kWarpgroup = 128;
@@ -66,10 +66,8 @@ class Block {
       resume(fibers_[running_]);
       if (!failure_.empty()) throw std::runtime_error(failure_);
     }
-    for (const Fiber& fiber : fibers_) {
-      if (!fiber.done)
-        throw std::runtime_error("deadlock: threads wait at " + std::string(fiber.at));
-    }
+    const std::string stuck = who_waits();
+    if (!stuck.empty()) throw std::runtime_error("deadlock:" + stuck);
     if (!hopper.is_idle()) throw std::runtime_error("copies or products in flight at the end");
   }
 
@@ -195,6 +193,20 @@ class Block {
     std::vector<Copy> issued, committed;
   };
 
+  // For each run of threads that wait at the same: the first of them, and where.
+  std::string who_waits() const {
+    std::string text;
+    const char* last = nullptr;
+    for (size_t i = 0; i < fibers_.size(); ++i) {
+      const char* at = fibers_[i].done ? nullptr : fibers_[i].at;
+      if (at != nullptr && at != last) {
+        text += " from thread " + std::to_string(i) + " on at " + at + ";";
+      }
+      last = at;
+    }
+    return text;
+  }
+
   struct Group {
     const char* name = "";
     std::vector<void*> arguments;
@@ -239,4 +251,4 @@ class Block {
   std::string failure_;
 };
 
-}  // namespace video_attn::sage::emulation
+}  // namespace video_attn::emulation

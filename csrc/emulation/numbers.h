@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-namespace video_attn::sage::emulation {
+namespace video_attn::emulation {
 
 // Rounds `x` to a floating-point format with `digits` stored mantissa digits and normal exponents
 // from `smallest` on; subnormals below. Neither clamps nor overflows.
@@ -82,4 +82,4 @@ inline uint8_t float_to_fp8(float x) {
          static_cast<uint8_t>(std::ldexp(fraction, 4) - 8);
 }
 
-}  // namespace video_attn::sage::emulation
+}  // namespace video_attn::emulation
