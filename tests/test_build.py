@@ -299,6 +299,19 @@ def test_torch_new_enough(version):
     build_checks.check_torch(version)
 
 
+@pytest.mark.parametrize("version", ["65.5.0", "76.1", "77.0.2"])
+def test_old_setuptools(version):
+    with pytest.raises(BuildError, match=f"setuptools {version} is too old, 77.0.3 or newer"):
+        build_checks.check_setuptools(version)
+
+
+def test_oldest_setuptools_is_that_of_the_requirements():
+    needed = ".".join(map(str, build_checks.OLDEST_SETUPTOOLS))
+    assert f'"setuptools>={needed}"' in (ROOT / "pyproject.toml").read_text()
+    for version in (needed, "77.1", "80.9.0", "84.2.1.post0"):
+        build_checks.check_setuptools(version)
+
+
 def test_oldest_torch_is_that_of_the_requirements():
     needed = ".".join(map(str, build_checks.OLDEST_TORCH))
     assert f'"torch>={needed}"' in (ROOT / "pyproject.toml").read_text()

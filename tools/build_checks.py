@@ -35,6 +35,7 @@ CUDA_FOR_ARCH = {
 }
 CUDA_FOR_CXX20 = (12, 0)
 OLDEST_TORCH = (2, 10)
+OLDEST_SETUPTOOLS = (77, 0, 3)  # reads the metadata of pyproject.toml
 SUBMODULE = "third_party/ThunderKittens"
 KITTENS_HEADER = "include/kittens.cuh"
 
@@ -90,6 +91,15 @@ def check_host_compiler(compiler: HostCompiler) -> None:
         "    CXX=g++-11 pip install --no-build-isolation .\n"
         "or install without native components: VIDEO_ATTN_BUILD_EXT=0"
     )
+
+
+def check_setuptools(version: str) -> None:
+    """Refuse a setuptools that does not understand pyproject.toml; pip installs a newer one."""
+    if tuple(int(x) for x in re.findall(r"\d+", version)[:3]) < OLDEST_SETUPTOOLS:
+        raise BuildError(
+            f"setuptools {version} is too old, {'.'.join(map(str, OLDEST_SETUPTOOLS))} or newer is "
+            "needed: python -m pip install --upgrade setuptools"
+        )
 
 
 def check_torch(version: str) -> None:

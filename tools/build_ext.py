@@ -18,10 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import setuptools
 from build_checks import (
     BuildError,
     check_cuda,
     check_host_compiler,
+    check_setuptools,
     check_thunderkittens,
     check_torch,
     probe_host_compiler,
@@ -39,9 +41,14 @@ from build_plan import (
 )
 from build_record import format_table, git_revision, make_record, write_record
 from setuptools import Extension
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+try:
+    check_setuptools(setuptools.__version__)
+    from setuptools.command.bdist_wheel import bdist_wheel  # which old ones lack
+except BuildError as error:
+    raise SystemExit(f"error: {error}") from None
 
 NATIVE_TREES = ROOT / "build" / "native"
 
