@@ -29,6 +29,12 @@ foreach(arch IN LISTS VIDEO_ATTN_CUDA_ARCHS)
   endif()
 endforeach()
 
+# The compilers are told the language below. CMake before 3.25.2 knows no CUDA C++20, which a target
+# takes over from its C++: it drops it without a word, or refuses.
+unset(CMAKE_CXX_STANDARD)
+unset(CMAKE_CXX_STANDARD_REQUIRED)
+unset(CMAKE_CXX_EXTENSIONS)
+
 set(component _${VIDEO_ATTN_COMPONENT})
 add_library(${component} MODULE ${sources})
 # The static CUDA runtime keeps libcudart and libcuda out of the library's needs, so that it loads,
@@ -42,10 +48,9 @@ target_include_directories(${component} SYSTEM PRIVATE
 # 0x020a is torch 2.10, the oldest torch the library loads under; any ATen include is an error.
 target_compile_definitions(${component} PRIVATE
   TORCH_STABLE_ONLY TORCH_TARGET_VERSION=0x020a000000000000 USE_CUDA)
-# CMake before 3.25.2 drops CUDA_STANDARD 20 without a word, so nvcc is told directly.
 target_compile_options(${component} PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --extended-lambda --expt-relaxed-constexpr>
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+  $<$<COMPILE_LANGUAGE:CXX>:-std=c++20 -Wall -Wextra>)
 if(VIDEO_ATTN_THUNDERKITTENS_DIR)
   target_compile_definitions(${component} PRIVATE KITTENS_HOPPER)
   target_include_directories(${component} SYSTEM PRIVATE

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ import build_plan
 import build_record
 import pytest
 from build_checks import BuildError
-from build_plan import COMPONENTS, BuildOptions, Tools
+from build_plan import COMPONENTS, BuildOptions, Tools, find_tools
 from build_tree import ROOT, put_source, script
 
 TOOLS = Tools(
@@ -436,3 +438,32 @@ def test_one_build_at_a_time_in_a_tree(tmp_path):
         fcntl.flock(other, take)
     with open(lock) as other:
         fcntl.flock(other, take)
+
+
+def cmakes() -> list[str]:
+    """The CMake of the environment, and that of the system, which may be old."""
+    found = (
+        find_tools(BuildOptions()).cmake,
+        shutil.which("cmake", path="/usr/bin:/usr/local/bin"),
+    )
+    return list(dict.fromkeys(filter(None, found)))
+
+
+@pytest.mark.skipif(not find_tools(BuildOptions()).nvcc, reason="nvcc not found")
+@pytest.mark.skipif(not cmakes(), reason="cmake not found")
+@pytest.mark.parametrize("cmake", cmakes())
+def test_every_cuda_compile_is_told_its_language_once(cmake, tmp_path):
+    """CMake 3.25.1, of Debian 12, knows no CUDA C++20: it would refuse, or take C++17."""
+    tools = find_tools(BuildOptions())
+    command = [
+        cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Unix Makefiles",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DVIDEO_ATTN_COMPONENT=sage",
+        "-DVIDEO_ATTN_CUDA_ARCHS=90a", f"-DVIDEO_ATTN_TORCH_DIR={tools.torch_dir}",
+    ]  # fmt: skip
+    environment = {**os.environ, "CUDACXX": tools.nvcc}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = json.loads((tmp_path / "compile_commands.json").read_text())
+    assert {Path(line["file"]).suffix for line in lines} == {".cu", ".cpp"}
+    for line in lines:
+        assert re.findall(r"-std[= ]\S+", line["command"]) == ["-std=c++20"], line["command"]
