@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "hopper/params.h"
+#include "hopper/step_list.h"
 #include "kittens.cuh"
 
 namespace video_attn::hopper {
@@ -168,18 +169,11 @@ struct BackwardGlobals {
 
 // Valid tokens of a block slot, whatever its lens says about tokens past the end.
 __host__ __device__ inline int32_t valid_tokens(const Side& side, int32_t batch, int32_t slot) {
-  const int64_t start = static_cast<int64_t>(slot) * side.block_size;
-  int64_t valid = side.length - start;
-  if (valid > side.block_size) valid = side.block_size;
-  if (side.lens.data != nullptr) {
-    const int32_t given = side.lens.data[batch * side.lens.batch_stride + slot];
-    if (valid > given) valid = given;
-  }
-  return valid > 0 ? static_cast<int32_t>(valid) : 0;
+  const int32_t* lens =
+      side.lens.data == nullptr ? nullptr : side.lens.data + batch * side.lens.batch_stride;
+  return valid_tokens(slot, side.block_size, side.length, lens);
 }
 
-__host__ __device__ constexpr int32_t units_of(int32_t length) {
-  return (length + kUnit - 1) / kUnit;
-}
+__host__ __device__ constexpr int32_t units_of(int32_t length) { return divide_up(length, kUnit); }
 
 }  // namespace video_attn::hopper

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "hopper/exponential.h"
 #include "kittens.cuh"
 
 namespace video_attn::hopper {
@@ -55,13 +56,6 @@ __device__ inline void product_transposed(Result& result, const Left& left, cons
 template <typename Shared, typename Left, typename Result>
 __device__ inline void product_across(Result& result, const Left& left, const Shared& right) {
   WarpGroup::mma_AtB<Result, Left, Shared, 0, 0>(result, left, right);
-}
-
-// 2^x; 0 for minus infinity.
-__device__ inline float exp2_approximate(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
 }
 
 __device__ inline kittens::bf16_2 pack(float2 pair, kittens::bf16) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "hopper/exponential.h"
 #include "hopper/step_list.h"
 #include "kittens.cuh"
 
@@ -12,12 +13,6 @@ namespace video_attn::hopper {
 constexpr int32_t kRowsPerThread = 2;
 
 using Scores = kittens::rt_fl<16, kStepTokens>;
-
-__device__ inline float exp2_approx(float value) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-}
 
 // Of the four lanes that share a row.
 __device__ inline float quad_max(float value) {
@@ -87,7 +82,7 @@ class Softmax {
 #pragma unroll
       for (int32_t row = 0; row < kRowsPerThread; ++row) {
         const float maximum = fmaxf(maximum_[row], quad_max(maxima[row]));
-        correction_[row] = exp2_approx((maximum_[row] - maximum) * scale_);
+        correction_[row] = exp2_approximate((maximum_[row] - maximum) * scale_);
         maximum_[row] = maximum;
         sum_[row] *= correction_[row];
       }
@@ -137,8 +132,8 @@ class Softmax {
       const float shift = -maximum_[row] * scale_;
       float even = 0.0f, odd = 0.0f;
       for_each_pair(scores, row, [&](float2& pair) {
-        pair.x = exp2_approx(fmaf(pair.x, scale_, shift));
-        pair.y = exp2_approx(fmaf(pair.y, scale_, shift));
+        pair.x = exp2_approximate(fmaf(pair.x, scale_, shift));
+        pair.y = exp2_approximate(fmaf(pair.y, scale_, shift));
         even += pair.x;
         odd += pair.y;
       });

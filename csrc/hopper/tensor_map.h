@@ -33,10 +33,6 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-constexpr int32_t bytes_of(CUtensorMapDataType type) {
-  return type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
-}
-
 }  // namespace detail
 
 // A box is `box_tokens` tokens (at most 256) by 128 bytes of channels of one head, stored in shared
@@ -44,21 +40,23 @@ constexpr int32_t bytes_of(CUtensorMapDataType type) {
 // channels of a ThunderKittens tile. What lies outside the tensor reads as zero and is not written;
 // a box always counts in full on its barrier. The coordinates are {channel, token, head, batch}.
 inline cudaError_t make_tensor_map(CUtensorMap* map, const Tensor4& tensor, const Extents& extents,
-                                   CUtensorMapDataType type, int32_t box_tokens) {
+                                   Element element, int32_t box_tokens) {
   const auto encode = detail::tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t width = detail::bytes_of(type);
+  constexpr cuuint64_t kWidth = 2;  // bytes of an element
+  const auto type = element == Element::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t sizes[4] = {
       static_cast<cuuint64_t>(extents.head_dim), static_cast<cuuint64_t>(extents.length),
       static_cast<cuuint64_t>(extents.heads), static_cast<cuuint64_t>(extents.batch)};
   // The stride of a dimension of one element means nothing and may be anything, also illegal here.
   const auto stride = [&](int32_t extent, int64_t elements) -> cuuint64_t {
-    return extent > 1 ? static_cast<cuuint64_t>(elements) * width : 16;
+    return extent > 1 ? static_cast<cuuint64_t>(elements) * kWidth : 16;
   };
   const cuuint64_t strides[3] = {stride(extents.length, tensor.token_stride),
                                  stride(extents.heads, tensor.head_stride),
                                  stride(extents.batch, tensor.batch_stride)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(128 / width),
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(128 / kWidth),
                              static_cast<cuuint32_t>(box_tokens), 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result =
@@ -66,13 +64,6 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const Tensor4& tensor, cons
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-inline cudaError_t make_tensor_map(CUtensorMap* map, const Tensor4& tensor, const Extents& extents,
-                                   Element element, int32_t box_tokens) {
-  const auto type = element == Element::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return make_tensor_map(map, tensor, extents, type, box_tokens);
 }
 
 }  // namespace video_attn::hopper

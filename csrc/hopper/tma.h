@@ -78,28 +78,12 @@ __device__ inline void store_box(const CUtensorMap* map, uint32_t source, int32_
       : "memory");
 }
 
-// Adds one box from shared memory to memory, in the bulk group that is open in this thread.
-__device__ inline void add_box(const CUtensorMap* map, uint32_t source, int32_t channel,
-                               int32_t token, int32_t head, int32_t batch) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group"
-      " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-      "r"(source), "r"(channel), "r"(token), "r"(head), "r"(batch)
-      : "memory");
-}
-
 __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until at most `kPending` groups of this thread still read their shared memory.
 template <int kPending>
 __device__ inline void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
-// Waits until at most `kPending` groups of this thread are not yet in memory.
-template <int kPending>
-__device__ inline void store_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Makes ordinary writes to shared memory visible to the TMA and the tensor cores; every writing

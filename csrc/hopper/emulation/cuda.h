@@ -12,11 +12,7 @@ using cuuint64_t = uint64_t;
 inline constexpr CUresult CUDA_SUCCESS = 0;
 inline constexpr CUresult CUDA_ERROR_INVALID_VALUE = 1;
 
-enum CUtensorMapDataType {
-  CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-  CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-};
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
 enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_128B };
 enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B };
@@ -31,15 +27,15 @@ struct CUtensorMap {
 };
 
 // With the driver's own checks, as its manual states them.
-inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type,
-                                       cuuint32_t dimensions, void* data, const cuuint64_t* sizes,
+inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t dimensions,
+                                       void* data, const cuuint64_t* sizes,
                                        const cuuint64_t* strides, const cuuint32_t* box,
                                        const cuuint32_t* steps, CUtensorMapInterleave,
                                        CUtensorMapSwizzle, CUtensorMapL2promotion,
                                        CUtensorMapFloatOOBfill) {
-  const int width = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+  constexpr int kWidth = 2;
   bool legal = dimensions == 4 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-               box[0] * width == 128 && box[1] <= 256 && box[2] == 1 && box[3] == 1;
+               box[0] * kWidth == 128 && box[1] <= 256 && box[2] == 1 && box[3] == 1;
   for (int i = 0; i < 4; ++i) {
     legal = legal && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && steps[i] == 1;
   }
@@ -48,7 +44,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
   }
   if (!legal) return CUDA_ERROR_INVALID_VALUE;
   map->data = static_cast<char*>(data);
-  map->width = width;
+  map->width = kWidth;
   std::memcpy(map->sizes, sizes, sizeof(map->sizes));
   std::memcpy(map->strides, strides, sizeof(map->strides));
   map->box_channels = static_cast<int32_t>(box[0]);

@@ -65,7 +65,6 @@ inline constexpr emulated_language::Dimensions<emulated_language::GridSize> grid
 inline void __syncthreads() { video_attn::emulation::Block::current().barrier(); }
 inline void __syncwarp() { video_attn::emulation::warp_barrier(); }
 inline bool __any_sync(unsigned, bool x) { return video_attn::emulation::ballot(x) != 0; }
-inline bool __all_sync(unsigned, bool x) { return video_attn::emulation::ballot(!x) == 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned, bool x) { return video_attn::emulation::ballot(x); }
 

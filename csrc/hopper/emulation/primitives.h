@@ -180,19 +180,6 @@ inline void store_box(const CUtensorMap* map, uint32_t source, int32_t channel, 
   });
 }
 
-inline void add_box(const CUtensorMap* map, uint32_t source, int32_t channel, int32_t token,
-                    int32_t head, int32_t batch) {
-  uint8_t* shared = box_at(*map, source);
-  if (map->width != 4) Block::current().fail("only float32 is added");
-  issue_store([=] {
-    each_of_box(*map, shared, {channel, token, head, batch}, [&](const uint8_t* from, char* to) {
-      if (to != nullptr) {
-        *reinterpret_cast<float*>(to) += *reinterpret_cast<const float*>(from);
-      }
-    });
-  });
-}
-
 inline void add_bulk(float* destination, uint32_t source, uint32_t bytes) {
   const auto* shared =
       reinterpret_cast<const float*>(shared_pointer(source, static_cast<int32_t>(bytes)));
@@ -213,11 +200,6 @@ template <int kPending>
 void store_wait_read() {
   bulk_stores().finish(kPending);
 }
-template <int kPending>
-void store_wait() {
-  bulk_stores().finish(kPending);
-}
-
 inline void shared_write_fence() {}
 
 // -- products -------------------------------------------------------------------------------------
@@ -233,6 +215,5 @@ template <class Registers>
 void product_fence(Registers&) {}
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
-inline float exp2_approx(float x) { return std::exp2(x); }
 
 }  // namespace video_attn::hopper

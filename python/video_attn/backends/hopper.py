@@ -138,14 +138,14 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (q, k, v))
-    lists, lens = _mask_arguments(mask)[:2], _mask_arguments(mask)[2:]
+    counts, indices, *sides = _mask_arguments(mask)
     transposed = (None, None) if mask is None else mask.transposed()
     grad_out, q, k, v, out = (aligned(x) for x in (grad_out, q, k, v, out))
     grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
     operator = _OPERATORS[_mask_grain(mask), "backward"]
     operator(
-        grad_out, grad_lse, q, k, v, out, lse.contiguous(), *lists, *transposed, *lens,
-        scale, deterministic, dq, dk, dv,
+        grad_out, grad_lse, q, k, v, out, lse.contiguous(), counts, indices, *transposed,
+        *sides, scale, deterministic, dq, dk, dv,
     )  # fmt: skip
     return dq, dk, dv
 
