@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_process import CHILD, GpuProcesses
 from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
@@ -36,6 +37,8 @@ _ALLOCATORS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if HAS_GPU and CHILD not in os.environ:
+        config.pluginmanager.register(GpuProcesses(config))
     # Poison and masked lanes: numpy warns about a NaN that a GPU computes without a word.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
