@@ -37,7 +37,7 @@ from video_attn.tools.bench import (
     time_interleaved,
     write_record,
 )
-from video_attn.tools.tokens import HEADS, PATCH, Tokens, tokens_of
+from video_attn.tools.demo.tokens import HEADS, PATCH, Tokens, tokens_of
 from video_attn.tools.video import pan_and_zoom, photograph
 
 GRID, TEXT, HEAD_DIM = (13, 30, 45), 226, 64

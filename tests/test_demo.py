@@ -16,16 +16,18 @@ from PIL import Image
 
 from video_attn import VideoLayout, cli, registry
 from video_attn.patterns.sliding_tile import sliding_tile_mask
-from video_attn.tools import UsageError, demo, demo_report, tokens, video
-from video_attn.tools import plot_style as style
-from video_attn.tools.demo_measure import compare
-from video_attn.tools.demo_patterns import (
+from video_attn.tools import UsageError, video
+from video_attn.tools.demo import command as demo
+from video_attn.tools.demo import report, tokens
+from video_attn.tools.demo.measure import compare
+from video_attn.tools.demo.patterns import (
     PATTERNS,
     Call,
     Settings,
     block_weights,
     kept_weight,
 )
+from video_attn.tools.plot import style
 
 
 @pytest.fixture(autouse=True)
@@ -261,7 +263,7 @@ def test_the_maps_show_what_is_kept() -> None:
     """White in a map is what the pattern skips: 6 of 8 blocks per row for STA, 7 for VSA."""
     some = small_tokens()
     outcome = compare(some, Settings((2, 2, 3), (1, 1, 2), 1 / 8), 1, lambda *now: None)
-    drawing = demo_report.draw_maps(some, outcome)
+    drawing = report.draw_maps(some, outcome)
     frame = style.pixels(drawing.figure)
     for axes, name, seen in zip(drawing.maps, ("dense", "sta", "vsa"), (8, 2, 1), strict=False):
         places = axes.transData.transform(np.stack(np.indices((8, 8)), -1).reshape(-1, 2))

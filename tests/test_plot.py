@@ -15,9 +15,11 @@ from PIL import Image
 
 from video_attn import VideoLayout, cli
 from video_attn.layout import Triple
-from video_attn.tools import UsageError, plot_sta, plot_sta_blocks
-from video_attn.tools import plot_style as style
-from video_attn.tools.token_maps import sliding_tile_map, sliding_window_map, window_arguments
+from video_attn.tools import UsageError
+from video_attn.tools.plot import sta as plot_sta
+from video_attn.tools.plot import sta_blocks as plot_sta_blocks
+from video_attn.tools.plot import style
+from video_attn.tools.plot.token_maps import sliding_tile_map, sliding_window_map, window_arguments
 
 README = ((1, 10, 10), (1, 2, 2), (1, 6, 6))
 CASES = {

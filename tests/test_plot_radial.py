@@ -13,8 +13,8 @@ from radial_oracle import Definition, block_mask
 from video_attn import VideoLayout, cli
 from video_attn.patterns.radial import RadialRule
 from video_attn.patterns.scene import Scenes
-from video_attn.tools import plot_radial
-from video_attn.tools import plot_style as style
+from video_attn.tools.plot import radial as plot_radial
+from video_attn.tools.plot import style
 
 
 def cells_of(axes: plot_radial.Axes, frame: style.Frame, size: int) -> np.ndarray:

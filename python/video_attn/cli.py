@@ -18,14 +18,16 @@ from .tools import UsageError
 
 
 class _Command(NamedTuple):
-    module: str
+    module: str  # below video_attn
     summary: str
 
 
 COMMANDS = {
-    "info": _Command("video_attn.tools.info", "what this install can run, and why not the rest"),
-    "demo": _Command("video_attn.tools.demo", "dense and sparse attention on a real video clip"),
-    "plot": _Command("video_attn.tools.plot", "pictures of the patterns"),
+    "info": _Command("tools.info", "what this install can run, and why not the rest"),
+    "demo": _Command(
+        "tools.demo.command", "dense and sparse attention on a real video clip"
+    ),
+    "plot": _Command("tools.plot.command", "pictures of the patterns"),
 }
 
 
@@ -47,7 +49,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if name == chosen:
-            module = import_module(command.module)
+            module = import_module(f".{command.module}", __package__)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run, parser=subparser)
     return parser

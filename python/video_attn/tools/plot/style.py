@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from .video import write_clip
+from ..video import write_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image

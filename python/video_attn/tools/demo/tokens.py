@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..layout import Triple
-from .video import Clip
+from ...layout import Triple
+from ..video import Clip
 
 PATCH = 8
 HEADS = 3  # red, green, blue

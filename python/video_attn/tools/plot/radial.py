@@ -12,9 +12,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..block_mask import BlockMask
-from ..layout import VideoLayout
-from ..patterns.radial import (
+from ...block_mask import BlockMask
+from ...layout import VideoLayout
+from ...patterns.radial import (
     MODEL_TYPES,
     POOLINGS,
     RadialRule,
@@ -22,10 +22,10 @@ from ..patterns.radial import (
     frame_density,
     radial_mask,
 )
-from ..patterns.scene import Scenes
-from . import UsageError
-from . import plot_style as style
-from .options import file_ending_in, positive_float, positive_int, sizes
+from ...patterns.scene import Scenes
+from .. import UsageError
+from ..options import file_ending_in, positive_float, positive_int, sizes
+from . import style
 
 SHARE = LinearSegmentedColormap.from_list("share", [style.EMPTY, style.SEEN_BEFORE, style.SEEN])
 MOST_FRAMES_WITH_NUMBERS = 16

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import plot_radial, plot_scene, plot_sta, plot_sta_blocks
+from . import radial, scene, sta, sta_blocks
 
 PLOTS = {
-    "sta": plot_sta,
-    "sta-blocks": plot_sta_blocks,
-    "radial": plot_radial,
-    "scene": plot_scene,
+    "sta": sta,
+    "sta-blocks": sta_blocks,
+    "radial": radial,
+    "scene": scene,
 }
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..patterns.scene import CHOICES, Scenes
-from . import UsageError, plot_radial
-from . import plot_style as style
-from .options import file_ending_in, integers, positive_int, scene_adjacency
+from ...patterns.scene import CHOICES, Scenes
+from .. import UsageError
+from ..options import file_ending_in, integers, positive_int, scene_adjacency
+from . import radial, style
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``video-attn plot scene``."""
-    plot_radial.add_pattern_arguments(parser)
+    radial.add_pattern_arguments(parser)
     add = parser.add_argument
     add("--boundaries", type=integers, default=[0, 15, 30, 45],
         help="first frame of each scene and the end of the last (default 0,15,30,45)")  # fmt: skip
@@ -42,4 +42,4 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"{error}; change --boundaries or --adjacency") from error
-    return plot_radial.run_with_scenes(args, scenes)
+    return radial.run_with_scenes(args, scenes)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..attention import attention
-from ..block_mask import BlockMask
-from ..functional import video_sparse, video_sparse_attn
-from ..layout import Triple, VideoLayout
-from ..patterns.radial import RadialRule, radial_mask
-from ..patterns.sliding_tile import sliding_tile_mask
-from ..patterns.video_sparse import kept_blocks
+from ...attention import attention
+from ...block_mask import BlockMask
+from ...functional import video_sparse, video_sparse_attn
+from ...layout import Triple, VideoLayout
+from ...patterns.radial import RadialRule, radial_mask
+from ...patterns.sliding_tile import sliding_tile_mask
+from ...patterns.video_sparse import kept_blocks
 from .tokens import Tokens
 
 

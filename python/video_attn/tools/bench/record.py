@@ -1,9 +1,4 @@
-"""What every benchmark script needs: fair timing, a record with its circumstances, a table.
-
-A benchmark checks its results first (:func:`require_correct`), times all peers in turn in the same
-run (:func:`time_interleaved`), prints a table and writes one JSON record
-(:func:`write_record`) that says on which machine, with which versions and from which commit.
-"""
+"""Results with their circumstances (machine, versions, commit), as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -13,8 +8,7 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,43 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from .. import native
-from ..device import device_info
+from ... import native
+from ...device import device_info
+from .timing import Timing
 
-_ROOT = Path(__file__).resolve().parents[3]
+_ROOT = Path(__file__).resolve().parents[4]
 _PACKAGES = ("torch", "triton", "video-attn", "numpy", "diffusers")
-_FLUSH_BYTES = 256 << 20  # larger than the L2 cache of any GPU served
-
-
-class WrongResultError(RuntimeError):
-    """A result failed its check: it is not timed."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call, measured one by one."""
-
-    samples: tuple[float, ...]
-
-    def quantile(self, share: float) -> float:
-        """The sample below which ``share`` of the samples lie, between neighbours interpolated."""
-        ordered = sorted(self.samples)
-        position = share * (len(ordered) - 1)
-        low = int(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-    @property
-    def median(self) -> float:
-        return self.quantile(0.5)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.median * 1e3:.2f} ms "
-            f"({self.quantile(0.2) * 1e3:.2f} to {self.quantile(0.8) * 1e3:.2f})"
-        )
 
 
 @dataclass(frozen=True)
@@ -106,78 +70,6 @@ class Record:
         """A record of now and here."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return cls(benchmark, results, machine_info(device), versions(), commit(), now)
-
-
-def time_interleaved(
-    providers: Mapping[str, Callable[[], object]],
-    *,
-    device: torch.device | str = "cpu",
-    repeats: int = 10,
-    warmup: int = 1,
-    flush: bool = True,
-) -> dict[str, Timing]:
-    """Times every provider ``repeats`` times, in turn: a slow spell of the machine hits all alike.
-
-    Every other round goes backwards, so that nobody always runs after the same neighbour. On a GPU
-    the times are those between two events around each call, and ``flush`` empties the L2 cache
-    before it.
-
-    Raises:
-        ValueError: ``repeats`` < 1 or ``warmup`` < 0.
-    """
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}")
-    clock = _CudaClock(flush) if torch.device(device).type == "cuda" else _CpuClock()
-    for run in providers.values():
-        for _ in range(warmup):
-            clock.time(run)
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    for n in range(repeats):
-        for name in list(providers) if n % 2 == 0 else reversed(list(providers)):
-            samples[name].append(clock.time(providers[name]))
-    return {name: Timing(tuple(times)) for name, times in samples.items()}
-
-
-class _CpuClock:
-    def time(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-
-class _CudaClock:
-    def __init__(self, flush: bool) -> None:
-        self._scratch = torch.empty(_FLUSH_BYTES if flush else 0, dtype=torch.int8, device="cuda")
-
-    def time(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._scratch.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """|got - expected| over |expected|, both as Euclidean norms in fp64."""
-    expected = expected.double()
-    norm = expected.norm()
-    return float((got.double() - expected).norm() / norm) if norm > 0 else float(got.norm())
-
-
-def require_correct(name: str, got: Tensor, expected: Tensor, limit: float) -> float:
-    """The relative error of ``got``, if it is finite and at most ``limit``.
-
-    Raises:
-        WrongResultError: it is not. There is nothing to time then.
-    """
-    error = relative_error(got, expected)
-    if not error <= limit:  # NaN too
-        raise WrongResultError(
-            f"{name}: relative error {error:.2e} is above {limit:.2e}: not timed"
-        )
-    return error
 
 
 def machine_info(device: torch.device | str = "cpu") -> dict[str, Any]:

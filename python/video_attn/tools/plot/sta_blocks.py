@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..layout import Triple, VideoLayout
-from . import plot_style as style
-from .options import file_ending_in
+from ...layout import Triple, VideoLayout
+from ..options import file_ending_in
+from . import style
 from .token_maps import (
     TokenMap,
     add_window_arguments,

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import problem_of
-from ..registry import Problem, forced_backend, select, why_not
-from .bench import Timing, relative_error, time_interleaved
-from .demo_patterns import PATTERNS, Call, Settings, block_weights, kept_weight
+from ...ops import problem_of
+from ...registry import Problem, forced_backend, select, why_not
+from ..bench import Timing, relative_error, time_interleaved
+from .patterns import PATTERNS, Call, Settings, block_weights, kept_weight
 from .tokens import Tokens
 
 Advance = Callable[[int, int, str], None]  # told the steps done, all steps, and what comes next

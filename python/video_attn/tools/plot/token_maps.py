@@ -8,10 +8,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..layout import Triple, VideoLayout
-from ..patterns.sliding_tile import sliding_tile_mask
-from . import UsageError
-from .options import sizes
+from ...layout import Triple, VideoLayout
+from ...patterns.sliding_tile import sliding_tile_mask
+from .. import UsageError
+from ..options import sizes
 
 MAX_TOKENS = 4096
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..device import device_info
-from .bench import Record, Result, write_record
-from .demo_measure import Measured, Outcome
-from .demo_patterns import Settings
+from ...device import device_info
+from ..bench import Record, Result, write_record
+from ..video import Clip, write_clip
+from .measure import Measured, Outcome
+from .patterns import Settings
 from .tokens import Tokens, clip_of
-from .video import Clip, write_clip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +120,7 @@ class Drawing(NamedTuple):
 
 def draw_maps(tokens: Tokens, outcome: Outcome) -> Drawing:
     """The picture: what dense attention looks at, what patterns keep of it, what comes out."""
-    from . import plot_style as style
+    from ..plot import style
 
     shown = [outcome.baseline, *outcome.sparse]
     side, gap, bottom = 3.45, 0.35, 0.55  # inches
@@ -153,7 +153,7 @@ def _draw_map(axes: Axes, measured: Measured, dense_weights: Tensor) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    from . import plot_style as style
+    from ..plot import style
 
     weights = dense_weights if measured.weights is None else measured.weights
     image = weights[0].numpy()  # the first head

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..layout import Triple
-from . import UsageError, demo_report
-from .demo_measure import Outcome, compare
-from .demo_patterns import Settings
-from .options import positive_float, positive_int, share, sizes
+from ...layout import Triple
+from .. import UsageError
+from ..options import positive_float, positive_int, share, sizes
+from ..video import Clip, pan_and_zoom, photograph, read_clip
+from . import report
+from .measure import Outcome, compare
+from .patterns import Settings
 from .tokens import PATCH, Tokens, tokens_of
-from .video import Clip, pan_and_zoom, photograph, read_clip
 
 
 class _Scale(NamedTuple):
@@ -104,11 +105,11 @@ def run(args: argparse.Namespace) -> int:
     clip = _clip(args, frames, size)
     tokens = tokens_of(clip, device, getattr(torch, args.dtype or scale.dtype))
     settings = Settings(args.tile or scale.tile, args.window, args.top_k_ratio)
-    console.print(demo_report.opening(clip, tokens, settings, _source(args)))
-    with demo_report.progress_bar(console) as advance:
+    console.print(report.opening(clip, tokens, settings, _source(args)))
+    with report.progress_bar(console) as advance:
         outcome = compare(tokens, settings, args.repeats, advance)
-    console.print(demo_report.table(outcome))
-    for line in demo_report.explanations(outcome):
+    console.print(report.table(outcome))
+    for line in report.explanations(outcome):
         console.print(line, style="dim", highlight=False)
     _write(args.out, clip, tokens, outcome, fps=frames / args.seconds, console=console)
     return 0
@@ -143,12 +144,12 @@ def _write(
         ),
         "comparison.mp4": (
             "the clip, and what comes out of attention: dense and sparse",
-            lambda path: demo_report.write_comparison(path, clip, tokens, outcome, fps),
+            lambda path: report.write_comparison(path, clip, tokens, outcome, fps),
         ),
-        "clip.mp4": ("the clip", lambda path: demo_report.write_clip(path, clip, fps)),
+        "clip.mp4": ("the clip", lambda path: report.write_clip(path, clip, fps)),
         "results.json": (
             "the table, with machine and versions",
-            lambda path: demo_report.write_results(path, tokens, outcome),
+            lambda path: report.write_results(path, tokens, outcome),
         ),
     }
     for name, (what, write) in files.items():
@@ -157,6 +158,6 @@ def _write(
 
 
 def _save_maps(path: Path, tokens: Tokens, outcome: Outcome) -> None:
-    from . import plot_style as style
+    from ..plot import style
 
-    style.save([style.pixels(demo_report.draw_maps(tokens, outcome).figure)], path, fps=1)
+    style.save([style.pixels(report.draw_maps(tokens, outcome).figure)], path, fps=1)

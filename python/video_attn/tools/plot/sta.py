@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ..layout import Triple, VideoLayout
-from . import plot_style as style
-from .options import file_ending_in, positive_float
+from ...layout import Triple, VideoLayout
+from ..options import file_ending_in, positive_float
+from . import style
 from .token_maps import (
     TokenMap,
     add_window_arguments,

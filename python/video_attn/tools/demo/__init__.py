@@ -1,0 +1,1 @@
+"""``video-attn demo``: dense and sparse attention on the tokens of a real video clip."""

@@ -1,0 +1,1 @@
+"""``video-attn plot NAME``: pictures of the patterns."""
