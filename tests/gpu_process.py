@@ -85,7 +85,8 @@ class GpuProcesses:
             str(self._config.inipath or ""),
         ]  # fmt: skip
         self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env={**os.environ, CHILD: "1", "PYTEST_ADDOPTS": ""},
+            command, pass_fds=[theirs.fileno()],
+            env={**os.environ, CHILD: "1", "PYTEST_ADDOPTS": ""},
             stdout=subprocess.DEVNULL, cwd=self._config.rootpath,
         )  # fmt: skip
         self._starting = True
