@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from video_attn import BlockMask, VideoLayout, attention, sliding_tile_mask, video_sparse
-from video_attn.ops import problem_of
+from video_attn.calls import problem_of
 from video_attn.patterns.radial import RadialRule, radial_mask
 from video_attn.registry import select
 from video_attn.tools.bench import (

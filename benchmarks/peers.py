@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from video_attn import BlockMask, attention
-from video_attn.ops import problem_of
+from video_attn.calls import problem_of
 from video_attn.registry import backends, select
 from video_attn.tools.bench import Result, Timing, require_correct, time_interleaved
 

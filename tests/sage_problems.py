@@ -11,6 +11,8 @@ from torch import Tensor
 
 from video_attn import BlockMask
 from video_attn.backends import cuda_sage
+from video_attn.backends.cuda_sage import SageCodes
+from video_attn.calls import ForwardCall
 from video_attn.quantize import QuantizationOptions
 from video_attn.quantized_reference import TilePlan, attend, plan_tiles
 
@@ -41,9 +43,26 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, **changes: Any) -> Any:
     """(out, lse) of the kernels."""
-    arguments = {"precision": "sage_fp8", "is_causal": False, "scale": q.shape[3] ** -0.5}
-    options = changes.pop("options", QuantizationOptions())
-    return cuda_sage._forward(q, k, v, mask, **(arguments | changes), quantization=options)
+    return cuda_sage._forward(forward_call(q, k, v, mask, **changes))
+
+
+def forward_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None = None,
+    *,
+    options: QuantizationOptions | None = None,
+    **changes: Any,
+) -> ForwardCall:
+    """A call in "sage_fp8" with the default scale and options, but for ``changes``."""
+    fields = {"precision": "sage_fp8", "scale": q.shape[3] ** -0.5} | changes
+    return ForwardCall(q, k, v, mask, quantization=options or QuantizationOptions(), **fields)
+
+
+def make_codes(*tensors: Any, **changes: Any) -> SageCodes:
+    """The codes of :func:`forward_call` by the kernels."""
+    return cuda_sage.quantize(forward_call(*tensors, **changes))
 
 
 def check(
@@ -61,7 +80,7 @@ def check(
     The warpgroup kernel takes two tiles at a time, whose scores share one maximum.
     """
     scale = 0.7 * q.shape[3] ** -0.5
-    codes = cuda_sage.quantize(q, k, v, mask, scale=scale, precision=precision, options=options)
+    codes = make_codes(q, k, v, mask, scale=scale, precision=precision, options=options)
     plan = plan_tiles(mask, q.shape[2], k.shape[2], q.device)
     inputs = inputs_of(codes, options, plan, (q.shape[3], v.shape[3]))
     by_warpgroups = sage_emulation.capability() == 90 and options.pv_accumulation == "fp32"

@@ -12,7 +12,7 @@ from conftest import HAS_GPU
 from oracle import check_against_oracle
 from problems import Problem, random_problems, require_backend, run_attention
 
-from video_attn.ops import problem_of
+from video_attn.calls import problem_of
 from video_attn.registry import backends, select
 
 CPU_PROBLEMS = random_problems(

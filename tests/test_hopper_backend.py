@@ -24,8 +24,7 @@ from video_attn.registry import Problem, select, why_not
 GOOD = Problem("forward", "cuda", "sm_90", torch.bfloat16, 128, 128, 64, 64)
 SERVED: list[dict[str, Any]] = [
     {},
-    {"direction": "backward", "deterministic": True},
-    {"dtype": torch.float16, "gqa": True},
+    {"direction": "backward", "dtype": torch.float16},
     {"q_block_size": None, "kv_block_size": None},
     *({"q_block_size": n, "kv_block_size": m} for n, m in ((128, 128), (384, 128), (192, 320))),
     *({"head_dim": n, "head_dim_v": n} for n in (8, 40, 64, 72, 120)),

@@ -18,6 +18,7 @@ from problems import Built, Problem, random_problems
 
 from video_attn import BlockMask
 from video_attn.backends import hopper
+from video_attn.calls import BackwardCall, ForwardCall
 
 pytestmark = pytest.mark.skipif(
     hopper_emulation.missing() is not None, reason=f"host emulation: {hopper_emulation.missing()}"
@@ -61,12 +62,12 @@ def run_backend(built: Built, deterministic: bool = False) -> Result:
     if built.kernel_options.get("layout") == "bshd":
         q, k, v, grad_out = (x.transpose(1, 2) for x in (q, k, v, grad_out))
     scale = built.scale or q.shape[3] ** -0.5
-    out, lse = hopper._forward(
-        q, k, v, built.mask, scale=scale, is_causal=False, precision="native"
-    )
+    out, lse = hopper._forward(ForwardCall(q, k, v, built.mask, scale))
     grads = hopper._backward(
-        grad_out, grad_lse if built.problem.with_lse_grad else None, q, k, v, out, lse, built.mask,
-        scale=scale, is_causal=False, deterministic=deterministic,
+        BackwardCall(
+            grad_out, grad_lse if built.problem.with_lse_grad else None, q, k, v, out, lse,
+            built.mask, scale, deterministic=deterministic,
+        )
     )  # fmt: skip
     return Result(out, lse, *grads)
 
@@ -110,9 +111,7 @@ def test_lists_far_longer_than_the_ring(lengths, head_dim, density):
     scale = head_dim**-0.5
     for order in ORDERS:
         with hopper_emulation.options(*order):
-            out, lse = hopper._forward(
-                *built.kernel_inputs, built.mask, scale=scale, is_causal=False, precision="native"
-            )
+            out, lse = hopper._forward(ForwardCall(*built.kernel_inputs, built.mask, scale))
         check_against_oracle(Result(out, lse, None, None, None), built, str(problem))
 
 
@@ -150,10 +149,8 @@ def test_rows_and_keys_that_nobody_sees(block):
     rows, keys = slice(block, 2 * block), slice(2 * block, 3 * block)
     for x, seen in ((q, rows), (k, keys), (v, keys), (grad_out, rows)):
         x[:, :, seen] = torch.randn(1, 1, block, 64).bfloat16()
-    out, lse = hopper._forward(q, k, v, mask, scale=0.125, is_causal=False, precision="native")
-    dq, dk, dv = hopper._backward(
-        grad_out, None, q, k, v, out, lse, mask, scale=0.125, is_causal=False, deterministic=False
-    )
+    out, lse = hopper._forward(ForwardCall(q, k, v, mask, 0.125))
+    dq, dk, dv = hopper._backward(BackwardCall(grad_out, None, q, k, v, out, lse, mask, 0.125))
     for x, seen in ((out, rows), (dq, rows), (dk, keys), (dv, keys)):
         assert x[:, :, seen].isfinite().all() and x[:, :, seen].abs().amax() > 0
         x[:, :, seen] = 0
@@ -165,7 +162,7 @@ def test_rows_and_keys_that_nobody_sees(block):
 @pytest.mark.parametrize("scale", [0.0, -0.3, 4.0])
 def test_any_scale(scale):
     q, k, v = (torch.randn(1, 1, 100, 64).bfloat16() for _ in range(3))
-    out, lse = hopper._forward(q, k, v, None, scale=scale, is_causal=False, precision="native")
+    out, lse = hopper._forward(ForwardCall(q, k, v, None, scale))
     scores = q.double() @ k.double().mT * scale
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-3, rtol=1e-4)
     expected = scores.softmax(-1) @ v.double()

@@ -13,7 +13,7 @@ from problems import HEAD_DIMS, MEMORIES, Built, Problem, random_problems, run_a
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from video_attn.backends.outputs import empty_like_heads
+from video_attn.calls import empty_like_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

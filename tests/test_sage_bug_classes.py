@@ -23,10 +23,9 @@ import pytest
 import sage_emulation
 import torch
 from build_plan import ROOT
-from sage_problems import SUMS, qkv, random_mask, relative_error, run
+from sage_problems import SUMS, make_codes, qkv, random_mask, relative_error, run
 
 from video_attn import attention
-from video_attn.backends import cuda_sage
 from video_attn.quantize import QUANTIZED_PRECISIONS, QuantizationOptions
 
 needs_emulation = pytest.mark.skipif(
@@ -93,7 +92,7 @@ def test_every_option_changes_something(precision, kernel):
 def test_every_argument_of_the_operator_changes_something(kernel):
     q, k, v = qkv((128, 192))
     options = QuantizationOptions(smooth_v=True)
-    codes = cuda_sage.quantize(q, k, v, None, scale=0.1, precision="sage_fp8", options=options)
+    codes = make_codes(q, k, v, None, scale=0.1, precision="sage_fp8", options=options)
     mask = random_mask((64, 64), (128, 192))
 
     def lens(*values: int) -> torch.Tensor:

@@ -14,7 +14,17 @@ import oracle
 import pytest
 import sage_emulation
 import torch
-from sage_problems import GRANULARITIES, SUMS, check, normal, qkv, random_mask, relative_error, run
+from sage_problems import (
+    GRANULARITIES,
+    SUMS,
+    check,
+    make_codes,
+    normal,
+    qkv,
+    random_mask,
+    relative_error,
+    run,
+)
 from torch import Tensor
 
 from video_attn import BlockMask
@@ -169,7 +179,7 @@ def test_offsets_beyond_32_bits():
 
     far = [spread(x) for x in (q, k, v)]
     expected, expected_lse = run(q, k, v)
-    codes = cuda_sage.quantize(
+    codes = make_codes(
         *far, None, scale=64**-0.5, precision="sage_fp8", options=QuantizationOptions()
     )
     out, lse = spread(q), torch.empty(1, 1, 3)
@@ -292,7 +302,7 @@ def test_the_launcher_refuses_what_a_device_lacks(capability, precision, message
 
 def test_the_binding_refuses_what_does_not_fit():
     q, k, v = qkv()
-    codes = cuda_sage.quantize(
+    codes = make_codes(
         q, k, v, None, scale=1.0, precision="sage_fp8", options=QuantizationOptions()
     )
     out, lse = torch.empty(1, 2, 100, 64), torch.empty(1, 2, 100)
@@ -336,6 +346,6 @@ def test_opcheck(name):
         workspace = torch.empty(64 * (8 + 2))
         arguments = (q, k, v, None, None, 0, 0, 0.1, 512.0, *codes, workspace)
     else:
-        codes = cuda_sage.quantize(q, k, v, None, scale=0.1, precision="sage_fp16", options=options)
+        codes = make_codes(q, k, v, None, scale=0.1, precision="sage_fp16", options=options)
         arguments = (*codes, *arguments[len(codes) :])
     torch.library.opcheck(getattr(torch.ops.video_attn, name), arguments)

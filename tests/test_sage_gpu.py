@@ -13,7 +13,7 @@ import torch
 from conftest import HAS_GPU
 from far_memory import far_view
 from sage_codes import inputs_of
-from sage_problems import SUMS, qkv, random_mask, relative_error, walked_tiles
+from sage_problems import SUMS, make_codes, qkv, random_mask, relative_error, walked_tiles
 from torch import Tensor
 
 from video_attn import BlockMask, attention
@@ -59,7 +59,7 @@ def check(
     scale = q.shape[3] ** -0.5
     on_gpu = [x.cuda() for x in (q, k, v)]
     gpu_mask = None if mask is None else mask.to("cuda")
-    codes = cuda_sage.quantize(*on_gpu, gpu_mask, scale=scale, precision=precision, options=options)
+    codes = make_codes(*on_gpu, gpu_mask, scale=scale, precision=precision, options=options)
     out, lse = (
         x.cpu()
         for x in run(

@@ -10,10 +10,9 @@ import pytest
 import sage_emulation
 import torch
 from sage_codes import inputs_of, plain_tokens, plain_values
-from sage_problems import GRANULARITIES, qkv
+from sage_problems import GRANULARITIES, make_codes, qkv
 
 from video_attn import BlockMask
-from video_attn.backends import cuda_sage
 from video_attn.quantize import QUANTIZED_PRECISIONS, QuantizationOptions, quantize_inputs
 from video_attn.quantized_reference import plan_tiles
 
@@ -47,7 +46,7 @@ def test_codes_and_scales_are_those_of_the_definition(dims, dtype, precision, gr
     options = QuantizationOptions(granularity=granularity, smooth_v=True)
     plan = plan_tiles(mask, 150, 200, q.device)
     got = inputs_of(
-        cuda_sage.quantize(q, k, v, mask, scale=0.2, precision=precision, options=options),
+        make_codes(q, k, v, mask, scale=0.2, precision=precision, options=options),
         options, plan, dims,
     )  # fmt: skip
     expected = quantize_inputs(
@@ -68,9 +67,7 @@ def test_codes_and_scales_are_those_of_the_definition(dims, dtype, precision, gr
 @pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
 def test_padding_of_codes_is_zero(precision):
     q, k, v = qkv((70, 65), (1, 1), (40, 50))
-    codes = cuda_sage.quantize(
-        q, k, v, None, scale=1.0, precision=precision, options=QuantizationOptions()
-    )
+    codes = make_codes(q, k, v, None, scale=1.0, precision=precision, options=QuantizationOptions())
     for rows, length, dim in (
         (plain_tokens(codes.q), 70, 40),
         (plain_tokens(codes.k), 65, 40),

@@ -327,7 +327,7 @@ def refusal(monkeypatch, interpret: str | None, **changes) -> str | None:
 def test_serves_every_chip(arch, monkeypatch):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert refusal(monkeypatch, None, arch=arch, dtype=dtype) is None
-    assert refusal(monkeypatch, None, arch=arch, head_dim=1, head_dim_v=256, gqa=True) is None
+    assert refusal(monkeypatch, None, arch=arch, head_dim=1, head_dim_v=256) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ tokens per slot, valid tokens first.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,34 @@ def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     target = torch.where(position < counts[..., None], indices, columns).long()
     keep = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=counts.device)
     return keep.scatter_(-1, target, True)[..., :columns]
+
+
+class MaskArguments(NamedTuple):
+    """A mask, or its absence, as the plain values that operators take; see :class:`BlockMask`."""
+
+    kv_num_blocks: Tensor | None = None
+    kv_indices: Tensor | None = None
+    q_num_blocks: Tensor | None = None
+    q_indices: Tensor | None = None
+    q_block_lens: Tensor | None = None
+    kv_block_lens: Tensor | None = None
+    q_block_size: int = 0
+    kv_block_size: int = 0
+
+    @property
+    def lists(self) -> tuple[Tensor | None, Tensor | None]:
+        """Key blocks of every query block: how many, and which."""
+        return self.kv_num_blocks, self.kv_indices
+
+    @property
+    def transposed_lists(self) -> tuple[Tensor | None, Tensor | None]:
+        """Query blocks of every key block: how many, and which."""
+        return self.q_num_blocks, self.q_indices
+
+    @property
+    def slots(self) -> tuple[Tensor | None, Tensor | None, int, int]:
+        """Valid tokens of the blocks, and their sizes, of queries and of keys."""
+        return self.q_block_lens, self.kv_block_lens, self.q_block_size, self.kv_block_size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,6 +222,42 @@ class BlockMask:
         from .flex_interop import to_flex
 
         return to_flex(self)
+
+    def as_arguments(self, transposed: bool = False) -> MaskArguments:
+        """The mask as operators take it; ``transposed``: with the lists of :meth:`transposed`.
+
+        Lengths are contiguous, because they may be a part of longer ones.
+        """
+        q_num_blocks, q_indices = self.transposed() if transposed else (None, None)
+        q_lens, kv_lens = self.q_block_lens, self.kv_block_lens
+        return MaskArguments(
+            self.kv_num_blocks, self.kv_indices, q_num_blocks, q_indices,
+            None if q_lens is None else q_lens.contiguous(),
+            None if kv_lens is None else kv_lens.contiguous(),
+            self.q_block_size, self.kv_block_size,
+        )  # fmt: skip
+
+    @classmethod
+    def from_arguments(cls, arguments: MaskArguments, q_len: int, kv_len: int) -> BlockMask | None:
+        """What :meth:`as_arguments` was made of, unchecked; None for those of no mask."""
+        if arguments.kv_num_blocks is None:
+            return None
+        mask: BlockMask = object.__new__(cls)
+        counts, indices = arguments.transposed_lists
+        transpose = None if counts is None else (counts, indices)
+        for name, value in (
+            ("kv_num_blocks", arguments.kv_num_blocks),
+            ("kv_indices", arguments.kv_indices),
+            ("q_block_size", arguments.q_block_size),
+            ("kv_block_size", arguments.kv_block_size),
+            ("q_len", q_len),
+            ("kv_len", kv_len),
+            ("q_block_lens", arguments.q_block_lens),
+            ("kv_block_lens", arguments.kv_block_lens),
+            ("_transpose", transpose),
+        ):
+            object.__setattr__(mask, name, value)
+        return mask
 
     @property
     def num_q_blocks(self) -> int:
@@ -366,6 +430,11 @@ class BlockMask:
         if self.device.type == "cpu":  # on a GPU a density would stop the stream
             text += f", density {self.density():.4f}"
         return text + ")"
+
+
+def mask_arguments(mask: BlockMask | None, transposed: bool = False) -> MaskArguments:
+    """:meth:`BlockMask.as_arguments`, and no arguments for no mask."""
+    return MaskArguments() if mask is None else mask.as_arguments(transposed)
 
 
 def _check_size(name: str, value: object) -> None:

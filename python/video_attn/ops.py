@@ -7,18 +7,17 @@ and backward may run on different backends.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends as _backends  # noqa: F401  fills the registry
-from .backends.outputs import empty_like_heads, empty_lse
-from .block_mask import BlockMask
-from .device import device_info
-from .quantize import QuantizationOptions, parse_recipe
-from .registry import Problem, select
+from .block_mask import BlockMask, MaskArguments
+from .calls import BackwardCall, ForwardCall, empty_like_heads, empty_lse
+from .quantize import parse_recipe
+from .registry import select
 
 library = torch.library.Library("video_attn", "DEF")
 
@@ -28,7 +27,7 @@ _MASK = (
 )
 library.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, bool is_causal, "
-    "str precision, bool deterministic, str? backend) -> (Tensor out, Tensor lse)"
+    "str recipe, bool deterministic, str? backend) -> (Tensor out, Tensor lse)"
 )
 library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
@@ -37,60 +36,60 @@ library.define(
 )
 
 
-def _mask(q: Tensor, k: Tensor, lists: tuple) -> BlockMask | None:
-    """The BlockMask of an operator's mask arguments (those of ``_MASK``)."""
-    kv_num, kv_indices, q_num, q_indices, q_lens, kv_lens, q_size, kv_size = lists
-    if kv_num is None:
-        return None
-    transpose = None if q_num is None else (q_num, q_indices)
-    return BlockMask(
-        kv_num, kv_indices, q_size, kv_size, q.shape[2], k.shape[2], q_lens, kv_lens, transpose
-    )
+class _ForwardOptions(NamedTuple):
+    """What follows the mask in the arguments of ``attention_forward``."""
+
+    scale: float
+    is_causal: bool
+    recipe: str  # the precision and its options: quantize.recipe_text
+    deterministic: bool  # of the backward pass
+    backend: str | None
 
 
-def problem_of(
-    direction: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    is_causal: bool = False,
-    precision: str = "native",
-    quantization: QuantizationOptions | None = None,
-    deterministic: bool = False,
-) -> Problem:
-    """The Problem that a call with these tensors poses to the registry."""
-    sizes = (None, None) if mask is None else (mask.q_block_size, mask.kv_block_size)
-    gqa = q.shape[1] != k.shape[1]
-    return _problem(
-        direction, q.device, q.dtype, q.shape[3], v.shape[3], *sizes,
-        is_causal, precision, quantization, gqa, deterministic,
+class _BackwardOptions(NamedTuple):
+    """What follows the mask in the arguments of ``attention_backward``."""
+
+    scale: float
+    is_causal: bool
+    deterministic: bool
+    backend: str | None
+
+
+def _split(arguments: Sequence[Any], options: type[Any]) -> tuple[MaskArguments, Any]:
+    """The arguments of an operator after its tensors: a mask's, and those of ``options``."""
+    fields = len(MaskArguments._fields)
+    return MaskArguments(*arguments[:fields]), options(*arguments[fields:])
+
+
+def run_forward(call: ForwardCall, backend: str | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the backend that is asked for, or by the best."""
+    if 0 in (*call.q.shape[:3], call.k.shape[2]):
+        out, lse = call.empty_results()
+        return out.zero_(), lse.fill_(-torch.inf)
+    return select(call.problem, backend).forward(call)
+
+
+def run_backward(call: BackwardCall, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) by the backend that is asked for, or by the best."""
+    if 0 in (*call.q.shape[:3], call.k.shape[2]):
+        dq, dk, dv = call.empty_results()
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    run = select(call.problem, backend).backward
+    assert run is not None  # select() refuses a backend without one
+    return run(call)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    mask, options = _split(arguments, _ForwardOptions)
+    precision, quantization = parse_recipe(options.recipe)
+    call = ForwardCall(
+        q, k, v, BlockMask.from_arguments(mask, q.shape[2], k.shape[2]),
+        options.scale, options.is_causal, precision, quantization,
     )  # fmt: skip
+    return run_forward(call, options.backend)
 
 
-@lru_cache(maxsize=1024)
-def _problem(direction: str, device: torch.device, *fields: Any) -> Problem:
-    """Kept, because it is made in every call; ``fields`` are those of Problem after ``arch``."""
-    return Problem(direction, device.type, device_info(device).arch, *fields)  # type: ignore[arg-type]
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *lists, scale, is_causal, recipe, _, backend = args
-    mask = _mask(q, k, tuple(lists))
-    if q.shape[2] == 0 or k.shape[2] == 0 or q.shape[0] * q.shape[1] == 0:
-        return empty_like_heads(q, v.shape[3]).zero_(), empty_lse(q).fill_(-torch.inf)
-    precision, quantization = parse_recipe(recipe)
-    problem = problem_of(
-        "forward", q, k, v, mask,
-        is_causal=is_causal, precision=precision, quantization=quantization,
-    )  # fmt: skip
-    run = select(problem, backend).forward
-    options = {} if quantization is None else {"quantization": quantization}
-    return run(q, k, v, mask, scale=scale, is_causal=is_causal, precision=precision, **options)
-
-
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return empty_like_heads(q, v.shape[3]), empty_lse(q)
 
 
@@ -102,50 +101,48 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *args: Any,
-) -> tuple[Tensor, ...]:
-    *lists, scale, is_causal, deterministic, backend = args
-    mask = _mask(q, k, tuple(lists))
-    if q.shape[2] == 0 or k.shape[2] == 0 or q.shape[0] * q.shape[1] == 0:
-        return tuple(empty_like_heads(x, x.shape[3]).zero_() for x in (q, k, v))
-    problem = problem_of(
-        "backward", q, k, v, mask, is_causal=is_causal, deterministic=deterministic
-    )
-    run: Any = select(problem, backend).backward  # select() refuses a backend without one
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask, options = _split(arguments, _BackwardOptions)
     if grad_out.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes
         grad_out = grad_out.contiguous()
-    return run(
-        grad_out, grad_lse, q, k, v, out, lse, mask,
-        scale=scale, is_causal=is_causal, deterministic=deterministic,
+    call = BackwardCall(
+        grad_out, grad_lse, q, k, v, out, lse,
+        BlockMask.from_arguments(mask, q.shape[2], k.shape[2]),
+        options.scale, options.is_causal, options.deterministic,
     )  # fmt: skip
+    return run_backward(call, options.backend)
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     return tuple(empty_like_heads(x, x.shape[3]) for x in (q, k, v))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *lists = inputs[:11]
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, *lists[:6])
-    ctx.block_sizes = inputs[9:11]
-    ctx.scale, ctx.is_causal, precision, ctx.deterministic, ctx.backend = inputs[11:]
-    if precision != "native":
+    q, k, v, *arguments = inputs
+    mask, ctx.options = _split(arguments, _ForwardOptions)
+    ctx.block_sizes = mask.q_block_size, mask.kv_block_size
+    ctx.save_for_backward(
+        q, k, v, *output, *mask.lists, *mask.transposed_lists, mask.q_block_lens, mask.kv_block_lens
+    )
+    if ctx.options.recipe != "native":
         raise ValueError(
-            f"precision {precision!r} has no backward pass: its rounding has no gradient. Use "
-            "precision='native' for training, or call it under torch.no_grad()"
+            f"precision {ctx.options.recipe!r} has no backward pass: its rounding has no gradient. "
+            "Use precision='native' for training, or call it under torch.no_grad()"
         )
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *lists = ctx.saved_tensors
+    options = ctx.options
     grads = torch.ops.video_attn.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.block_sizes,
-        ctx.scale, ctx.is_causal, ctx.deterministic, ctx.backend,
+        options.scale, options.is_causal, options.deterministic, options.backend,
     )  # fmt: skip
-    return *grads, *[None] * 13
+    rest = len(MaskArguments._fields) + len(_ForwardOptions._fields)
+    return *grads, *[None] * rest
 
 
 def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,16 +15,22 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
+from .device import device_info
 from .quantize import QUANTIZED_PRECISIONS, QuantizationOptions
+
+if TYPE_CHECKING:
+    from .calls import BackwardCall, ForwardCall
 
 logger = logging.getLogger("video_attn")
 
 BACKEND_VARIABLE = "VIDEO_ATTN_BACKEND"
 PRECISIONS = ("native", *QUANTIZED_PRECISIONS)
+Direction = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,10 @@ class Problem:
         dtype: of q, k and v. head_dim: of q and k. head_dim_v: of v.
         q_block_size, kv_block_size: of the mask; None for dense attention.
         is_causal: dense causal attention. precision: one of ``PRECISIONS``.
-        quantization: the options of a quantized precision; None for "native".
-        gqa: several query heads share a key head. deterministic: bitwise repeatable gradients are
-            asked for.
+        quantization: the options of a quantized precision; None for "native", and for the defaults.
     """
 
-    direction: Literal["forward", "backward"]
+    direction: Direction
     device_type: str
     arch: str
     dtype: torch.dtype
@@ -53,12 +57,39 @@ class Problem:
     is_causal: bool = False
     precision: str = "native"
     quantization: QuantizationOptions | None = None
-    gqa: bool = False
-    deterministic: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        direction: Direction,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        head_dim_v: int,
+        q_block_size: int | None = None,
+        kv_block_size: int | None = None,
+        is_causal: bool = False,
+        precision: str = "native",
+        quantization: QuantizationOptions | None = None,
+    ) -> Problem:
+        """The problem of these plain values on ``device``, whose type and architecture it looks up.
+
+        Kept: every call asks for one.
+        """
+        return _problem(
+            direction, device, dtype, head_dim, head_dim_v, q_block_size, kv_block_size,
+            is_causal, precision, quantization,
+        )  # fmt: skip
 
     @property
     def is_sparse(self) -> bool:
         return self.kv_block_size is not None
+
+
+@lru_cache(maxsize=1024)
+def _problem(direction: Direction, device: torch.device, *fields: Any) -> Problem:
+    info = device_info(device)
+    return Problem(direction, info.type, info.arch, *fields)
 
 
 @dataclass(frozen=True)
@@ -71,10 +102,9 @@ class Backend:
             why not.
         supports: None when it can serve the problem, else one sentence with the value and the
             limit.
-        forward: ``(q, k, v, mask, *, scale, is_causal, precision) -> (out, lse)``, and
-            ``quantization=`` too, with the options, when the precision is a quantized one.
-        backward: ``(grad_out, grad_lse, q, k, v, out, lse, mask, *, scale, is_causal,
-            deterministic) -> (dq, dk, dv)``, or None for a backend without one.
+        forward: what runs a :class:`~video_attn.calls.ForwardCall`; returns (out, lse).
+        backward: what runs a :class:`~video_attn.calls.BackwardCall`; returns (dq, dk, dv). None
+            for a backend without a backward pass.
         built: for a backend of several components, None when the one that serves the problem is
             here, else one sentence that says how to build it.
     """
@@ -83,8 +113,8 @@ class Backend:
     priority: int
     available: Callable[[], str | None]
     supports: Callable[[Problem], str | None]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
+    forward: Callable[[ForwardCall], tuple[Tensor, Tensor]]
+    backward: Callable[[BackwardCall], tuple[Tensor, Tensor, Tensor]] | None = None
     built: Callable[[Problem], str | None] | None = None
 
     def refusal(self, problem: Problem) -> str | None:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..block_mask import BlockMask
-from ..quantize import QuantizationOptions
+from ..block_mask import mask_arguments
+from ..calls import BackwardCall, ForwardCall
 from ..registry import Backend, Problem, register
 from . import cpu_quantized
-from .outputs import empty_like_heads, empty_lse
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,58 +58,26 @@ def _supports(problem: Problem) -> str | None:
     return cpu_quantized.refuse(problem)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    precision: str,
-    quantization: QuantizationOptions | None = None,
-) -> tuple[Tensor, Tensor]:
-    if quantization is not None:
-        return cpu_quantized.forward(
-            q, k, v, mask,
-            scale=scale, is_causal=is_causal, precision=precision, quantization=quantization,
-        )  # fmt: skip
-    out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
-    lists = (None, None) if mask is None else (mask.kv_num_blocks, mask.kv_indices)
+def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    if call.quantization is not None:
+        return cpu_quantized.forward(call)
+    out, lse = call.empty_results()
+    mask = mask_arguments(call.mask)
     torch.ops.video_attn.cpu_attention_forward(
-        q, k, v, *lists, *_lens(mask), scale, is_causal, out, lse
+        call.q, call.k, call.v, *mask.lists, *mask.slots, call.scale, call.is_causal, out, lse
     )
     return out, lse
 
 
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     # `deterministic` asks for nothing more: the sums are always made in the same order.
-    dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (q, k, v))
-    lists = (None, None) if mask is None else mask.transposed()
+    dq, dk, dv = call.empty_results()
+    mask = mask_arguments(call.mask, transposed=True)
     torch.ops.video_attn.cpu_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *lists, *_lens(mask), scale, is_causal, dq, dk, dv
-    )
+        call.grad_out, call.grad_lse, call.q, call.k, call.v, call.out, call.lse,
+        *mask.transposed_lists, *mask.slots, call.scale, call.is_causal, dq, dk, dv,
+    )  # fmt: skip
     return dq, dk, dv
-
-
-def _lens(mask: BlockMask | None) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Block lengths and block sizes, as the operators take them."""
-    if mask is None:
-        return None, None, 0, 0
-    return mask.q_block_lens, mask.kv_block_lens, mask.q_block_size, mask.kv_block_size
 
 
 register(

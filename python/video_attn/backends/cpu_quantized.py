@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..block_mask import BlockMask
+from ..block_mask import mask_arguments
+from ..calls import ForwardCall
 from ..quantize import QuantizationOptions
 from ..registry import Problem
-from .outputs import empty_like_heads, empty_lse
 
 _library = torch.library.Library("video_attn", "FRAGMENT")
 _library.define(
@@ -35,28 +35,13 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    precision: str,
-    quantization: QuantizationOptions,
-) -> tuple[Tensor, Tensor]:
+def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     """Attention in a quantized precision: (out, lse)."""
-    out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
-    lists: tuple = (None,) * 4 + (0, 0)
-    if mask is not None:
-        lists = (
-            mask.kv_num_blocks, mask.kv_indices, mask.q_block_lens, mask.kv_block_lens,
-            mask.q_block_size, mask.kv_block_size,
-        )  # fmt: skip
+    out, lse = call.empty_results()
+    mask, options = mask_arguments(call.mask), call.quantization or QuantizationOptions()
     torch.ops.video_attn.cpu_quantized_forward(
-        q, k, v, *lists, scale, is_causal, precision, quantization.granularity,
-        quantization.smooth_k, quantization.smooth_q, quantization.hadamard,
-        quantization.smooth_v, out, lse,
+        call.q, call.k, call.v, *mask.lists, *mask.slots, call.scale, call.is_causal,
+        call.precision, options.granularity, options.smooth_k, options.smooth_q, options.hadamard,
+        options.smooth_v, out, lse,
     )  # fmt: skip
     return out, lse

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..block_mask import BlockMask
+from ..block_mask import mask_arguments
+from ..calls import ForwardCall
 from ..quantize import TILE, QuantizationOptions, v_limit
 from ..registry import Backend, Problem, register
-from .outputs import empty_like_heads, empty_lse
 
 MAX_HEAD_DIM = 128
 _CHUNK_TILES = 8  # kChunkTiles of csrc/sage/quantize_kernel.h
@@ -90,34 +90,20 @@ def allocate_codes(
     )
 
 
-def quantize(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    precision: str,
-    options: QuantizationOptions,
-) -> SageCodes:
-    """Codes and scales of q, k, v [B, H, S, D]; the mask gives the valid lengths."""
-    codes = allocate_codes(q, k, v, precision, options)
+def quantize(call: ForwardCall) -> SageCodes:
+    """Codes and scales of the call's q, k, v [B, H, S, D]; the mask gives the valid lengths."""
+    options = call.quantization or QuantizationOptions()
+    codes = allocate_codes(call.q, call.k, call.v, call.precision, options)
     batch, kv_heads, kv_tiles = codes.k.shape[:3]
     chunks = -(-kv_tiles // _CHUNK_TILES)
     floats = batch * kv_heads * codes.k.shape[4] * (8 * chunks + 2)
-    workspace = torch.empty(floats, dtype=torch.float32, device=q.device)
-    limit = v_limit(precision, options.pv_accumulation, torch.float8_e4m3fn)
-    torch.ops.video_attn.sage_quantize(q, k, v, *_lens(mask), scale, limit, *codes, workspace)
-    return codes
-
-
-def _lens(mask: BlockMask | None) -> tuple[Tensor | None, Tensor | None, int, int]:
-    if mask is None:
-        return None, None, 0, 0
-    q_lens, kv_lens = (
-        x if x is None else x.contiguous() for x in (mask.q_block_lens, mask.kv_block_lens)
+    workspace = torch.empty(floats, dtype=torch.float32, device=call.q.device)
+    limit = v_limit(call.precision, options.pv_accumulation, torch.float8_e4m3fn)
+    slots = mask_arguments(call.mask).slots
+    torch.ops.video_attn.sage_quantize(
+        call.q, call.k, call.v, *slots, call.scale, limit, *codes, workspace
     )
-    return q_lens, kv_lens, mask.q_block_size, mask.kv_block_size
+    return codes
 
 
 def _available() -> str | None:
@@ -203,24 +189,15 @@ def _refuse_options(options: QuantizationOptions) -> str | None:
     return None
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    precision: str,
-    quantization: QuantizationOptions,
-) -> tuple[Tensor, Tensor]:
-    codes = quantize(q, k, v, mask, scale=scale, precision=precision, options=quantization)
-    out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
-    lists = (None, None) if mask is None else (mask.kv_num_blocks, mask.kv_indices)
-    half_sums = quantization.pv_accumulation != "fp32"
+def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    codes = quantize(call)
+    out, lse = call.empty_results()
+    mask = mask_arguments(call.mask)
+    half_sums = call.quantization is not None and call.quantization.pv_accumulation != "fp32"
     torch.ops.video_attn.sage_attention(
-        *codes, *lists, *_lens(mask), k.shape[2], scale, is_causal, half_sums, out, lse
-    )
+        *codes, *mask.lists, *mask.slots, call.k.shape[2], call.scale, call.is_causal, half_sums,
+        out, lse,
+    )  # fmt: skip
     return out, lse
 
 

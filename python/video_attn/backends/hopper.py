@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..block_mask import BlockMask
+from ..block_mask import mask_arguments
+from ..calls import BackwardCall, ForwardCall
 from ..registry import Backend, Problem, register
-from .outputs import empty_like_heads, empty_lse
 
 MAX_HEAD_DIM = 128
 FINE_BLOCK = 64  # the block size of component vsa; also what larger ones are a multiple of
@@ -107,62 +107,28 @@ def _refuse_blocks(problem: Problem) -> str | None:
     return None
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
-    operator = _OPERATORS[_mask_grain(mask), "forward"]
-    operator(aligned(q), aligned(k), aligned(v), *_mask_arguments(mask), scale, out, lse)
+def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    out, lse = call.empty_results()
+    mask = mask_arguments(call.mask)
+    operator = _OPERATORS[_grain_of(mask.kv_block_size), "forward"]
+    operator(
+        aligned(call.q), aligned(call.k), aligned(call.v), *mask.lists, *mask.slots, call.scale,
+        out, lse,
+    )  # fmt: skip
     return out, lse
 
 
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (q, k, v))
-    counts, indices, *sides = _mask_arguments(mask)
-    transposed = (None, None) if mask is None else mask.transposed()
-    grad_out, q, k, v, out = (aligned(x) for x in (grad_out, q, k, v, out))
-    grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
-    operator = _OPERATORS[_mask_grain(mask), "backward"]
+def _backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = call.empty_results()
+    mask = mask_arguments(call.mask, transposed=True)
+    grad_out, q, k, v, out = (aligned(x) for x in (call.grad_out, call.q, call.k, call.v, call.out))
+    grad_lse = None if call.grad_lse is None else call.grad_lse.contiguous()
+    operator = _OPERATORS[_grain_of(mask.kv_block_size), "backward"]
     operator(
-        grad_out, grad_lse, q, k, v, out, lse.contiguous(), counts, indices, *transposed,
-        *sides, scale, deterministic, dq, dk, dv,
+        grad_out, grad_lse, q, k, v, out, call.lse.contiguous(), *mask.lists,
+        *mask.transposed_lists, *mask.slots, call.scale, call.deterministic, dq, dk, dv,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def _mask_grain(mask: BlockMask | None) -> str:
-    return _grain_of(None if mask is None else mask.kv_block_size)
-
-
-def _mask_arguments(mask: BlockMask | None) -> tuple:
-    """Lists, block lengths and block sizes, as the operators take them."""
-    if mask is None:
-        return None, None, None, None, 0, 0
-    q_lens, kv_lens = (
-        x if x is None else x.contiguous() for x in (mask.q_block_lens, mask.kv_block_lens)
-    )
-    sizes = (mask.q_block_size, mask.kv_block_size)
-    return mask.kv_num_blocks, mask.kv_indices, q_lens, kv_lens, *sizes
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..calls import BackwardCall, ForwardCall
 from ..device import device_info
-from ..quantize import QuantizationOptions, fp8_dtype
+from ..quantize import fp8_dtype
 from ..quantized_reference import quantized_attention_reference
 from ..registry import Backend, Problem, register
-from .outputs import empty_like_heads, empty_lse
 
 _DENSE_ROWS = 256  # query rows at a time without a mask: bounds the score matrix
 
@@ -43,28 +43,21 @@ def _supports(problem: Problem) -> str | None:
     return None
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    precision: str,
-    quantization: QuantizationOptions | None = None,
-) -> tuple[Tensor, Tensor]:
-    if precision != "native":
-        out, lse = quantized_attention_reference(
-            q, k, v, mask, precision=precision, options=quantization, scale=scale,
-            is_causal=is_causal, fp8=fp8_dtype(device_info(q.device).arch),
+def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
+    out, lse = call.empty_results()
+    if call.precision != "native":
+        values, lse = quantized_attention_reference(
+            q, k, v, call.mask, precision=call.precision, options=call.quantization,
+            scale=call.scale, is_causal=call.is_causal, fp8=fp8_dtype(device_info(q.device).arch),
         )  # fmt: skip
-        return empty_like_heads(q, v.shape[-1]).copy_(out), lse
-    out, lse = empty_like_heads(q, v.shape[-1]).zero_(), empty_lse(q).fill_(-torch.inf)
+        return out.copy_(values), lse
+    out.zero_()
+    lse.fill_(-torch.inf)
     group = q.shape[1] // k.shape[1]
-    for step in _steps(q, k, mask, is_causal):
+    for step in _steps(call):
         b, h = step.batch, step.head
-        scores = _scores(q, k, step, scale, group)
+        scores = _scores(q, k, step, call.scale, group)
         row_lse = scores.logsumexp(-1)
         weights = _weights(scores, row_lse)
         out[b, h, step.rows] = (weights @ v[b, h // group, step.keys].to(scores.dtype)).to(
@@ -74,42 +67,29 @@ def _forward(
     return out, lse
 
 
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, lse, scale = call.q, call.k, call.v, call.lse, call.scale
     wide = lse.dtype
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    sums = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
+    dq, dk, dv = sums
     group = q.shape[1] // k.shape[1]
-    for step in _steps(q, k, mask, is_causal):
+    for step in _steps(call):
         b, h, h_kv = step.batch, step.head, step.head // group
         rows, keys = step.rows, step.keys
         scores = _scores(q, k, step, scale, group)
         weights = _weights(scores, lse[b, h, rows])
-        grad = grad_out[b, h, rows].to(wide)
-        delta = (grad * out[b, h, rows].to(wide)).sum(-1)
-        if grad_lse is not None:
+        grad = call.grad_out[b, h, rows].to(wide)
+        delta = (grad * call.out[b, h, rows].to(wide)).sum(-1)
+        if call.grad_lse is not None:
             # lse depends on the scores by the same weights: d lse / d score = weight.
             delta = delta - torch.where(
-                lse[b, h, rows].isneginf(), 0, grad_lse[b, h, rows].to(wide)
+                lse[b, h, rows].isneginf(), 0, call.grad_lse[b, h, rows].to(wide)
             )
         dv[b, h_kv, keys] += weights.mT @ grad
         dscores = weights * (grad @ v[b, h_kv, keys].to(wide).mT - delta[:, None]) * scale
         dq[b, h, rows] = dscores @ k[b, h_kv, keys].to(wide)
         dk[b, h_kv, keys] += dscores.mT @ q[b, h, rows].to(wide)
-    dq, dk, dv = (
-        empty_like_heads(x, x.shape[-1]).copy_(dx) for x, dx in ((q, dq), (k, dk), (v, dv))
-    )
+    dq, dk, dv = (x.copy_(total) for x, total in zip(call.empty_results(), sums, strict=True))
     return dq, dk, dv
 
 
@@ -126,11 +106,12 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.where(lse.isneginf()[:, None], 0, torch.exp(scores - lse[:, None]))
 
 
-def _steps(q: Tensor, k: Tensor, mask: BlockMask | None, is_causal: bool) -> Iterator[_Step]:
+def _steps(call: ForwardCall | BackwardCall) -> Iterator[_Step]:
+    q, k, mask = call.q, call.k, call.mask
     batches, heads = q.shape[:2]
     for b in range(batches):
         for h in range(heads):
-            steps = _dense_rows(q, k, is_causal) if mask is None else _mask_rows(mask, b, h)
+            steps = _dense_rows(q, k, call.is_causal) if mask is None else _mask_rows(mask, b, h)
             for rows, keys, hidden in steps:
                 yield _Step(b, h, rows, keys, hidden)
 

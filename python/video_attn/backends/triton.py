@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..calls import BackwardCall, ForwardCall
 from ..device import device_info
 from ..kernels.codes import Codes, allocate_codes
 from ..kernels.launch import Launch, Lists, Saved, Side, run_launches
 from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch, unsupported_precision
 from ..quantize import QUANTIZED_PRECISIONS, TILE, QuantizationOptions, fp8_dtype
 from ..registry import Backend, Problem, register
-from .outputs import empty_like_heads, empty_lse
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
@@ -66,28 +66,19 @@ def _refuse_recipe(problem: Problem) -> str | None:
     return None if _interpreting() else unsupported_precision(problem.arch, problem.precision)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    precision: str,
-    quantization: QuantizationOptions | None = None,
-) -> tuple[Tensor, Tensor]:
-    out, lse = empty_like_heads(q, v.shape[3]), empty_lse(q)
-    options: dict[str, Any] = {"scale": scale, "is_causal": is_causal}
-    if precision == "native":
+def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    out, lse = call.empty_results()
+    options: dict[str, Any] = {"scale": call.scale, "is_causal": call.is_causal}
+    if call.precision == "native":
         options["row"] = _row("forward", q, v, mask)
         launches = forward_launches(q, k, v, out, lse, mask, **options)
     else:
-        options["row"] = _row(precision, q, v, mask)
-        chosen = quantization or QuantizationOptions()
+        options["row"] = _row(call.precision, q, v, mask)
         codes, launches = quantize_launches(
-            q, k, v, mask, scale=scale, precision=precision, options=chosen
-        )
+            q, k, v, mask, scale=call.scale, precision=call.precision,
+            options=call.quantization or QuantizationOptions(),
+        )  # fmt: skip
         launches += quantized_launches(codes, out, lse, mask, kv_len=k.shape[2], **options)
     run_launches(launches, q.device)
     return out, lse
@@ -164,24 +155,12 @@ def quantized_launches(
     )
 
 
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: BlockMask | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (q, k, v))
-    saved = Saved(q, k, v, out, lse, grad_out, grad_lse)
+def _backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    dq, dk, dv = call.empty_results()
+    saved = Saved(q, k, v, call.out, call.lse, call.grad_out, call.grad_lse)
     launches = backward_launches(
-        saved, (dq, dk, dv), mask, scale=scale, is_causal=is_causal,
+        saved, (dq, dk, dv), mask, scale=call.scale, is_causal=call.is_causal,
         dq_row=_row("dq", q, v, mask), dkv_row=_row("dkv", q, v, mask),
     )  # fmt: skip
     run_launches(launches, q.device)

@@ -13,7 +13,6 @@ from ..attention import as_bhsd, attention, check_scale, check_shapes
 from ..attention_types import TORCH_SDPA, AttentionType, resolve_attention_type
 from ..block_mask import BlockMask
 from ..compiler import constant_result
-from ..device import device_info
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
 from ..registry import Problem
 
@@ -69,7 +68,7 @@ def named_attention(
         row.name, recipe_text(row.precision, row.quantization), q.device, q.dtype,
         index(heads[0].shape[3]), index(heads[2].shape[3]),
         (mask.q_block_size, mask.kv_block_size) if isinstance(mask, BlockMask) else None,
-        is_causal, index(heads[0].shape[1]) != index(heads[1].shape[1]),
+        is_causal,
     )  # fmt: skip
     return attention(
         q, k, v, mask, precision=row.precision, scale=scale, is_causal=is_causal,
@@ -87,15 +86,13 @@ def _choose(
     head_dim_v: int,
     block_sizes: tuple[int, int] | None,
     is_causal: bool,
-    gqa: bool,
 ) -> str:
     """The backend of a call. It takes and gives plain values, so that compiled code keeps it."""
     row: AttentionType = replace(resolve_attention_type(name), quantization=parse_recipe(recipe)[1])
     q_block_size, kv_block_size = block_sizes or (None, None)
-    problem = Problem(
-        "forward", device.type, device_info(device).arch, dtype, head_dim, head_dim_v,
-        q_block_size, kv_block_size, is_causal=is_causal, gqa=gqa,
-    )  # fmt: skip
+    problem = Problem.of(
+        "forward", device, dtype, head_dim, head_dim_v, q_block_size, kv_block_size, is_causal
+    )
     return row.choose(problem)
 
 

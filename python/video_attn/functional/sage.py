@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..attention import attention
 from ..compiler import constant_result
-from ..device import device_info
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
 from ..registry import Problem, forced_backend, why_not
 
@@ -198,11 +197,9 @@ def _best_precision(
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             return _PRECISIONS[-1]  # attention() says what is wrong
-    heads = 1 if tensor_layout == "HND" else 2
     return _served_precision(
         q.device, q.dtype, index(q.shape[3]), index(v.shape[3]), bool(is_causal),
-        index(q.shape[heads]) != index(k.shape[heads]), recipe_text(_PRECISIONS[0], options),
-        backend,
+        recipe_text(_PRECISIONS[0], options), backend,
     )  # fmt: skip
 
 
@@ -213,7 +210,6 @@ def _served_precision(
     head_dim: int,
     head_dim_v: int,
     is_causal: bool,
-    gqa: bool,
     recipe: str,
     backend: str | None,
 ) -> str:
@@ -222,10 +218,9 @@ def _served_precision(
     """
     forced = forced_backend(backend)
     for precision in _PRECISIONS:
-        problem = Problem(
-            "forward", device.type, device_info(device).arch, dtype,
-            head_dim, head_dim_v, is_causal=is_causal, precision=precision,
-            quantization=parse_recipe(recipe)[1], gqa=gqa,
+        problem = Problem.of(
+            "forward", device, dtype, head_dim, head_dim_v, is_causal=is_causal,
+            precision=precision, quantization=parse_recipe(recipe)[1],
         )  # fmt: skip
         serving = [x.backend for x in why_not(problem) if x.reason is None]
         if (forced[0] in serving) if forced else set(serving) - {"reference"}:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block_mask import BlockMask
-from ..ops import problem_of
+from ..calls import problem_of
 from ..patterns.radial import RadialRule
 from ..patterns.scene import Scenes
 from ..quantize import parse_recipe

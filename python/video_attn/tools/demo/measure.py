@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops import problem_of
+from ...calls import problem_of
 from ...registry import Problem, forced_backend, select, why_not
 from ..bench import Timing, relative_error, time_interleaved
 from .patterns import PATTERNS, Call, Settings, block_weights, kept_weight

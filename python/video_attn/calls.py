@@ -1,0 +1,116 @@
+"""What a backend is asked to do: a forward or a backward pass, said once for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask
+from .quantize import QuantizationOptions
+from .registry import Problem
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ForwardCall:
+    """One forward pass over checked tensors.
+
+    Args:
+        q: [B, Hq, Sq, D]. k: [B, Hkv, Sk, D]. v: [B, Hkv, Sk, Dv]; no dimension is 0, the last
+            stride is 1.
+        mask: None for dense attention. scale: of the scores, > 0.
+        is_causal: dense only, aligned at the bottom right.
+        precision: "native" or a quantized one. quantization: its options, None for "native".
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: BlockMask | None
+    scale: float
+    is_causal: bool = False
+    precision: str = "native"
+    quantization: QuantizationOptions | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """What decides which backend serves this call."""
+        return problem_of(
+            "forward", self.q, self.k, self.v, self.mask, is_causal=self.is_causal,
+            precision=self.precision, quantization=self.quantization,
+        )  # fmt: skip
+
+    def empty_results(self) -> tuple[Tensor, Tensor]:
+        """Uninitialised (out [B, Hq, Sq, Dv] in the memory order of q, lse [B, Hq, Sq])."""
+        return empty_like_heads(self.q, self.v.shape[3]), empty_lse(self.q)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BackwardCall:
+    """One backward pass: the gradients of a :class:`ForwardCall` of precision "native".
+
+    Args:
+        grad_out: like out, last stride 1. grad_lse: like lse, or None: zero.
+        q, k, v, mask, scale, is_causal: those of the forward pass. out, lse: its results.
+        deterministic: the gradients must be bitwise repeatable.
+    """
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    mask: BlockMask | None
+    scale: float
+    is_causal: bool = False
+    deterministic: bool = False
+
+    @property
+    def problem(self) -> Problem:
+        """What decides which backend serves this call."""
+        return problem_of("backward", self.q, self.k, self.v, self.mask, is_causal=self.is_causal)
+
+    def empty_results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Uninitialised (dq, dk, dv), each in the memory order of its tensor."""
+        dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (self.q, self.k, self.v))
+        return dq, dk, dv
+
+
+def problem_of(
+    direction: Literal["forward", "backward"],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    is_causal: bool = False,
+    precision: str = "native",
+    quantization: QuantizationOptions | None = None,
+) -> Problem:
+    """The Problem that a call with these tensors poses to the registry."""
+    q_size, kv_size = (None, None) if mask is None else (mask.q_block_size, mask.kv_block_size)
+    return Problem.of(
+        direction, q.device, q.dtype, q.shape[3], v.shape[3], q_size, kv_size,
+        is_causal, precision, quantization,
+    )  # fmt: skip
+
+
+def empty_like_heads(x: Tensor, head_dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [B, H, S, head_dim] in the memory order of ``x`` (BHSD or BSHD in memory)."""
+    batch, heads, length, _ = x.shape
+    dtype = x.dtype if dtype is None else dtype
+    if x.stride(1) < x.stride(2):
+        return torch.empty(batch, length, heads, head_dim, dtype=dtype, device=x.device).transpose(
+            1, 2
+        )
+    return torch.empty(batch, heads, length, head_dim, dtype=dtype, device=x.device)
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """Uninitialised fp32 [B, Hq, Sq] (fp64 for fp64 inputs)."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty(q.shape[:3], dtype=dtype, device=q.device)
