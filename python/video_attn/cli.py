@@ -26,6 +26,7 @@ COMMANDS = {
     "info": _Command("tools.info", "what this install can run, and why not the rest"),
     "demo": _Command("tools.demo.command", "dense and sparse attention on a real video clip"),
     "plot": _Command("tools.plot.command", "pictures of the patterns"),
+    "stitch": _Command("tools.stitch.command", "videos side by side, in one video with labels"),
 }
 
 

@@ -68,6 +68,14 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def names(text: str) -> list[str]:
+    """Words with commas between them: "sdpa,sagev1"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not words with commas between them")
+    return parts
+
+
 def scene_adjacency(text: str) -> str | list[list[bool]]:
     """Which scene sees which: "adjacent", "all", or a row of 0 and 1 per scene: "110,111,011"."""
     if text in ("adjacent", "all"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,19 +106,41 @@ def pan_and_zoom(image: Image, frames: int, size: tuple[int, int]) -> Clip:
 
 
 def write_clip(path: Path, clip: Clip, fps: float) -> None:
-    """Writes ``clip`` as H.264, whose sides are even: an odd side loses one row of pixels.
+    """:func:`write_frames` of a whole clip."""
+    write_frames(path, iter(clip), fps)
+
+
+def write_frames(
+    path: Path, frames: Iterable[Clip], fps: float, *, metadata: Mapping[str, str] | None = None
+) -> int:
+    """Writes ``frames``, uint8 [H, W, 3] of one size, as H.264; returns how many there were.
+
+    The sides of H.264 are even: an odd side loses one row of pixels. The file appears under its
+    name when it is whole. ``metadata``: the container's tags, such as "comment".
 
     Raises:
         OSError: the file cannot be written, or this PyAV has no H.264 encoder.
+        ValueError: there are no frames.
     """
     import av
 
-    height, width = (n - n % 2 for n in clip.shape[1:3])
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": "18", "preset": "veryfast"}
-        for frame in clip:
-            picture = av.VideoFrame.from_ndarray(frame[:height, :width].copy(), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    count = 0
+    try:
+        with av.open(str(part), "w") as container:
+            container.metadata.update(metadata or {})
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            stream.pix_fmt, stream.options = "yuv420p", {"crf": "18", "preset": "veryfast"}
+            for count, frame in enumerate(frames, 1):
+                height, width = (n - n % 2 for n in frame.shape[:2])
+                if count == 1:
+                    stream.height, stream.width = height, width
+                even = np.ascontiguousarray(frame[:height, :width])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+            if not count:
+                raise ValueError(f"there are no frames to write to {path}")
+            container.mux(stream.encode(None))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,1 @@
+"""``video-attn stitch``: videos side by side, in one video with labels."""
