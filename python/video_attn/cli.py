@@ -26,6 +26,10 @@ COMMANDS = {
     "info": _Command("tools.info", "what this install can run, and why not the rest"),
     "demo": _Command("tools.demo.command", "dense and sparse attention on a real video clip"),
     "plot": _Command("tools.plot.command", "pictures of the patterns"),
+    "bench-kernels": _Command(
+        "tools.kernel_bench.command", "attention kernels on random or captured q, k, v"
+    ),
+    "capture-info": _Command("tools.capture.command", "what a folder of captures holds"),
     "stitch": _Command("tools.stitch.command", "videos side by side, in one video with labels"),
 }
 

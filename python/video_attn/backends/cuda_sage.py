@@ -189,8 +189,8 @@ def _refuse_options(options: QuantizationOptions) -> str | None:
     return None
 
 
-def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
-    codes = quantize(call)
+def attend(call: ForwardCall, codes: SageCodes) -> tuple[Tensor, Tensor]:
+    """Attention over the codes of :func:`quantize`: (out [B, Hq, Sq, Dv], lse [B, Hq, Sq])."""
     out, lse = call.empty_results()
     mask = mask_arguments(call.mask)
     half_sums = call.quantization is not None and call.quantization.pv_accumulation != "fp32"
@@ -199,6 +199,10 @@ def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
         out, lse,
     )  # fmt: skip
     return out, lse
+
+
+def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    return attend(call, quantize(call))
 
 
 register(

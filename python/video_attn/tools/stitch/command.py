@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input_dir", type=Path, default=Path("rendered_videos"), metavar="DIR",
         help="folder with the videos (default ./rendered_videos)")  # fmt: skip
-    add("--output", type=file_ending_in(OUTPUTS), default=Path("comparison_grid.mp4"), metavar="FILE",
+    add("--output", type=file_ending_in(OUTPUTS), default="comparison_grid.mp4", metavar="FILE",
         help="video, or .png for the middle frame alone (default comparison_grid.mp4)")  # fmt: skip
     add("--pattern", default="cogvideox-*.mp4", metavar="GLOB",
         help="which files of the folder (default cogvideox-*.mp4)")  # fmt: skip
