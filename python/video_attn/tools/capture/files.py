@@ -156,7 +156,8 @@ def load_capture(path: Path, layout: str | None = None) -> Capture:
     try:
         tensors, facts = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
         facts.setdefault("layout", layout or "bhsd")
-        capture = Capture(*(_tensor(tensors, name) for name in "qkv"), _facts(facts, path))
+        q, k, v = (_tensor(tensors, name) for name in "qkv")
+        capture = Capture(q, k, v, _facts(facts, path))
         _check_shapes(capture)
     except CaptureError as error:
         raise CaptureError(f"{path} is not a capture: {error}") from error

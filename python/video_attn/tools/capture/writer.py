@@ -84,7 +84,8 @@ class CaptureWriter:
         facts = facts.model_copy(update={"kernel": self.kernel, "call_idx": call_idx})
         try:
             self._require_space(sum(x.numel() * x.element_size() for x in (q, k, v)))
-            capture = Capture(*(x.detach().cpu().contiguous() for x in (q, k, v)), facts)
+            q, k, v = (x.detach().cpu().contiguous() for x in (q, k, v))
+            capture = Capture(q, k, v, facts)
             name = file_name(self.kernel, call_idx, self.file_format)
             save_capture(capture, self.folder / name)
             self.saved.append(_entry(name, capture))

@@ -107,7 +107,8 @@ def _captured_case(path: Path, layout: str | None, is_causal: bool) -> Case:
             f"{path.name} was captured with an attn_mask ({facts.mask}), which benchmarks do not "
             "serve; leave it out of the folder"
         )
-    sizes = Sizes(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, head_dim_v) = q.shape, v.shape
+    sizes = Sizes(batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v)
     del capture, q, k, v  # only mapped until now
 
     def make(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

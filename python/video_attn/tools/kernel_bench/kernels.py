@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +57,16 @@ def prepare(name: str, case: Case, qkv: tuple[Tensor, Tensor, Tensor], smooth_k:
         RuntimeError, ValueError: no backend can serve; the message says why for each.
     """
     row = _row(name, smooth_k)
-    options = {} if row.quantization is None else {"quantization": row.quantization}
-    run = partial(
-        named_attention, *qkv, name, scale=case.scale, is_causal=case.is_causal, **options
-    )
+    options: dict[str, Any] = {"scale": case.scale, "is_causal": case.is_causal}
+    if row.quantization is not None:
+        options["quantization"] = row.quantization
+
+    def run() -> Tensor:
+        out = named_attention(*qkv, name, **options)
+        assert isinstance(out, Tensor)
+        return out
+
     out = run()
-    assert isinstance(out, Tensor)
     call = ForwardCall(
         *qkv, None, check_scale(case.scale, qkv[0].shape[3]), case.is_causal, row.precision,
         row.quantization,
