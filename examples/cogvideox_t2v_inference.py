@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from radial_attn.models.cogvideox import replace_cogvideox_attention, replace_sparse_forward
 from video_attn.integrations import AppliedAttention
+from video_attn.integrations.cogvideox import layout_of
 from video_attn.patterns.scene import Scenes
 from video_attn.tools.options import integers, scene_adjacency
 from video_attn.tools.video import write_clip
@@ -168,18 +169,18 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(highlight=False)
     pipe = load(options, console)
     with apply_pattern(pipe, options) as applied:
-        plan = applied.plan
-        frames, rows, columns = plan.layout.grid
+        layout = layout_of(pipe, options.height, options.width, options.num_frames)
+        frames, rows, columns = layout.grid
         console.print(
-            f"{options.pattern} attention over {plan.layout.sequence_length} tokens: "
-            f"{plan.layout.text_length} text, {frames} x {rows} x {columns} video"
+            f"{options.pattern} attention over {layout.sequence_length} tokens: "
+            f"{layout.text_length} text, {frames} x {rows} x {columns} video"
         )
         console.print(
             f"backend of sparse calls: {applied.backend_name()}; of dense calls: "
             f"{applied.backend_name(sparse=False)}"
         )
         console.print(
-            f"density of a sparse step: {plan.density():.3f} (mean of {plan.layers} layers), "
+            f"density of a sparse step: {applied.density(layout.grid):.3f} (mean of all layers), "
             f"precision {applied.precision}"
         )
         video, seconds = generate(pipe, options, console)

@@ -39,8 +39,9 @@ from radial_attn.models.cogvideox import (
     replace_cogvideox_attention,
     replace_sparse_forward,
 )
+from video_attn import Dense, Radial
+from video_attn.functional import patterns
 from video_attn.integrations import Schedule, applied_to, apply
-from video_attn.integrations import cogvideox as integration
 from video_attn.integrations.cogvideox import layout_of
 from video_attn.patterns.radial import RadialRule
 from video_attn.patterns.scene import Scenes
@@ -69,7 +70,7 @@ def test_sparse_video_equals_the_definition(model: str) -> None:
         expected = latents(pipe, prompt=prompts)
     assert calls == [STEPS * LAYERS]
     schedule = Schedule(dense_layers=1, dense_first_steps=1, dense_last_steps=1)
-    with apply(pipe, rule=RULE, block_size=BLOCK, schedule=schedule) as applied:
+    with apply(pipe, Radial(RULE, BLOCK), schedule=schedule) as applied:
         got = latents(pipe, prompt=prompts)
     assert error(got, expected) < 1e-4
     assert error(got, dense) > 1e-2
@@ -82,9 +83,9 @@ def test_sparse_video_equals_the_definition(model: str) -> None:
 def test_windows_that_cover_everything_give_the_dense_video(model: str, block_size: int) -> None:
     pipe = load(model)
     dense = latents(pipe)
-    with apply(pipe, rule=EVERYTHING, block_size=block_size) as applied:
+    with apply(pipe, Radial(EVERYTHING, block_size)) as applied:
         got = latents(pipe)
-    assert applied.plan.density() == 1
+    assert applied.density() == 1
     assert applied.sparse_calls == STEPS * LAYERS and applied.dense_calls == 0
     assert 0 < error(got, dense) < 1e-4
 
@@ -93,15 +94,15 @@ def test_counts_are_of_calls_that_were_made(
     pipe: CogVideoXPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[bool, int]] = []
-    attention = integration.attention
+    attention = patterns.attention
 
     def counted(query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
         calls.append((mask is not None, query.shape[0]))
         return attention(query, key, value, mask, **options)
 
-    monkeypatch.setattr(integration, "attention", counted)
+    monkeypatch.setattr(patterns, "attention", counted)
     schedule = Schedule(dense_layers=1, dense_first_steps=2)
-    with apply(pipe, rule=RULE, block_size=BLOCK, schedule=schedule) as applied:
+    with apply(pipe, Radial(RULE, BLOCK), schedule=schedule) as applied:
         latents(pipe)
         latents(pipe, guidance_scale=1.0)
     sparse = (STEPS - 2) * (LAYERS - 1)
@@ -115,7 +116,7 @@ def test_undo_restores_the_pipeline_bit_by_bit(pipe: CogVideoXPipeline) -> None:
     processors = dict(pipe.transformer.attn_processors)
     forward = type(pipe.transformer.transformer_blocks[0]).forward
     weights = set(pipe.transformer.state_dict())
-    applied = apply(pipe, rule=RULE, block_size=BLOCK, fuse_qkv=True)
+    applied = apply(pipe, Radial(RULE, BLOCK), fuse_qkv=True)
     assert applied_to(pipe) is applied
     assert error(latents(pipe), dense) > 1e-2
     assert type(pipe.transformer.transformer_blocks[0]).forward is forward
@@ -126,20 +127,26 @@ def test_undo_restores_the_pipeline_bit_by_bit(pipe: CogVideoXPipeline) -> None:
     assert not pipe.transformer._forward_pre_hooks
     assert set(pipe.transformer.state_dict()) == weights
     assert np.array_equal(latents(pipe), dense)
-    with pytest.raises(ZeroDivisionError), apply(pipe, rule=RULE):
+    with pytest.raises(ZeroDivisionError), apply(pipe, Radial(RULE)):
         raise ZeroDivisionError
     assert pipe.transformer.attn_processors == processors
 
 
 def test_dense_layers_and_steps_are_the_pipelines_own(pipe: CogVideoXPipeline) -> None:
     dense = latents(pipe)
-    for schedule in (Schedule(dense_layers=LAYERS), Schedule(dense_first_steps=STEPS)):
-        with apply(pipe, rule=RULE, block_size=BLOCK, schedule=schedule) as applied:
-            assert np.array_equal(latents(pipe), dense)
-        assert applied.sparse_calls == 0
-    with apply(pipe, rule="dense") as applied:
+    with apply(pipe, Radial(RULE, BLOCK), schedule=Schedule(dense_layers=LAYERS)) as applied:
         assert np.array_equal(latents(pipe), dense)
-        assert applied.plan.density() == 1 and applied.dense_calls == STEPS * LAYERS
+    assert applied.sparse_calls == 0
+    schedule = Schedule(dense_first_steps=STEPS)
+    with (
+        apply(pipe, Radial(RULE, BLOCK), schedule=schedule) as applied,
+        pytest.warns(UserWarning, match=f"all {STEPS} steps of this run are dense"),
+    ):
+        assert np.array_equal(latents(pipe), dense)
+    assert applied.sparse_calls == 0
+    with apply(pipe, Dense()) as applied:
+        assert np.array_equal(latents(pipe), dense)
+        assert applied.density() == 1 and applied.dense_calls == STEPS * LAYERS
         assert applied.backend_name() == "none: no layer is sparse"
         assert applied.backend_name(sparse=False) == "the pipeline's own"
 
@@ -156,10 +163,10 @@ def test_overrides_of_layers_and_heads(pipe: CogVideoXPipeline) -> None:
     ]
     with defined_attention(pipe, lambda step, layer: masks[layer]):
         expected = latents(pipe)
-    with apply(pipe, rule=RULE, block_size=BLOCK, schedule=schedule) as applied:
+    with apply(pipe, Radial(RULE, BLOCK), schedule=schedule) as applied:
         assert error(latents(pipe), expected) < 1e-4
         densities = [mask.double().mean().item() for mask in masks]
-        assert applied.plan.density() == pytest.approx(np.mean(densities))
+        assert applied.density() == pytest.approx(np.mean(densities))
 
 
 # Inside a latent frame of 2b and 5b; between two frames of 1.5 only thanks to its padding.
@@ -181,9 +188,9 @@ def test_scenes_reach_the_mask(
     with defined_attention(pipe, lambda step, layer: tokens):
         expected = latents(pipe)
     scenes = Scenes(boundaries, adjacency, straddle=straddle)
-    with apply(pipe, rule=RULE, block_size=BLOCK, scenes=scenes) as applied:
+    with apply(pipe, Radial(RULE, BLOCK, scenes)) as applied:
         assert error(latents(pipe), expected) < 1e-4
-    assert applied.plan.density() == pytest.approx(tokens.double().mean().item())
+    assert applied.density() == pytest.approx(tokens.double().mean().item())
     assert not tokens.equal(token_mask(pipe))
 
 
@@ -191,18 +198,18 @@ def test_two_pipelines_at_once() -> None:
     """Two threads, two models, two rules: each video is the one that it is alone."""
     pipes = [load("2b"), load("5b")]
     settings = [
-        {"rule": RULE, "schedule": Schedule(dense_first_steps=1)},
-        {"rule": RadialRule(decay_factor=1, split_width=0), "schedule": Schedule(dense_layers=1)},
+        {"pattern": Radial(RULE, BLOCK), "schedule": Schedule(dense_first_steps=1)},
+        {
+            "pattern": Radial(RadialRule(decay_factor=1, split_width=0), BLOCK),
+            "schedule": Schedule(dense_layers=1),
+        },
     ]
     alone = []
     for pipe, setting in zip(pipes, settings, strict=True):
-        with apply(pipe, block_size=BLOCK, **setting):
+        with apply(pipe, **setting):
             alone.append(latents(pipe))
     together: list[Any] = [None, None]
-    applied = [
-        apply(pipe, block_size=BLOCK, **setting)
-        for pipe, setting in zip(pipes, settings, strict=True)
-    ]
+    applied = [apply(pipe, **setting) for pipe, setting in zip(pipes, settings, strict=True)]
 
     def run(index: int) -> None:
         together[index] = latents(pipes[index])
@@ -219,15 +226,15 @@ def test_two_pipelines_at_once() -> None:
     assert np.array_equal(latents(pipes[1]), alone[1])
 
 
-@pytest.mark.parametrize("what, expected_graphs", [("blocks", 4), ("transformer", 2)])
+@pytest.mark.parametrize("what, expected_graphs", [("blocks", 2), ("transformer", 1)])
 def test_compile(pipe: CogVideoXPipeline, what: str, expected_graphs: int) -> None:
-    """No graph break; a graph for dense steps and one for sparse ones, not one per step or layer.
+    """No graph break, and one graph for dense and sparse steps and all layers.
 
-    The first block gets a strided view where the others get a whole tensor, hence two graphs each.
+    The first block gets a strided view where the others get a whole tensor, hence two.
     """
     schedule = Schedule(dense_first_steps=2)
     torch.compiler.reset()
-    with apply(pipe, rule=RULE, block_size=BLOCK, schedule=schedule) as applied:
+    with apply(pipe, Radial(RULE, BLOCK), schedule=schedule) as applied:
         eager = latents(pipe)
         transformer = pipe.transformer
         torch._dynamo.utils.counters.clear()
@@ -248,12 +255,12 @@ def test_compile(pipe: CogVideoXPipeline, what: str, expected_graphs: int) -> No
 def test_model_offload(pipe: CogVideoXPipeline) -> None:
     """accelerate's hooks come and go around ours; here they move the weights to the CPU."""
     schedule = Schedule(dense_first_steps=1)
-    with apply(pipe, rule=RULE, block_size=BLOCK, schedule=schedule) as applied:
+    with apply(pipe, Radial(RULE, BLOCK), schedule=schedule) as applied:
         expected = latents(pipe)
         pipe.enable_model_cpu_offload(device="cpu")
         assert np.array_equal(latents(pipe), expected)
         assert applied.sparse_calls == 2 * (STEPS - 1) * LAYERS
-    with apply(pipe, rule=RULE, block_size=BLOCK, schedule=schedule):
+    with apply(pipe, Radial(RULE, BLOCK), schedule=schedule):
         assert np.array_equal(latents(pipe), expected)
 
 
@@ -261,7 +268,7 @@ def test_model_offload(pipe: CogVideoXPipeline) -> None:
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])
 def test_on_a_gpu(pipe: CogVideoXPipeline, gpu: torch.device, offload: str | None) -> None:
     """The video of the CPU, to the rounding of another device; masks follow the tensors."""
-    options = {"rule": RULE, "block_size": BLOCK, "schedule": Schedule(dense_first_steps=1)}
+    options = {"pattern": Radial(RULE, BLOCK), "schedule": Schedule(dense_first_steps=1)}
     with apply(pipe, **options):
         expected = latents(pipe)
     if offload is None:
@@ -276,22 +283,22 @@ def test_on_a_gpu(pipe: CogVideoXPipeline, gpu: torch.device, offload: str | Non
 
 
 def test_fused_projections(pipe: CogVideoXPipeline) -> None:
-    with apply(pipe, rule=RULE, block_size=BLOCK):
+    with apply(pipe, Radial(RULE, BLOCK)):
         expected = latents(pipe)
-    with apply(pipe, rule=RULE, block_size=BLOCK, fuse_qkv=True):
-        inner = pipe.transformer.transformer_blocks[0].attn1.processor.inner
+    with apply(pipe, Radial(RULE, BLOCK), fuse_qkv=True):
+        inner = pipe.transformer.transformer_blocks[0].attn1.processor.before
         assert type(inner).__name__ == "FusedCogVideoXAttnProcessor2_0"
         assert hasattr(pipe.transformer.transformer_blocks[0].attn1, "to_qkv")
         assert error(latents(pipe), expected) < 1e-4
     pipe.transformer.fuse_qkv_projections()
-    with apply(pipe, rule=RULE, block_size=BLOCK, fuse_qkv=True):
+    with apply(pipe, Radial(RULE, BLOCK), fuse_qkv=True):
         assert error(latents(pipe), expected) < 1e-4
     assert pipe.transformer.transformer_blocks[0].attn1.fused_projections  # as the user left it
 
 
 def test_sage_precision_asks_for_kernels_of_that_precision(pipe: CogVideoXPipeline) -> None:
     """Every backend either renders, close to full precision, or says why it cannot."""
-    options = {"rule": RULE, "block_size": BLOCK, "schedule": Schedule(dense_first_steps=1)}
+    options = {"pattern": Radial(RULE, BLOCK), "schedule": Schedule(dense_first_steps=1)}
     with apply(pipe, **options):
         expected = latents(pipe)
     refused = 0
@@ -321,8 +328,8 @@ def test_the_documented_calls(pipe: CogVideoXPipeline) -> None:
         decay_factor=1.0, sparsity_type="radial", use_sage_attention=True,
     )  # fmt: skip
     assert first.precision == "sage_fp16"
-    assert first.plan.rule == RadialRule.for_model("cogvideox", 1.0)
-    assert first.plan.schedule == Schedule(dense_layers=2, dense_first_steps=1)
+    assert first.pattern == Radial(RadialRule.for_model("cogvideox", 1.0))
+    assert first.schedule == Schedule(dense_layers=2, dense_first_steps=1)
     video = pipe(
         prompt="A beautiful landscape", num_frames=FRAMES, num_inference_steps=2,
         max_sequence_length=TEXT, output_type="np",
@@ -330,12 +337,12 @@ def test_the_documented_calls(pipe: CogVideoXPipeline) -> None:
     assert video.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert first.sparse_calls == 1 and first.dense_calls == 5
     second = replace_cogvideox_attention(pipe, use_sage_attention=True)
-    assert applied_to(pipe) is second and second.plan.layout == first.plan.layout
+    assert applied_to(pipe) is second
     dense = replace_cogvideox_attention(pipe, HEIGHT, WIDTH, FRAMES, sparsity_type="dense")
-    assert dense.plan.density() == 1
+    assert dense.density((5, 4, 5)) == 1
     latents(pipe)
     assert dense.sparse_calls == 0 and dense.dense_calls == STEPS * LAYERS
     scenes = replace_cogvideox_attention(pipe, scenes=Scenes([0, 9], "all"))
-    assert scenes.plan.scenes.boundaries == (0, 9)
+    assert scenes.pattern.scenes.boundaries == (0, 9)
     scenes.undo()
     assert applied_to(pipe) is None

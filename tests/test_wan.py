@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import UMT5Config, UMT5EncoderModel
 
+from video_attn import Radial
 from video_attn.integrations import Schedule
-from video_attn.integrations.sdpa import call_with_attention
+from video_attn.integrations.intercept import AttentionCall, call_with_attention
 from video_attn.integrations.wan import apply_sliding_tile
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 13  # 4 latent frames of 4 x 6 tokens
@@ -87,8 +88,10 @@ def defined_latents(pipe: WanPipeline) -> np.ndarray:
     """The same with torch's attention and the token mask of the definition."""
     keep = sliding_tile_tokens(raster_coordinates(GRID), GRID, TILE, [WINDOW])
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=scale)
+    def attend(call: AttentionCall) -> Tensor:
+        return F.scaled_dot_product_attention(
+            call.query, call.key, call.value, attn_mask=keep, scale=call.scale
+        )
 
     class Defined:
         def __init__(self, inner: Any) -> None:
@@ -160,7 +163,7 @@ def test_wrong_input_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="window"):
         apply_sliding_tile(pipe, (0, 1, 1))
     with pytest.raises(ValueError, match="overrides"):
-        apply_sliding_tile(pipe, WINDOW, schedule=Schedule(overrides={0: "dense"}))
+        apply_sliding_tile(pipe, WINDOW, schedule=Schedule(overrides={(0, 0): Radial()}))
     with pytest.raises(ValueError, match="dense_layers"):
         apply_sliding_tile(pipe, WINDOW, schedule=Schedule(dense_layers=LAYERS + 1))
     with (

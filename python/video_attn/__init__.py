@@ -9,6 +9,11 @@ from .attention import attention
 from .attention_types import resolve_attention_type
 from .block_mask import BlockMask
 from .functional import (
+    Dense,
+    Radial,
+    SlidingTile,
+    VideoSparse,
+    VideoTokens,
     named_attention,
     radial,
     sageattn,
@@ -29,9 +34,14 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     "BlockMask",
+    "Dense",
+    "Radial",
     "RadialRule",
     "Scenes",
+    "SlidingTile",
     "VideoLayout",
+    "VideoSparse",
+    "VideoTokens",
     "attention",
     "named_attention",
     "radial",

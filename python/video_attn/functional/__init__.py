@@ -2,17 +2,25 @@
 
 ``sliding_tile``, ``video_sparse`` and ``radial`` take the video in raster order. The functions of
 ``st_attn`` and ``vsa`` keep the forms that are in use: tile order, and for ``vsa`` padded tiles.
-Those of ``sageattention`` know no video, nor does ``named_attention``.
+``patterns`` has them as objects, for models. Those of ``sageattention`` know no video, nor does
+``named_attention``.
 """
 
 from .named_attention import named_attention
+from .patterns import Dense, Radial, SlidingTile, VideoSparse
 from .radial_attention import radial
 from .sage import sageattn, sageattn_varlen
 from .sta import sliding_tile, sliding_tile_attention
+from .video_tokens import VideoTokens
 from .vsa import video_sparse
 from .vsa_padded import block_sparse_attn, block_sparse_attn_from_indices, video_sparse_attn
 
 __all__ = [
+    "Dense",
+    "Radial",
+    "SlidingTile",
+    "VideoSparse",
+    "VideoTokens",
     "block_sparse_attn",
     "block_sparse_attn_from_indices",
     "named_attention",

@@ -1,9 +1,10 @@
-"""Sparse attention in the pipelines of diffusers: ``apply(pipe, ...)`` and what it takes."""
+"""Any attention in the video pipelines of diffusers: ``apply(pipe, pattern)`` and what it takes."""
 
 from __future__ import annotations
 
+from .applied import AppliedAttention
 from .cogvideox import CogVideoXSparseAttnProcessor2_0
-from .pipeline import AppliedAttention, applied_to, apply
+from .pipeline import applied_to, apply
 from .schedule import Schedule
 
 __all__ = [

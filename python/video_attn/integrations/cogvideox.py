@@ -1,4 +1,4 @@
-"""CogVideoX (2b, 5b, 1.5): its token grid, its attention modules, its processor.
+"""CogVideoX by hand: its processor for a block mask of your own, and the sequence of a generation.
 
 The joint sequence of a CogVideoX block is [text, video]. A radial block mask says that as it is
 (blocks that hold text are dense, frames start after the text), so nothing is permuted.
@@ -6,7 +6,6 @@ The joint sequence of a CogVideoX block is [text, video]. A radial block mask sa
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +14,7 @@ from torch import Tensor, nn
 from ..attention import attention
 from ..block_mask import BlockMask
 from ..layout import VideoLayout
-from ..patterns.scene import Scenes
-from .sdpa import call_with_attention
-
-TRANSFORMER = "CogVideoXTransformer3DModel"
-MODEL_TYPE = "cogvideox"
+from .intercept import AttentionCall, call_that_attends
 
 
 class CogVideoXSparseAttnProcessor2_0:  # noqa: N801  the name that people know
@@ -63,21 +58,14 @@ class CogVideoXSparseAttnProcessor2_0:  # noqa: N801  the name that people know
         arguments = attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
         if self.mask is None and self.precision == "native" and self.backend is None:
             return self.inner(*arguments)
-        return call_with_attention(self._attend, self.inner, *arguments)
+        return call_that_attends(self._attend, self.inner, *arguments)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def _attend(self, call: AttentionCall) -> Tensor:
+        call.refuse_more()
         return attention(
-            query, key, value, self.mask,
-            scale=scale, precision=self.precision, backend=self.backend,
+            call.query, call.key, call.value, self.mask,
+            scale=call.scale, precision=self.precision, backend=self.backend,
         )  # fmt: skip
-
-
-Processor = CogVideoXSparseAttnProcessor2_0
-
-
-def attention_modules(transformer: Any) -> list[Any]:
-    """The self-attention of each block, in order."""
-    return [block.attn1 for block in transformer.transformer_blocks]
 
 
 def layout_of(
@@ -112,31 +100,6 @@ def layout_of(
     latents = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     frames = -(-latents // (config.patch_size_t or 1))
     return _layout((frames, height // patch, width // patch), config.max_text_seq_length)
-
-
-def layout_of_call(transformer: Any, inputs: dict[str, Any]) -> VideoLayout:
-    """The sequence of one call of the transformer, from the shapes of its arguments."""
-    config = transformer.config
-    _, latents, _, height, width = inputs["hidden_states"].shape
-    frames = -(-latents // (config.patch_size_t or 1))
-    grid = frames, height // config.patch_size, width // config.patch_size
-    return _layout(grid, inputs["encoder_hidden_states"].shape[1])
-
-
-def fit_scenes(pipe: Any, num_frames: int | None, scenes: Scenes) -> Scenes:
-    """``scenes`` with the times that this model gives to its frames of tokens."""
-    if not isinstance(scenes, Scenes):
-        raise TypeError(f"scenes must be a Scenes or None, got {type(scenes).__name__}")
-    config = pipe.transformer.config
-    num_frames = config.sample_frames if num_frames is None else num_frames
-    compression, patch = pipe.vae_scale_factor_temporal, config.patch_size_t or 1
-    latents = (num_frames - 1) // compression + 1
-    return replace(
-        scenes,
-        temporal_compression=compression,
-        temporal_patch=patch,
-        padding_latents=-latents % patch,  # the pipeline puts them before the video
-    )
 
 
 def _layout(grid: tuple[int, int, int], text_length: int) -> VideoLayout:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from video_attn.integrations import AppliedAttention, Schedule, applied_to, apply
+from video_attn.functional.patterns import Dense, Radial
+from video_attn.integrations import AppliedAttention, Schedule, applied_to
+from video_attn.integrations.cogvideox import layout_of
+from video_attn.integrations.pipeline import apply_sized
 from video_attn.patterns.radial import RadialRule
 from video_attn.patterns.scene import Scenes
 
@@ -29,7 +32,8 @@ def replace_cogvideox_attention(
     """Replaces the attention of ``pipe``, and what an earlier call put there.
 
     Args:
-        height, width, num_frames: of the videos to come, in pixels; None: the pipeline's defaults.
+        height, width, num_frames: of the videos to come, in pixels; another size then raises.
+            None: any.
         dense_layers: so many first layers stay dense. dense_timesteps: so many first steps too.
         decay_factor: scales how much far frames see of each other.
         sparsity_type: "radial", or "dense".
@@ -54,17 +58,26 @@ def replace_cogvideox_attention(
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
     rule = RadialRule.for_model("cogvideox", decay_factor)
+    pattern = Dense() if sparsity_type == "dense" else Radial(rule, scenes=scenes)
+    schedule = Schedule(dense_layers=dense_layers, dense_first_steps=dense_timesteps)
+    grid = layout_of(pipe, height, width, num_frames).grid
+    frames, rows, columns = grid
+    size = (
+        None if num_frames is None else frames,
+        None if height is None else rows,
+        None if width is None else columns,
+    )
     earlier = applied_to(pipe)
     if earlier is not None:
         earlier.undo()
-    return apply(
-        pipe,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        rule="dense" if sparsity_type == "dense" else rule,
-        scenes=scenes,
-        schedule=Schedule(dense_layers=dense_layers, dense_first_steps=dense_timesteps),
+    handle = apply_sized(
+        pipe, pattern, schedule=schedule, fuse_qkv=use_fused_attention, num_frames=num_frames,
         precision="sage_fp16" if use_sage_attention else "native",
-        fuse_qkv=use_fused_attention,
-    )
+        size=size,
+    )  # fmt: skip
+    try:
+        handle.density(grid)  # scenes that do not fit the video raise here, not in the first step
+    except ValueError:
+        handle.undo()
+        raise
+    return handle

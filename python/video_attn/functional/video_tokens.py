@@ -1,0 +1,106 @@
+"""VideoTokens: how the tokens of one attention call lie, and moving them to tile order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layout import Triple, VideoLayout
+from ..patterns.valid_text import TextLength, check_text_length
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """How the tokens of one attention call lie: the grid of the video, and what stands beside it.
+
+    Args:
+        grid: (T, H, W) tokens of the video.
+        text_length: all tokens of the sequence that are no video: text, or others that see
+            everything and are seen by everything.
+        text_first: they stand before the video, not after it.
+        valid_text: how many of them are valid, the first ones: an int, one per batch item, or an
+            integer tensor [B] on the device of the call. None: all. The others are never read and
+            give 0.
+        tile: the video is in tile order of this tile already, without padding (see
+            :meth:`VideoLayout.tile_order`); None: raster order.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or outside its range.
+    """
+
+    grid: Triple
+    text_length: int = 0
+    text_first: bool = False
+    valid_text: TextLength = None
+    tile: Triple | None = None
+
+    def __post_init__(self) -> None:
+        layout = VideoLayout(self.grid, self.tile or (1, 1, 1), self.text_length, self.text_first)
+        object.__setattr__(self, "grid", layout.grid)
+        check_text_length(self.valid_text, layout)
+        if self.tile is not None:
+            object.__setattr__(self, "tile", layout.tile)
+            if self.text_first:
+                raise ValueError("text_first must be False in tile order: text follows the video")
+
+    @property
+    def video_length(self) -> int:
+        """Video tokens."""
+        return math.prod(self.grid)
+
+    @property
+    def sequence_length(self) -> int:
+        """All tokens."""
+        return self.video_length + self.text_length
+
+    def layout(self, tile: Triple) -> VideoLayout:
+        """The sequence cut into tiles of ``tile``."""
+        return VideoLayout(self.grid, tile, self.text_length, self.text_first)
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Raises ValueError unless queries and keys are these tokens."""
+        for name, x in (("query", query), ("key", key)):
+            if x.shape[2] != self.sequence_length:
+                raise ValueError(
+                    f"{name} has {x.shape[2]} tokens, but the video of {self.grid} tokens with "
+                    f"{self.text_length} others has {self.sequence_length}"
+                )
+
+
+class TileOrder:
+    """Moves the tensors of a call to padded tile order and back, on the axis that is cheap."""
+
+    def __init__(self, tokens: VideoTokens, tile: Triple, query: Tensor) -> None:
+        self.layout, self.axes = tokens.layout(tile), memory_order(query)
+        self.dim = 1 if self.axes == "bshd" else 2
+        self.packed = tokens.tile is not None
+        if self.packed and tokens.tile != tile:
+            raise ValueError(f"tokens are in the order of tile {tokens.tile}, not of {tile}")
+
+    def enter(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2) if self.axes == "bshd" else x
+        move = self.layout.pad_tiles if self.packed else self.layout.to_tiles
+        return move(x, self.dim)
+
+    def leave(self, x: Tensor) -> Tensor:
+        move = self.layout.unpad_tiles if self.packed else self.layout.from_tiles
+        x = move(x, self.dim)
+        return x.transpose(1, 2) if self.axes == "bshd" else x
+
+
+def memory_order(query: Tensor) -> str:
+    """How [B, H, S, D] lies in memory: "bshd" where the heads of a token are neighbours, so that a
+    gather of tokens moves them all at once.
+    """
+    return "bshd" if query.stride(1) < query.stride(2) else "bhsd"
+
+
+def whole_gate(gate: Tensor, tokens: VideoTokens) -> Tensor:
+    """A gate of the video alone, padded to the whole sequence: text has no coarse branch."""
+    if gate.dim() != 4 or gate.shape[2] != tokens.video_length or tokens.text_length == 0:
+        return gate
+    sides = (tokens.text_length, 0) if tokens.text_first else (0, tokens.text_length)
+    return F.pad(gate, (0, 0, *sides))

@@ -1,0 +1,380 @@
+"""Answers the one attention call inside a module of a model with a function of ours.
+
+An attention module of diffusers projects, normalises and rotates in its own way and then calls
+``torch.nn.functional.scaled_dot_product_attention``, or diffusers' ``dispatch_attention_fn``. Only
+that call is to be answered differently; everything else is to stay what it is.
+
+:func:`replace_processor` does so for the processors of diffusers. It sets a processor that shares
+all attributes of the one before and runs the same code; in the globals that this code sees, two
+names are ours. No module is changed, nothing holds for the process or the thread, and
+``torch.compile`` traces it like any function. :func:`call_with_attention` does so for any function,
+by a mode of the running thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+Result = TypeVar("Result")
+
+
+class AttentionCall:
+    """What a module asked of attention.
+
+    Attributes:
+        query, key, value: [B, H, S, D], as views of what the module passed; under autocast they
+            have its dtype, as torch's attention would give them.
+        attn_mask, dropout_p, is_causal, scale, enable_gqa: as in
+            ``torch.nn.functional.scaled_dot_product_attention``.
+        backend, parallel_config: what diffusers' dispatcher was told, else None.
+        gate: what the module's ``to_gate_compress`` made of this call, [B, H, tokens, D], else
+            None.
+        dispatched: whether diffusers' dispatcher was called, and not torch.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        gate: Tensor | None = None,
+        dispatched: bool = False,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.attn_mask, self.dropout_p, self.is_causal = attn_mask, dropout_p, is_causal
+        self.scale, self.enable_gqa, self.gate = scale, enable_gqa, gate
+        self.dispatched, self.backend, self.parallel_config = dispatched, backend, parallel_config
+
+    def dense(self) -> Tensor:
+        """What the module meant, [B, H, S, Dv]: with its mask and its own backend."""
+        options: dict[str, Any] = {
+            "attn_mask": self.attn_mask,
+            "dropout_p": self.dropout_p,
+            "is_causal": self.is_causal,
+            "scale": self.scale,
+            "enable_gqa": self.enable_gqa,
+        }
+        if not self.dispatched:
+            return F.scaled_dot_product_attention(self.query, self.key, self.value, **options)
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        out = dispatch_attention_fn(
+            self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2),
+            backend=self.backend, parallel_config=self.parallel_config, **options,
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
+    def refuse_more(self, *, attn_mask: bool = True) -> None:
+        """Raises ValueError where the call asks for more than attention over keys: that is never
+        ignored. ``attn_mask=False`` allows a mask, whose meaning the caller knows.
+        """
+        for name, asked in (
+            ("attn_mask", attn_mask and self.attn_mask is not None),
+            ("dropout_p", self.dropout_p != 0.0),
+            ("is_causal", self.is_causal),
+            (
+                "heads that differ without enable_gqa",
+                not self.enable_gqa and self.query.shape[1] != self.key.shape[1],
+            ),
+        ):
+            if asked:
+                raise ValueError(f"block-sparse attention cannot serve a call with {name}")
+
+
+Attend = Callable[[AttentionCall], Tensor]
+
+
+def call_with_attention(
+    attend: Attend, function: Callable[..., Result], *arguments: Any, **keywords: Any
+) -> Result:
+    """``function(*arguments, **keywords)``, whose ``scaled_dot_product_attention`` is ``attend``.
+
+    In this thread and this call alone; what ``attend`` itself calls is torch's own. It is no error
+    when the function never comes to attention.
+    """
+    with _ReplacedSdpa(attend):
+        return function(*arguments, **keywords)
+
+
+def call_that_attends(
+    attend: Attend, function: Callable[..., Result], *arguments: Any, **keywords: Any
+) -> Result:
+    """:func:`call_with_attention` for a function that must come to attention.
+
+    Raises:
+        RuntimeError: it does not, so that its attention was not replaced.
+    """
+    reached = []
+
+    def noted(call: AttentionCall) -> Tensor:
+        reached.append(True)
+        return attend(call)
+
+    result = call_with_attention(noted, function, *arguments, **keywords)
+    if not reached:
+        raise RuntimeError(
+            f"{getattr(function, '__name__', type(function).__name__)} did not call "
+            "scaled_dot_product_attention, so its attention was not replaced; it needs a processor "
+            "that does"
+        )
+    return result
+
+
+class _ReplacedSdpa(TorchFunctionMode):
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _answer(self.attend, None, *args, **kwargs)
+
+
+# -- processors of diffusers -----------------------------------------------------------------------
+
+
+def replace_processor(
+    module: Any, attend: Attend, gate: Callable[[], Any] | None = None
+) -> ReplacedProcessor:
+    """Gives an attention module of diffusers a processor whose attention is ``attend``.
+
+    ``_attention_backend``, ``_parallel_config`` and all else that is set on the processor, before
+    or after, is seen by both processors. A processor that skips attention in a call skips
+    ``attend`` too.
+
+    Args:
+        module: the attention module. attend: answers its calls.
+        gate: gives the projection of the hidden states to ``AttentionCall.gate``, or None, at each
+            call; default the module's ``to_gate_compress`` of one value per channel of a query.
+
+    Returns:
+        The processor; its ``undo()`` puts the one before back.
+
+    Raises:
+        TypeError: the module has no processor, or its attention is replaced already.
+    """
+    before = getattr(module, "processor", None)
+    if before is None or isinstance(before, ReplacedProcessor):
+        raise TypeError(
+            f"module must have an attention processor of its own, got {type(module).__name__} with "
+            f"{type(before).__name__}"
+        )
+    kind = _replaced_class(type(before))
+    processor = object.__new__(kind)
+    attributes = (
+        ("__dict__", before.__dict__), ("module", module), ("before", before), ("attend", attend),
+        ("gate", gate),
+    )  # fmt: skip
+    for name, value in attributes:  # past nn.Module, which would register a module as a child
+        object.__setattr__(processor, name, value)
+    # Not set_processor(): it would take a processor with weights for one that is thrown away.
+    module.__dict__["processor"] = processor
+    return processor
+
+
+class ReplacedProcessor:
+    """What :func:`replace_processor` sets: the processor before, with other attention.
+
+    Attributes:
+        module, before, attend, gate: the attention module, its own processor, and as given.
+    """
+
+    __slots__ = ()
+    module: Any
+    before: Any
+    attend: Attend
+    gate: Callable[[], Any] | None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the module still has this processor."""
+        return self.module.processor is self
+
+    def undo(self) -> None:
+        """Puts the processor before back, unless somebody has set another one meanwhile."""
+        if self.is_set:
+            del self.module.__dict__["processor"]
+            if "processor" not in self.module._modules:
+                self.module.__dict__["processor"] = self.before
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "attention is applied to this model: call undo() on its handle before it is copied or "
+            "pickled, and apply again afterwards (save_pretrained needs no undo)"
+        )
+
+
+class _Traced:
+    """The processor that torch.compile is tracing: compiled code keeps nothing of it."""
+
+    processor: Any = None
+
+
+_traced = _Traced()
+_running: ContextVar[Any] = ContextVar("video_attn_processor", default=None)
+_NAMES = ("dispatch_attention_fn", "F")
+
+
+@functools.cache
+def _replaced_class(kind: Any) -> Any:
+    """A class of processors that run the code of ``kind`` and answer its attention."""
+    original = kind.__call__
+    inner = _rebound(original)
+
+    def call(self: Any, attn: Any, *arguments: Any, **keywords: Any) -> Any:
+        if inner is None:
+            return call_that_attends(self.attend, original, self, attn, *arguments, **keywords)
+        if torch.compiler.is_compiling():
+            _traced.processor = self, _gate(self, attn, arguments, keywords)
+            out = inner(self, attn, *arguments, **keywords)
+            _traced.processor = None
+            return out
+        token = _running.set((self, _gate(self, attn, arguments, keywords)))
+        try:
+            return inner(self, attn, *arguments, **keywords)
+        finally:
+            _running.reset(token)
+
+    # The attention modules of diffusers look at the parameters of the processor.
+    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    names = {"__slots__": ("module", "before", "attend", "gate"), "__call__": call}
+    return type(kind.__name__, (ReplacedProcessor, kind), names)
+
+
+def _rebound(function: Any) -> Any:
+    """The same code with our answers under the names of attention; None when it uses neither."""
+    code = getattr(function, "__code__", None)
+    if code is None or not any(name in code.co_names for name in _NAMES):
+        return None
+    if "dispatch_attention_fn" not in code.co_names and (
+        "scaled_dot_product_attention" not in code.co_names
+    ):
+        return None
+    names = dict(function.__globals__)
+    names.pop("__name__", None)  # so that torch.compile looks here, and not in the module
+    if "dispatch_attention_fn" in names:
+        names["dispatch_attention_fn"] = _answer_dispatch
+    if names.get("F") is F:
+        names["F"] = _functional()
+    copy = types.FunctionType(
+        code, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+@functools.cache
+def _functional() -> types.ModuleType:
+    """``torch.nn.functional`` with our ``scaled_dot_product_attention``."""
+    module = types.ModuleType("torch.nn.functional")
+    module.__dict__.update(F.__dict__)
+    module.__dict__["scaled_dot_product_attention"] = _answer_sdpa
+    return module
+
+
+def _answer_sdpa(*arguments: Any, **keywords: Any) -> Tensor:
+    processor, gate = _traced.processor if torch.compiler.is_compiling() else _running.get()
+    return _answer(processor.attend, gate, *arguments, **keywords)
+
+
+def _answer_dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    if attention_kwargs:
+        raise ValueError(f"attention_kwargs must be empty, got {sorted(attention_kwargs)}")
+    processor, gate = _traced.processor if torch.compiler.is_compiling() else _running.get()
+    query, key, value = _autocast(query, key, value)
+    call = AttentionCall(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p,
+        is_causal, scale, enable_gqa, gate, True, backend, parallel_config,
+    )  # fmt: skip
+    return processor.attend(call).transpose(1, 2)
+
+
+def _answer(
+    attend: Attend,
+    gate: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    query, key, value = _autocast(query, key, value)
+    return attend(
+        AttentionCall(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, gate
+        )
+    )  # fmt: skip
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, what torch's attention does with its inputs: one dtype for all."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) if x.dtype != torch.float64 else x for x in tensors]
+
+
+def _gate(
+    processor: ReplacedProcessor, attn: Any, arguments: tuple, keywords: dict[str, Any]
+) -> Tensor | None:
+    """The weights of a coarse branch, [B, H, tokens, D], from a module that has learned them."""
+    if processor.gate is not None:
+        project = processor.gate()
+    else:
+        project = getattr(attn, "to_gate_compress", None)
+        if getattr(project, "out_features", None) != getattr(attn.to_q, "out_features", None):
+            return None
+    if project is None:
+        return None
+    hidden_states = arguments[0] if arguments else keywords["hidden_states"]
+    return project(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def replaced(module: Any, attend: Attend) -> Iterator[ReplacedProcessor]:
+    """:func:`replace_processor` for the length of a ``with``."""
+    processor = replace_processor(module, attend)
+    try:
+        yield processor
+    finally:
+        processor.undo()

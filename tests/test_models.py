@@ -1,0 +1,120 @@
+"""apply() on every family of models: what it computes, counts and leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import raster_coordinates, sliding_tile_tokens
+from tiny_models import MODELS, Tiny, output
+from torch import Tensor
+from torch.nn import functional as F
+
+from video_attn import Dense, Radial, RadialRule, SlidingTile, VideoSparse
+from video_attn.integrations import Schedule, applied_to, apply
+from video_attn.integrations.intercept import AttentionCall, replace_processor
+from video_attn.integrations.models import FAMILIES, family_of
+
+TILE, WINDOW = (2, 2, 2), (1, 1, 2)
+EVERYTHING = {
+    "sliding_tile": SlidingTile((9, 9, 9), TILE),
+    "video_sparse": VideoSparse(top_k_ratio=1.0, tile=TILE),
+    "radial": Radial(RadialRule(decay_factor=1e6, split_width=0), block_size=8),
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """One model of each family, made when it is asked for; tests leave them as they are."""
+    return {}
+
+
+def made(models: dict[str, Any], name: str) -> tuple[Tiny, Any]:
+    if name not in models:
+        models[name] = MODELS[name].model()
+    return MODELS[name], models[name]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.std())
+
+
+def test_every_class_of_every_family_has_a_tiny_model() -> None:
+    assert {tiny.kind for tiny in MODELS.values()} == {
+        kind for family in FAMILIES for kind in family.transformers
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sliding_tile_is_its_definition(models: dict[str, Any], name: str) -> None:
+    """Two prompts of different length, ragged tiles; against torch and a mask of tokens."""
+    tiny, model = made(models, name)
+    inputs = tiny.inputs(2)
+    dense = output(model, inputs)
+    with apply(model, SlidingTile(WINDOW, TILE)) as applied:
+        got = output(model, inputs)
+        assert applied.sparse_calls == tiny.layers and applied.dense_calls == 0
+        assert 0 < applied.density() < 0.9
+    expected = defined(tiny, model, inputs)
+    assert error(got, expected) < 1e-4
+    assert error(got, dense) > 1e-3
+    assert torch.equal(output(model, inputs), dense)
+
+
+def defined(tiny: Tiny, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """The same by torch's attention and a mask [B, 1, S, S] of what each token may see."""
+    video = sliding_tile_tokens(raster_coordinates(tiny.grid), tiny.grid, TILE, [WINDOW])
+    video = video.reshape(video.shape[-2:])
+
+    def attend(call: AttentionCall) -> Tensor:
+        batch, length = call.query.shape[0], call.query.shape[2]
+        text = length - video.shape[0]
+        keep = torch.ones(batch, 1, length, length, dtype=torch.bool)
+        if tiny.text_first:
+            keep[:, :, text:, text:] = video
+        else:
+            keep[:, :, : length - text, : length - text] = video
+            if text == tiny.text and tiny.valid is not None:
+                for item, valid in enumerate(tiny.valid[:batch]):
+                    keep[item, :, :, length - text + valid :] = False
+        return F.scaled_dot_product_attention(call.query, call.key, call.value, attn_mask=keep)
+
+    layers = family_of(model).attention_layers(model)
+    processors = [replace_processor(layer.module, attend) for layer in layers]
+    try:
+        return output(model, inputs)
+    finally:
+        for processor in processors:
+            processor.undo()
+
+
+@pytest.mark.parametrize("pattern", EVERYTHING)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pattern_over_everything_is_dense(
+    models: dict[str, Any], name: str, pattern: str
+) -> None:
+    tiny, model = made(models, name)
+    inputs = tiny.inputs(2)
+    dense = output(model, inputs)
+    schedule = Schedule(dense_layers=1)
+    with apply(model, EVERYTHING[pattern], schedule=schedule) as applied:
+        got = output(model, inputs)
+        assert applied.density() == 1
+    assert error(got, dense) < 1e-4
+    first = sum(layer.layer == 0 for layer in family_of(model).attention_layers(model))
+    assert (applied.sparse_calls, applied.dense_calls) == (tiny.layers - first, first)
+    assert applied_to(model) is None and not model._forward_pre_hooks and not model._forward_hooks
+    assert torch.equal(output(model, inputs), dense)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_of_ours_knows_the_valid_text(models: dict[str, Any], name: str) -> None:
+    """Dense layers with kernels of ours, for a precision or a backend that was asked for."""
+    tiny, model = made(models, name)
+    inputs = tiny.inputs(2)
+    dense = output(model, inputs)
+    with apply(model, Dense(), backend="cpu") as applied:
+        assert error(output(model, inputs), dense) < 1e-4
+        assert applied.backend_name() == "none: no layer is sparse"
+        assert applied.backend_name(sparse=False) == "cpu"
