@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -110,6 +110,11 @@ class SlidingTile:
         object.__setattr__(self, "window", check_windows(self.window, name="window"))
         object.__setattr__(self, "tile", as_triple(self.tile, "tile"))
 
+    @property
+    def windows(self) -> tuple[Triple, ...]:
+        """One window for all heads, or one per head."""
+        return cast("tuple[Triple, ...]", self.window)
+
     def attend(
         self,
         query: Tensor,
@@ -156,29 +161,27 @@ class SlidingTile:
         transposed: bool = False,
     ) -> BlockMask:
         """The block mask over the padded tile order of ``tokens``."""
-        windows: Any = self.window
-        if len(windows) > 1:
-            windows = check_windows(windows, index(heads), "window")
+        self.check_heads(index(heads))
         return sliding_tile_mask(
-            tokens.layout(self.tile), windows, text_length=tokens.valid_text, device=device,
+            tokens.layout(self.tile), self.windows, text_length=tokens.valid_text, device=device,
             transposed=transposed,
         )  # fmt: skip
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
         """Pairs of tokens that are computed, over all pairs; the mean of the heads."""
-        heads = len(self.window) if len(self.window) > 1 else heads
+        heads = len(self.windows) if len(self.windows) > 1 else heads
         return self.mask(tokens, heads=heads).density()
 
     def check_heads(self, heads: int) -> None:
         """Raises ValueError where the pattern is for another number of query heads."""
-        if len(self.window) > 1:
-            check_windows(self.window, heads, "window")
+        if len(self.windows) > 1:
+            check_windows(self.windows, heads, "window")
 
     def of_heads(self, start: int, stop: int) -> SlidingTile:
         """The pattern of the query heads from ``start`` to before ``stop``."""
-        if len(self.window) == 1:
+        if len(self.windows) == 1:
             return self
-        return replace(self, window=self.window[start:stop])
+        return replace(self, window=self.windows[start:stop])
 
 
 @dataclass(frozen=True)

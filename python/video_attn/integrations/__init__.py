@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from . import presets
 from .applied import AppliedAttention
 from .cogvideox import CogVideoXSparseAttnProcessor2_0
+from .dispatcher import register_with_diffusers, unregister
 from .pipeline import applied_to, apply
 from .schedule import Schedule
 
@@ -13,4 +15,7 @@ __all__ = [
     "Schedule",
     "applied_to",
     "apply",
+    "presets",
+    "register_with_diffusers",
+    "unregister",
 ]

@@ -13,10 +13,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ..calls import problem_of
 from ..functional.patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
 from ..functional.video_tokens import VideoTokens
 from ..layout import Triple
-from ..calls import problem_of
 from ..quantize import parse_recipe
 from ..registry import select
 from .context import call, call_state, enter_call, leave_call

@@ -18,7 +18,8 @@ def guard(pipe: Any, transformers: list[Any]) -> None:
     if isinstance(pipe, torch.nn.Module):
         return
     object.__setattr__(pipe, "_video_attn_transformers", transformers)
-    pipe.__class__ = _guarded(type(pipe))
+    kind: Any = type(pipe)
+    pipe.__class__ = _guarded(kind)
 
 
 def unguard(pipe: Any) -> None:
@@ -29,7 +30,7 @@ def unguard(pipe: Any) -> None:
 
 
 @functools.cache
-def _guarded(kind: type) -> type:
+def _guarded(kind: Any) -> type:
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if name in TRANSFORMERS and value is not None:
             ours = self._video_attn_transformers

@@ -181,7 +181,8 @@ def replace_processor(
             f"module must have an attention processor of its own, got {type(module).__name__} with "
             f"{type(before).__name__}"
         )
-    kind = _replaced_class(type(before))
+    own: Any = type(before)
+    kind = _replaced_class(own)
     processor = object.__new__(kind)
     attributes = (
         ("__dict__", before.__dict__), ("module", module), ("before", before), ("attend", attend),

@@ -71,6 +71,15 @@ def hunyuan_video(*, precision: str = "native") -> Preset:
     }
 
 
+def hunyuan_radial(*, precision: str = "native") -> Preset:
+    """HunyuanVideo with radial attention, as published: decay 0.95, a quarter of the steps dense."""
+    return {
+        "pattern": Radial(RadialRule.for_model("hunyuan", decay_factor=0.95)),
+        "schedule": Schedule(dense_first_steps=0.24),
+        "precision": precision,
+    }
+
+
 def cogvideox(*, precision: str = "native") -> Preset:
     """CogVideoX 2b, 5b and 1.5: radial attention, two dense layers, a tenth of the steps dense."""
     return {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..functional.patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
-from ..layout import Triple
+from ..layout import Triple, as_triple
 from ..patterns.radial import RadialRule
 
 Choice = Pattern | RadialRule | Literal["dense"]
@@ -111,7 +111,7 @@ class Schedule:
                 raise ValueError(f"windows: a key must be STEP_LAYER_HEAD, got {key!r}")
             *step, layer, head = map(int, parts)
             heads = found.setdefault((step[0] if step else None, layer), {})
-            heads[head] = _WHOLE if window is None else tuple(window)  # type: ignore[assignment]
+            heads[head] = _WHOLE if window is None else as_triple(window, f"windows[{key!r}]")
         patterns = {place: _of_heads(place, heads, tile) for place, heads in found.items()}
         if all(step is None for step, _ in patterns):
             return cls(overrides={layer: p for (_, layer), p in patterns.items()}, **options)
@@ -187,7 +187,7 @@ def _as_pattern(choice: Choice, like: Pattern) -> Pattern:
     if isinstance(choice, RadialRule):
         base = like if isinstance(like, Radial) else Radial()
         return Radial(choice, base.block_size, base.scenes)
-    return Dense() if choice == "dense" else choice  # type: ignore[return-value]
+    return Dense() if choice == "dense" else choice
 
 
 def _put_together(layer: int, patterns: list[Pattern]) -> Pattern:
@@ -202,8 +202,7 @@ def _put_together(layer: int, patterns: list[Pattern]) -> Pattern:
         isinstance(p, Radial) and (p.block_size, p.scenes) == (first.block_size, first.scenes)
         for p in sparse
     ):
-        rules: list[Any] = ["dense" if isinstance(p, Dense) else p.rule for p in patterns]  # type: ignore[union-attr]
-        rules = [RadialRule() if rule is None else rule for rule in rules]
+        rules = [_rule(p, head) for head, p in enumerate(patterns)]
         return Radial(rules, first.block_size, first.scenes)
     raise ValueError(
         f"overrides: the heads of layer {layer} must have one kind of pattern, with one tile or "
@@ -214,8 +213,14 @@ def _put_together(layer: int, patterns: list[Pattern]) -> Pattern:
 def _window(pattern: Pattern, head: int) -> Triple:
     if not isinstance(pattern, SlidingTile):
         return _WHOLE
-    windows: Any = pattern.window
-    return windows[head] if len(windows) > 1 else windows[0]
+    return pattern.windows[head] if len(pattern.windows) > 1 else pattern.windows[0]
+
+
+def _rule(pattern: Pattern, head: int) -> RadialRule | Literal["dense"]:
+    if not isinstance(pattern, Radial):
+        return "dense"
+    rule = pattern.rule[head] if isinstance(pattern.rule, tuple) else pattern.rule
+    return RadialRule() if rule is None else rule
 
 
 def _of_heads(place: tuple[int | None, int], heads: dict[int, Triple], tile: Triple) -> SlidingTile:

@@ -19,7 +19,7 @@ from .family import Family, numbered
 
 def _tokens(transformer: Any, inputs: dict[str, Any], *, conditions_first: bool) -> VideoTokens:
     length = inputs["hidden_states"].shape[1]
-    sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+    sizes: list[Any] = [inputs.get(name) for name in ("num_frames", "height", "width")]
     if None not in sizes:
         config = transformer.config
         patches = (config.patch_size_t, config.patch_size, config.patch_size)
