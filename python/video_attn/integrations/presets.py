@@ -72,7 +72,7 @@ def hunyuan_video(*, precision: str = "native") -> Preset:
 
 
 def hunyuan_radial(*, precision: str = "native") -> Preset:
-    """HunyuanVideo with radial attention, as published: decay 0.95, a quarter of the steps dense."""
+    """HunyuanVideo with radial attention as published, decay 0.95; a quarter of the steps dense."""
     return {
         "pattern": Radial(RadialRule.for_model("hunyuan", decay_factor=0.95)),
         "schedule": Schedule(dense_first_steps=0.24),

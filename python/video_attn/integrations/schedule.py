@@ -219,7 +219,8 @@ def _window(pattern: Pattern, head: int) -> Triple:
 def _rule(pattern: Pattern, head: int) -> RadialRule | Literal["dense"]:
     if not isinstance(pattern, Radial):
         return "dense"
-    rule = pattern.rule[head] if isinstance(pattern.rule, tuple) else pattern.rule
+    rule: Any = pattern.rule
+    rule = rule[head] if isinstance(rule, tuple) else rule
     return RadialRule() if rule is None else rule
 
 
