@@ -258,6 +258,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   set_zero(packed_ds);
   Kept q, grad_out;
   take_kept<Config>(shared, reader, group, q, grad_out);
+  const uint32_t zero = static_cast<uint32_t>(globals.units) >> 31;  // for hold_operand()
   bool began = false;
   while (true) {
     const int valid = reader.wait_first().valid;
@@ -286,6 +287,10 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
     settle(p);  // before the wait, not after it
     products_wait<0>();
     settle(ds);
+    if constexpr (Config::kHeadDim == kUnit) {  // their products have the shape of that of dq
+      hold_operand(q, zero);
+      hold_operand(grad_out, zero);
+    }
     reader.release_second(reader.second.slot);
     score_gradients<Config>(ds, p, nullptr, rows);
     round_to(packed_ds, ds);

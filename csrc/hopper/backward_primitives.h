@@ -42,6 +42,22 @@ __device__ inline void settle(Registers& tile) {
   }
 }
 
+// Holds a left operand that stays in registers through a loop of products. ptxas of CUDA 12.4 to
+// 13.0 gives its registers to another left operand of the loop whose products have the same shape,
+// and the next step multiplies the wrong numbers. It does not where every step writes the operand:
+// so one register of each four is written, with what it holds. `zero` is 0, unknown to the
+// compiler. tests/test_wgmma_registers.py reads the outcome from the machine code.
+template <typename Registers>
+__device__ inline void hold_operand(Registers& tile, uint32_t zero) {
+#pragma unroll
+  for (int j = 0; j < Registers::width; ++j) {
+    asm volatile("xor.b32 %0, %0, %1;"
+                 : "+r"(reinterpret_cast<uint32_t&>(tile.tiles[0][j].data[0]))
+                 : "r"(zero)
+                 : "memory");
+  }
+}
+
 template <typename Shared, typename Left, typename Result>
 __device__ inline void product(Result& result, const Left& left, const Shared& right) {
   WarpGroup::mma_AB<Result, Left, Shared, 0, 1>(result, left, right);

@@ -212,6 +212,8 @@ void products_wait() {
 template <class Registers>
 void settle(Registers&) {}
 template <class Registers>
+void hold_operand(Registers&, uint32_t) {}
+template <class Registers>
 void product_fence(Registers&) {}
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
