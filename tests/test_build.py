@@ -274,6 +274,21 @@ def test_unknown_architecture():
         build_checks.check_cuda("sta", "nvcc", (13, 0), ["9.0"])
 
 
+@pytest.mark.parametrize("version", [(12, 4), (12, 9), (13, 0)], ids=str)
+def test_cuda_that_needs_a_second_look(version):
+    """The warning names the version, the range and the test that looks."""
+    warning = build_checks.doubt_cuda(version, ["80", "90a"])
+    assert warning is not None
+    assert f"CUDA {version[0]}.{version[1]} " in warning and "12.4 to 13.0" in warning
+    (test,) = re.findall(r"tests/\w+\.py", warning)
+    assert (ROOT / test).is_file()
+
+
+@pytest.mark.parametrize(("version", "arch"), [((12, 3), "90a"), ((13, 1), "90a"), ((13, 0), "80")])
+def test_cuda_without_doubt(version, arch):
+    assert build_checks.doubt_cuda(version, [arch]) is None
+
+
 def test_version_of_nvcc():
     text = "Cuda compilation tools, release 12.8, V12.8.93\nBuild cuda_12.8.r12.8/compiler"
     assert build_checks.parse_nvcc_version(text) == (12, 8)

@@ -11,6 +11,7 @@ from typing import Any
 import hopper_emulation
 import pytest
 import torch
+from hopper_problems import PROBLEMS, served
 from problems import place
 from torch import Tensor
 
@@ -57,6 +58,30 @@ def test_serves(changes):
 )
 def test_refusals(changes, reason):
     assert reason in hopper._supports(replace(GOOD, **changes))
+
+
+def test_causal_problems_are_not_served():
+    small = replace(PROBLEMS[0], kind="causal", batch=1, kv_heads=1, group=1)
+    assert not served(small)
+
+
+def test_the_list_of_the_gpu_has_every_kind():
+    kinds = {(p.kind, p.q_block_size) for p in PROBLEMS}
+    assert {
+        ("dense", 0),
+        ("lists", 64),
+        ("lists", 384),
+        ("sliding", 384),
+        ("selected", 64),
+    } <= kinds
+    assert len(PROBLEMS) > 300
+
+
+def test_the_common_list_runs_on_hopper_too():
+    """The list of test_attention.py runs on `hopper` too, wherever it can serve."""
+    from test_attention import GPU_PROBLEMS
+
+    assert sum(map(served, GPU_PROBLEMS)) > 50
 
 
 @pytest.fixture

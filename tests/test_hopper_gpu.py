@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from conftest import HAS_GPU
+from hopper_problems import PROBLEMS
 from oracle import Result, check_against_oracle
-from problems import Problem, random_problems, run_attention
+from problems import Problem, run_attention
 from torch import Tensor
 
 from video_attn import BlockMask, attention, native
-from video_attn.backends import hopper
 from video_attn.device import device_info
-from video_attn.registry import Problem as RegistryProblem
 
 
 def missing() -> str | None:
@@ -37,43 +35,10 @@ def missing() -> str | None:
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 
-def served(problem: Problem) -> bool:
-    sizes: list[int | None] = [None, None]
-    if problem.kind not in ("dense", "causal"):
-        sizes = [problem.q_block_size, problem.kv_block_size]
-    question = RegistryProblem(
-        "forward", "cuda", "sm_90", problem.dtype, problem.head_dim, problem.head_dim_v, *sizes,
-        is_causal=problem.kind == "causal",
-    )  # fmt: skip
-    return hopper._supports(question) is None
-
-
-PROBLEMS = [
-    problem
-    for problem in random_problems(
-        900, seed=20261124, dtypes=(torch.bfloat16, torch.float16), max_len=1100,
-        head_dims=((64, 64), (128, 128), (8, 8), (40, 40), (72, 72), (96, 96)),
-    )
-    if served(problem)
-]  # fmt: skip
-
-
 def test_components_are_loaded():
     for name in ("sta", "vsa"):
         component = native.component(name)
         assert component.loaded, component.reason
-
-
-def test_the_list_has_every_kind():
-    kinds = {(p.kind, p.q_block_size) for p in PROBLEMS}
-    assert {
-        ("dense", 0),
-        ("lists", 64),
-        ("lists", 384),
-        ("sliding", 384),
-        ("selected", 64),
-    } <= kinds
-    assert len(PROBLEMS) > 300
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -104,22 +69,25 @@ def test_workspaces_are_not_trusted(problem: Problem, gpu: torch.device):
 # -- one larger problem of each grain --------------------------------------------------------------
 
 GRAINS = pytest.mark.parametrize("block_size", [64, 128, 384, None], ids=str)
-HEADS, KV_HEADS, HEAD_DIM = 6, 3, 128
+CHANNELS = pytest.mark.parametrize("head_dim", [64, 128])
+HEADS, KV_HEADS = 6, 3
 
 
 class Work:
     """Tensors and a mask of many more tiles than the GPU has multiprocessors."""
 
-    def __init__(self, block_size: int | None, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, block_size: int | None, device: torch.device, seed: int = 0, head_dim: int = 128
+    ) -> None:
         self.block_size, self.length = block_size, 3000
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(heads: int, channels: int) -> Tensor:
-            x = torch.randn(2, heads, self.length, channels, generator=generator)
+        def normal(heads: int) -> Tensor:
+            x = torch.randn(2, heads, self.length, head_dim, generator=generator)
             return x.to(device, torch.bfloat16)
 
-        self.q, self.grad = normal(HEADS, HEAD_DIM), normal(HEADS, HEAD_DIM)
-        self.k, self.v = normal(KV_HEADS, HEAD_DIM), normal(KV_HEADS, HEAD_DIM)
+        self.q, self.grad = normal(HEADS), normal(HEADS)
+        self.k, self.v = normal(KV_HEADS), normal(KV_HEADS)
         self.lists: tuple[Tensor, Tensor] | None = None
         if block_size is not None:
             blocks = -(-self.length // block_size)
@@ -169,9 +137,10 @@ def load(device: torch.device) -> Iterator[Callable[[], None]]:
 
 
 @GRAINS
-def test_a_thousand_times_the_same_bits(block_size, gpu):
+@CHANNELS
+def test_a_thousand_times_the_same_bits(block_size, head_dim, gpu):
     """A race would show sooner or later; the other stream moves the kernels about."""
-    work = Work(block_size, gpu)
+    work = Work(block_size, gpu, head_dim=head_dim)
     first = work.run(deterministic=True)
     wrong = torch.zeros((), dtype=torch.int64, device=gpu)
     with load(gpu) as disturb:
@@ -211,9 +180,10 @@ def test_another_device_than_the_current_one(block_size, gpu):
 
 
 @GRAINS
-def test_cuda_graph_with_other_values_and_lists(block_size, gpu):
+@CHANNELS
+def test_cuda_graph_with_other_values_and_lists(block_size, head_dim, gpu):
     """Captured once, on a side stream; the replay reads the lists as they are then."""
-    work, other = Work(block_size, gpu, 1), Work(block_size, gpu, 2)
+    work, other = (Work(block_size, gpu, seed, head_dim) for seed in (1, 2))
     expected = other.run(deterministic=True)
     stream = torch.cuda.Stream(gpu)
     stream.wait_stream(torch.cuda.current_stream())
@@ -286,13 +256,6 @@ def test_offsets_that_need_64_bits(gpu):
     assert torch.equal(attention(far, far, far, backend="hopper"), expected)
 
 
-def test_problems_are_those_of_the_common_list():
-    """The list of test_attention.py runs on `hopper` too, wherever it can serve."""
-    from test_attention import GPU_PROBLEMS
-
-    assert sum(map(served, GPU_PROBLEMS)) > 50
-
-
 def test_a_call_does_not_synchronise(gpu):
     works = [Work(size, gpu) for size in (64, 384, None)]
     for work in works:
@@ -310,5 +273,3 @@ def test_causal_attention_goes_to_triton(gpu):
     q = torch.randn(1, 1, 256, 64, dtype=torch.bfloat16, device=gpu)
     with pytest.raises(RuntimeError, match="'hopper'.*is_causal is not in these kernels"):
         attention(q, q, q, is_causal=True, backend="hopper")
-    small = replace(PROBLEMS[0], kind="causal", batch=1, kv_heads=1, group=1)
-    assert not served(small)

@@ -34,6 +34,8 @@ CUDA_FOR_ARCH = {
     "121a": (12, 9),
 }
 CUDA_FOR_CXX20 = (12, 0)
+# Toolkits whose ptxas, first and last, can give two left operands of wgmma the same registers.
+CUDA_SHARING_OPERANDS = ((12, 4), (13, 0))
 OLDEST_TORCH = (2, 10)
 OLDEST_SETUPTOOLS = (77, 0, 3)  # reads the metadata of pyproject.toml
 SUBMODULE = "third_party/ThunderKittens"
@@ -151,6 +153,20 @@ def check_cuda(component: str, nvcc: str, version: tuple[int, int], archs: Seque
                 "or other architectures with VIDEO_ATTN_CUDA_ARCHS, or leave the CUDA components "
                 "out: VIDEO_ATTN_COMPONENTS=cpu"
             )
+
+
+def doubt_cuda(version: tuple[int, int], archs: Sequence[str]) -> str | None:
+    """A warning for a CUDA toolkit whose code for sm_90a needs a second look, or None."""
+    first, last = CUDA_SHARING_OPERANDS
+    if "90a" not in archs or not first <= version <= last:
+        return None
+    return (
+        f"ptxas of CUDA {version[0]}.{version[1]} is known to give an operand of a tensor core "
+        "product that stays in registers to another product (wrong results on H100 and H200; "
+        f"{first[0]}.{first[1]} to {last[0]}.{last[1]} do). These kernels are written so that it "
+        "does not; after a change of them run tests/test_wgmma_operands.py, or build with a newer "
+        "toolkit"
+    )
 
 
 def thunderkittens_dir(root: Path, override: str) -> Path:

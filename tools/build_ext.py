@@ -13,7 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from build_checks import (
     check_setuptools,
     check_thunderkittens,
     check_torch,
+    doubt_cuda,
     probe_host_compiler,
     probe_nvcc,
 )
@@ -119,6 +120,7 @@ class NativeBuild(build_ext):
             self.run_command("egg_info")  # a tree used in place knows its version by it
         version, revision = self.distribution.get_version(), git_revision(ROOT)
         prepared = {item: self.prepare(item) for item in self.plan if item.reason is None}
+        self.warn_of_cuda(prepared)
         records = []
         for item in self.plan:
             if item in prepared:
@@ -131,6 +133,13 @@ class NativeBuild(build_ext):
             write_record(folder, record)
             records.append(record)
         atexit.register(print, "\n" + format_table(records), flush=True)
+
+    def warn_of_cuda(self, items: Iterable[Planned]) -> None:
+        """Say once what is doubtful about the CUDA toolkit."""
+        archs = [arch for item in items for arch in item.cuda_archs]
+        doubt = doubt_cuda(probe_nvcc(self.tools.nvcc), archs) if archs else None
+        if doubt is not None:
+            self.warn(doubt)
 
     def component_folder(self) -> Path:
         """Where the libraries go: the source tree for an in-place build, else build/lib."""

@@ -1,12 +1,12 @@
-"""The Hopper kernels under compute-sanitizer: python tools/sanitize_hopper.py
+"""The GPU kernels under compute-sanitizer: python tools/sanitize_hopper.py
 
-    python tools/sanitize_hopper.py --tools memcheck racecheck initcheck
+    python tools/sanitize_hopper.py --tools racecheck --backends hopper cuda_sage
 
-Needs an H100 or H200, and compute-sanitizer of the CUDA toolkit. Runs small problems of every
-kernel (both grains and dense, forward and both backward passes, head sizes 64 and 128, partial
-blocks, grouped heads, strided tensors) under each tool, and fails when one reports an error.
-memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of memory
-that nobody wrote, synccheck barriers used wrongly.
+Needs a GPU, and compute-sanitizer of the CUDA toolkit; `hopper` wants an H100 or H200. Runs small
+problems of every kernel of a backend (both grains and dense, forward and backward, head sizes 64
+and 128, partial blocks, rows without keys, grouped heads, strided tensors) under each tool, and
+fails when one reports an error. memcheck finds accesses out of bounds, racecheck races in shared
+memory, initcheck reads of memory that nobody wrote, synccheck barriers used wrongly.
 """
 
 from __future__ import annotations
@@ -17,11 +17,24 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from video_attn import BlockMask
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BACKENDS = ("hopper", "cuda_sage", "triton")
+PRECISIONS = ("sage_fp16", "sage_fp8", "fp8")
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?")
 LENGTH, VALID = 420, 37  # no multiple of a block; keys of the second block that count
+HEADS, KV_HEADS = 2, 1
 
 
 def find_sanitizer() -> str:
@@ -37,73 +50,133 @@ def find_sanitizer() -> str:
     return found
 
 
-def run_problems() -> None:
-    """The problems themselves; outputs must be finite where a query sees a key."""
+# -- the problems ----------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """Of one call: tensors [1, heads, LENGTH, head_dim] in [1, LENGTH, heads, head_dim] memory."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    mask: BlockMask | None
+
+
+def inputs(head_dims: tuple[int, ...], block_sizes: tuple[int | None, ...]) -> Iterator[Inputs]:
+    """Every head dim with every block size; None is dense attention."""
     import torch
 
-    from video_attn import BlockMask, attention
+    from video_attn import BlockMask
 
     generator = torch.Generator().manual_seed(0)
-    for head_dim in (64, 128):
-        for block_size in (64, 128, 192, None):
-            q, k, v, grad = (
-                torch.randn(2, LENGTH, heads, head_dim, generator=generator)
-                .to("cuda", torch.bfloat16)
+    for head_dim in head_dims:
+        for block_size in block_sizes:
+            tensors = (
+                torch.randn(1, LENGTH, heads, head_dim, generator=generator)
+                .to(torch.bfloat16)
+                .to("cuda")
                 .transpose(1, 2)
-                for heads in (4, 2, 2, 4)
+                for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
             )
             mask = None
             if block_size is not None:
                 blocks = -(-LENGTH // block_size)
-                keep = torch.rand(2, 4, blocks, blocks, generator=generator) < 0.7
+                keep = torch.rand(1, HEADS, blocks, blocks, generator=generator) < 0.7
                 keep[0, 0, 0] = False
                 lens = torch.full((1, blocks), block_size, dtype=torch.int32)
                 lens[0, 1] = VALID
                 mask = BlockMask.from_dense(
                     keep, block_size, block_size, None, lens, q_len=LENGTH, kv_len=LENGTH
                 ).to("cuda")
-            for deterministic in (False, True):
-                a, b, c = (x.detach().requires_grad_() for x in (q, k, v))
-                out = attention(a, b, c, mask, backend="hopper", deterministic=deterministic)
-                results = (out, *torch.autograd.grad(out, (a, b, c), grad))
-                if not all(bool(x.isfinite().all()) for x in results):
-                    raise SystemExit(f"error: not finite: head_dim {head_dim}, {block_size}")
-    torch.cuda.synchronize()
+            yield Inputs(*tensors, mask)
 
 
-def check(sanitizer: str, tool: str, limit: float) -> bool:
-    """Runs the problems under one tool; prints what it found."""
+def run_native(backend: str, deterministic: tuple[bool, ...]) -> Iterator[Tensor]:
+    """Forward and backward: the outputs and gradients."""
+    import torch
+
+    from video_attn import attention
+
+    for x in inputs((64, 128), (64, 128, 192, None)):
+        for repeatable in deterministic:
+            leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
+            out = attention(*leaves, x.mask, backend=backend, deterministic=repeatable)
+            yield from (out, *torch.autograd.grad(out, leaves, x.grad))
+
+
+def run_quantized(backend: str, block_sizes: tuple[int | None, ...]) -> Iterator[Tensor]:
+    """Forward, every recipe: quantizing and attending."""
+    from video_attn import attention
+
+    for x in inputs((64, 128), block_sizes):
+        for precision in PRECISIONS:
+            yield attention(x.q, x.k, x.v, x.mask, backend=backend, precision=precision)
+
+
+def run_problems(backend: str) -> None:
+    """The problems of a backend; results must be finite (a row without keys gives zeros)."""
+    results: Iterator[Tensor]
+    if backend == "hopper":
+        results = run_native(backend, (False, True))
+    elif backend == "cuda_sage":
+        results = run_quantized(backend, (64, 128, None))
+    else:
+        results = chain(run_native(backend, (False,)), run_quantized(backend, (64, None)))
+    count = 0
+    for result in results:
+        count += 1
+        if not bool(result.isfinite().all()):
+            raise SystemExit(f"error: result {count} of {backend} is not finite")
+    print(f"{count} results of {backend}")
+
+
+# -- the tools -------------------------------------------------------------------------------------
+
+
+def check(sanitizer: str, tool: str, backend: str, limit: float) -> bool:
+    """Runs the problems of a backend under one tool; prints what it found."""
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
-    command += [sys.executable, str(Path(__file__).resolve()), "--problems"]
+    command += [sys.executable, str(Path(__file__).resolve()), "--problems", backend]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one block per tensor
+    name, began = f"{backend}, {tool}", time.monotonic()
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=limit
         )
     except subprocess.TimeoutExpired:
-        print(f"{tool}: not done after {limit:.0f} s")
+        print(f"{name}: not done after {limit:.0f} s", flush=True)
         return False
     output = done.stdout + done.stderr
     summary = _SUMMARY.search(output)
     clean = done.returncode == 0 and summary is not None and "0" in summary.groups()
-    print(f"{tool}: {summary[0] if summary else 'no summary'}, exit status {done.returncode}")
+    found = summary[0] if summary else "no summary"
+    seconds = time.monotonic() - began
+    print(f"{name}: {found}, exit status {done.returncode}, {seconds:.0f} s", flush=True)
     if not clean:
-        print(output[-8000:])
+        print(output[:4000] + "\n...\n" + output[-2000:], flush=True)
     return clean
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=["memcheck", "racecheck"])
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for each tool (300)")
-    parser.add_argument("--problems", action="store_true", help="run the problems, unchecked")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for each run (300)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--problems", choices=BACKENDS, help="run a backend's problems, unchecked")
     options = parser.parse_args()
     if options.problems:
-        run_problems()
+        run_problems(options.problems)
         return 0
     sanitizer = find_sanitizer()
-    found = [check(sanitizer, tool, options.limit) for tool in options.tools]
-    return 0 if all(found) else 1
+    with ThreadPoolExecutor(max_workers=options.jobs) as pool:
+        runs = [
+            pool.submit(check, sanitizer, tool, backend, options.limit)
+            for backend in options.backends
+            for tool in options.tools
+        ]
+        return int(not all(run.result() for run in runs))
 
 
 if __name__ == "__main__":
