@@ -72,7 +72,7 @@ def inputs(head_dims: tuple[int, ...], block_sizes: tuple[int | None, ...]) -> I
     generator = torch.Generator().manual_seed(0)
     for head_dim in head_dims:
         for block_size in block_sizes:
-            tensors = (
+            q, k, v, grad = (
                 torch.randn(1, LENGTH, heads, head_dim, generator=generator)
                 .to(torch.bfloat16)
                 .to("cuda")
@@ -89,7 +89,7 @@ def inputs(head_dims: tuple[int, ...], block_sizes: tuple[int | None, ...]) -> I
                 mask = BlockMask.from_dense(
                     keep, block_size, block_size, None, lens, q_len=LENGTH, kv_len=LENGTH
                 ).to("cuda")
-            yield Inputs(*tensors, mask)
+            yield Inputs(q, k, v, grad, mask)
 
 
 def run_native(backend: str, deterministic: tuple[bool, ...]) -> Iterator[Tensor]:
@@ -100,9 +100,10 @@ def run_native(backend: str, deterministic: tuple[bool, ...]) -> Iterator[Tensor
 
     for x in inputs((64, 128), (64, 128, 192, None)):
         for repeatable in deterministic:
-            leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
-            out = attention(*leaves, x.mask, backend=backend, deterministic=repeatable)
-            yield from (out, *torch.autograd.grad(out, leaves, x.grad))
+            q, k, v = (y.detach().requires_grad_() for y in (x.q, x.k, x.v))
+            out = attention(q, k, v, x.mask, backend=backend, deterministic=repeatable)
+            yield out
+            yield from torch.autograd.grad(out, (q, k, v), x.grad)
 
 
 def run_quantized(backend: str, block_sizes: tuple[int | None, ...]) -> Iterator[Tensor]:
