@@ -12,25 +12,29 @@ import argparse
 from pathlib import Path
 
 import torch
-from peers import (
-    COLUMNS,
-    DTYPES,
-    backend_names,
-    make_dense_case,
-    providers,
-    rows_of,
-    time_case,
-)
+from cases import DTYPES, make_dense_case
+from measure import COLUMNS, rows_of, time_case
+from peers import backend_names, dense_peers, our_providers
 
-from video_attn.tools.bench import Record, Result, WrongResultError, print_table, write_record
+from video_attn.tools.bench import (
+    Record,
+    Result,
+    WrongResultError,
+    print_table,
+    record_path,
+    say,
+    write_record,
+)
 
 
 def bench_length(options: argparse.Namespace, tokens: int) -> list[Result]:
     """One sequence length; prints as it goes."""
+    say(f"{tokens} tokens")
     case = make_dense_case(
         tokens, options.heads, options.head_dim, options.dtype, torch.device(options.device)
     )
-    results = time_case(case, providers(case, with_flex=False), options.repeats, options.backward)
+    providers = [*our_providers(case), *dense_peers(case.device)]
+    results = time_case(case, providers, options.repeats, options.backward)
     forward, backward = backend_names(case)
     title = (
         f"{tokens} tokens, {options.heads} heads, head_dim {options.head_dim}, {options.dtype}; "
@@ -51,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), help="bfloat16; on a CPU float32")
     add("--repeats", type=int, help="timed calls of each provider (20; on a CPU 5)")
     add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
-    add("--output", type=Path, help="JSON record (benchmarks/results/dense_DEVICE.json)")
+    add("--output", type=Path, help="JSON record (benchmarks/results/dense_MODEL.json)")
     options = parser.parse_args(arguments)
     kind = torch.device(options.device).type
     for name, on_gpu, small in (
@@ -59,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("heads", 16, 2),
         ("repeats", 20, 5),
         ("dtype", "bfloat16", "float32"),
-        ("output", *[Path(__file__).parent / "results" / f"dense_{kind}.json"] * 2),
+        ("output", *[record_path("dense", options.device)] * 2),
     ):
         if getattr(options, name) is None:
             setattr(options, name, small if kind == "cpu" else on_gpu)

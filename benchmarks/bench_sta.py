@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peers import COLUMNS, DTYPES, Case, backend_names, make_case, providers, rows_of, time_case
+from cases import DTYPES, Case, sta_case
+from measure import COLUMNS, rows_of, time_case
+from peers import backend_names, dense_peers, flex_peer, our_providers
 
 from st_attn import sliding_tile_attention
 from video_attn import VideoLayout, sliding_tile, sliding_tile_mask
@@ -27,6 +29,8 @@ from video_attn.tools.bench import (
     Timing,
     WrongResultError,
     print_table,
+    record_path,
+    say,
     time_interleaved,
     write_record,
 )
@@ -38,18 +42,17 @@ NEW_MASK, KEPT_MASK = "mask of 24 new windows", "mask of 24 known windows"
 def bench_window(options: argparse.Namespace, window: Triple) -> list[Result]:
     """Kernel, calls and mask for one window; prints as it goes."""
     layout = VideoLayout(options.grid, options.tile, options.text)
-    mask = sliding_tile_mask(
-        layout, window, text_length=options.valid_text, device=options.device, transposed=True
-    )
     grid, tile, wide = ("x".join(map(str, x)) for x in (layout.grid, layout.tile, window))
-    density = mask.density()
-    described = {
-        "grid": grid, "tile": tile, "window": wide, "text": options.text,
-        "valid_text": options.valid_text, "density": round(density, 5),
-    }  # fmt: skip
-    case = make_case(mask, options.heads, options.head_dim, options.dtype, described)
-    runs = providers(case, options.flex)
-    results = time_case(case, runs, options.repeats, options.backward)
+    say(f"window {wide}")
+    case = sta_case(
+        layout, window, options.heads, options.head_dim, options.dtype, options.device,
+        options.valid_text,
+    )  # fmt: skip
+    density = case.problem["density"]
+    providers = [*our_providers(case), *dense_peers(case.device)]
+    if options.flex:
+        providers.append(flex_peer(case.device))
+    results = time_case(case, providers, options.repeats, options.backward)
     forward, backward = backend_names(case)
     title = (
         f"{grid} tokens, tile {tile}, window {wide} tiles, text {options.valid_text} of "
@@ -62,6 +65,7 @@ def bench_window(options: argparse.Namespace, window: Triple) -> list[Result]:
     if layout.is_ragged:
         print("no call times: the tile does not divide the grid, and a call pads it first")
         return results
+    say("whole calls")
     calls = time_calls(options, layout, window, case)
     print_table(
         "a whole call, forward", ("what", "median (p20 to p80)"), [(n, t) for n, t in calls.items()]
@@ -74,7 +78,7 @@ def time_calls(
     options: argparse.Namespace, layout: VideoLayout, window: Triple, case: Case
 ) -> dict[str, Timing]:
     """The user's functions: with tokens in tile order, and in raster order (four gathers more)."""
-    q, k, v = (x.detach() for x in case.tensors)
+    q, k, v = case.quiet
     valid = options.valid_text
     calls = {
         TILE_ORDER: lambda: sliding_tile_attention(
@@ -84,7 +88,7 @@ def time_calls(
             q, k, v, layout.grid, window, tile=layout.tile, text_length=valid
         ),
     }
-    return time_interleaved(calls, device=options.device, repeats=options.repeats)
+    return time_interleaved(calls, device=options.device, repeats=options.repeats, seconds=2.0)
 
 
 def time_masks(options: argparse.Namespace) -> dict[str, Timing]:
@@ -126,7 +130,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, help="timed calls of each provider (10; on a CPU 3)")
     add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
     add("--flex", action=argparse.BooleanOptionalAction, default=True, help="FlexAttention too")
-    add("--output", type=Path, help="JSON record (benchmarks/results/sta_DEVICE.json)")
+    add("--output", type=Path, help="JSON record (benchmarks/results/sta_MODEL.json)")
     options = parser.parse_args(arguments)
     on_cpu = torch.device(options.device).type == "cpu"
     for name, on_gpu, small in (
@@ -141,8 +145,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.valid_text is None:
         options.valid_text = options.text
     if options.output is None:
-        kind = torch.device(options.device).type
-        options.output = Path(__file__).parent / "results" / f"sta_{kind}.json"
+        options.output = record_path("sta", options.device)
     return options
 
 
@@ -155,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     except WrongResultError as error:
         print(f"error: {error}")
         return 1
+    say("masks")
     masks = time_masks(options)
     rows = [(name, f"{timing.median * 1e6:.0f} us") for name, timing in masks.items()]
     print_table("planning, on the host", ("what", "median"), rows)

@@ -26,7 +26,9 @@ from video_attn.tools.bench import (
     Result,
     WrongResultError,
     print_table,
+    record_path,
     require_correct,
+    say,
     time_interleaved,
     write_record,
 )
@@ -99,6 +101,7 @@ def bench_case(
     name: str, tokens: int, mask: BlockMask | None, options: argparse.Namespace
 ) -> list[Result]:
     """One case; prints as it goes."""
+    say(name)
     generator = torch.Generator(device=options.device).manual_seed(0)
     dtype = torch.bfloat16 if options.device != "cpu" else torch.float32
     shape = (1, options.heads, tokens, options.head_dim)
@@ -106,7 +109,7 @@ def bench_case(
         torch.randn(shape, generator=generator, device=options.device).to(dtype) for _ in range(3)
     )
     runs = runs_of(qkv, mask, options.granularity)  # type: ignore[arg-type]
-    timings = time_interleaved(runs, device=options.device, repeats=options.repeats)
+    timings = time_interleaved(runs, device=options.device, repeats=options.repeats, seconds=1.0)
     flops = 4 * options.head_dim * options.heads * tokens**2
     if mask is not None:
         flops = mask.flops(options.head_dim, heads=options.heads)
@@ -136,8 +139,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--head-dim", type=int, default=128, help="head_dim (128)")
     add("--granularity", choices=GRANULARITIES, default="per_warp", help="of scales (per_warp)")
     add("--repeats", type=int, help="timed calls of each (20; on a CPU 1)")
-    default = Path(__file__).parent / "results" / "triton_codes.json"
-    add("--output", type=Path, default=default, help="JSON record (benchmarks/results)")
+    add("--output", type=Path, help="JSON record (benchmarks/results/triton_codes_MODEL.json)")
     options = parser.parse_args(arguments)
     on_cpu = torch.device(options.device).type == "cpu"
     for name, large, small in (
@@ -150,6 +152,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, small if on_cpu else large)
     options.grid = tuple(options.grid)
+    options.output = options.output or record_path("triton_codes", options.device)
     return options
 
 

@@ -10,24 +10,15 @@ dense attention, whatever is skipped; the effective figures below them count att
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from peers import (
-    BACKWARD_FACTOR,
-    COLUMNS,
-    DTYPES,
-    OURS,
-    Case,
-    backend_names,
-    make_case,
-    providers,
-    rows_of,
-    time_case,
-    time_host,
-)
+from cases import DTYPES, NEAR, RANDOM, Case, vsa_case
+from measure import BACKWARD_FACTOR, COLUMNS, rows_of, time_case
+from peers import OURS, backend_names, dense_peers, flex_peer, our_providers, vsa_peers
 
-from video_attn import BlockMask
 from video_attn.block_mask import dense_from_lists, lists_from_dense
 from video_attn.block_ops import block_mean, select_top_k
 from video_attn.device import device_info
@@ -37,28 +28,42 @@ from video_attn.tools.bench import (
     Timing,
     WrongResultError,
     print_table,
+    record_path,
+    say,
     time_interleaved,
     write_record,
 )
 from vsa import video_sparse_attn
 
 
-def random_mask(options: argparse.Namespace) -> BlockMask:
-    """``top_k`` random key blocks for every head and query block, ascending."""
-    generator = torch.Generator().manual_seed(0)
-    blocks = options.tokens // options.block_size
-    chance = torch.rand(1, options.heads, blocks, blocks, generator=generator)
-    lists = chance.topk(options.top_k, -1).indices.sort(-1).values.int().to(options.device)
-    size, length = options.block_size, options.tokens
-    mask = BlockMask.from_indices(lists, size, size, q_len=length, kv_len=length)
-    mask.transposed()
-    return mask
+def bench_lists(options: argparse.Namespace, lists: str) -> tuple[Case, list[Result]]:
+    """Random or neighbouring lists; prints as it goes."""
+    say(f"{lists} lists")
+    case = vsa_case(
+        options.tokens, options.block_size, options.top_k, options.heads, options.head_dim,
+        options.dtype, options.device, lists,
+    )  # fmt: skip
+    providers = [*our_providers(case), *dense_peers(case.device)]
+    if options.flex:
+        providers.append(flex_peer(case.device))
+    if case.device.type == "cuda" and options.block_size == 64:
+        providers += vsa_peers()
+    results = time_case(case, providers, options.repeats, options.backward)
+    title = (
+        f"{options.tokens} tokens, {options.top_k} of {options.tokens // options.block_size} "
+        f"{lists} blocks of {options.block_size}, {options.heads} heads, head_dim "
+        f"{options.head_dim}, {options.dtype}"
+    )
+    print_table(title, COLUMNS, rows_of(results))
+    return case, results
 
 
 def time_parts(options: argparse.Namespace, case: Case) -> dict[str, Timing]:
     """What a VSA layer does besides block-sparse attention, and the whole of its forward pass."""
-    q, k, v = (x.detach() for x in case.tensors)
+    q, k, v = case.quiet
     size, top_k, mask = options.block_size, options.top_k, case.mask
+    assert mask is not None
+    full = torch.full((mask.num_kv_blocks,), size, dtype=torch.int32, device=case.device)
     with torch.no_grad():
         means = [block_mean(x, None, size).float() for x in (q, k)]
         scores = means[0] @ means[1].mT
@@ -67,23 +72,33 @@ def time_parts(options: argparse.Namespace, case: Case) -> dict[str, Timing]:
         dense = dense_from_lists(mask.kv_num_blocks, mask.kv_indices, mask.num_kv_blocks)
         return lists_from_dense(dense.mT)
 
-    parts = {
+    parts: dict[str, Callable[[], object]] = {
         "block means of q, k and v": lambda: [block_mean(x, None, size) for x in (q, k, v)],
         "top-k of the scores": lambda: select_top_k(scores, top_k),
         "transposed lists (once per backward pass)": transpose,
         "vsa.video_sparse_attn, forward": lambda: video_sparse_attn(q, k, v, None, top_k, size),
+        "the same, full tiles given as sizes": lambda: video_sparse_attn(
+            q, k, v, full, top_k, size
+        ),
     }
+    if case.device.type == "cuda" and size == 64 and find_spec("fastvideo_kernel"):
+        from fastvideo_kernel.ops import video_sparse_attn as theirs
+
+        parts["fastvideo_kernel.ops.video_sparse_attn, forward"] = lambda: theirs(
+            q, k, v, full, full, top_k, size
+        )
     return time_interleaved(parts, device=options.device, repeats=options.repeats)
 
 
 def print_original_lines(case: Case, results: list[Result]) -> None:
     """The original benchmark's lines, then what they mean."""
+    assert case.mask is not None
     blocks, kept = case.mask.num_kv_blocks, case.mask.kv_indices.shape[-1]
     print(f"Using topk={kept} kv blocks per q block (out of {blocks} total kv blocks)\n")
     print("=== BLOCK SPARSE ATTENTION BENCHMARK ===")
-    ours = {r.problem["pass"]: r for r in results if r.provider == OURS and r.metrics}
+    ours = {r.problem["pass"]: r for r in results if r.provider == OURS and r.timing}
     for name, factor in (("forward", 1.0), ("backward", BACKWARD_FACTOR)):
-        if name in ours:
+        if name in ours and ours[name].timing is not None:
             tflops = factor * case.dense_flops / ours[name].timing.median / 1e12
             print(f"Block Sparse {name.capitalize():<8} - TFLOPS: {tflops:.2f}")
     effective = ", ".join(f"{name} {r.metrics['tflops']:.4g}" for name, r in ours.items())
@@ -107,7 +122,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, help="timed calls of each provider (20; on a CPU 9)")
     add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
     add("--flex", action=argparse.BooleanOptionalAction, default=True, help="FlexAttention too")
-    add("--output", type=Path, help="JSON record (benchmarks/results/vsa_DEVICE.json)")
+    add("--output", type=Path, help="JSON record (benchmarks/results/vsa_MODEL.json)")
     options = parser.parse_args(arguments)
     kind = torch.device(options.device).type
     for name, on_gpu, small in (
@@ -115,7 +130,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("heads", 12, 2),
         ("repeats", 20, 9),
         ("dtype", "bfloat16", "float32"),
-        ("output", *[Path(__file__).parent / "results" / f"vsa_{kind}.json"] * 2),
+        ("output", *[record_path("vsa", options.device)] * 2),
     ):
         if getattr(options, name) is None:
             setattr(options, name, small if kind == "cpu" else on_gpu)
@@ -129,32 +144,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    mask = random_mask(options)
-    described = {"block_size": options.block_size, "kept_blocks": options.top_k, "blocks": "random"}
-    case = make_case(mask, options.heads, options.head_dim, options.dtype, described)
+    results: list[Result] = []
     try:
-        runs = providers(case, options.flex)
-        results = time_case(case, runs, options.repeats, options.backward)
+        for lists in (NEAR, RANDOM):
+            case, found = bench_lists(options, lists)
+            results += found
     except WrongResultError as error:
         print(f"error: {error}")
         return 1
-    title = (
-        f"{options.tokens} tokens, {options.top_k} of {mask.num_kv_blocks} blocks of "
-        f"{options.block_size}, {options.heads} heads, head_dim {options.head_dim}, {options.dtype}"
-    )
-    print_table(title, COLUMNS, rows_of(results))
     if options.flex and case.device.type == "cpu":
         print("FlexAttention has no backward pass on a CPU.")
+    say("parts of a layer")
     parts = time_parts(options, case)
     print_table("parts", ("what", "median (p20 to p80)"), [(n, t) for n, t in parts.items()])
     results += [Result(case.problem, name, timing) for name, timing in parts.items()]
-    if case.device.type == "cuda":
-        host = time_host(mask, options.dtype, options.head_dim)
-        print(f"host time of one call: {host.median * 1e6:.1f} us")
-        results.append(Result({**case.problem, "heads": 1, "pass": "host"}, OURS, host))
     write_record(Record.of("bench_vsa_hopper", results, options.device), options.output)
     print(f"record: {options.output}\n")
-    print_original_lines(case, results)
+    print_original_lines(case, found)
     return 0
 
 

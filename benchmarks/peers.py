@@ -1,87 +1,61 @@
-"""What the benchmarks of sparse patterns share: one problem, our kernels, their peers, one check.
+"""Who computes attention in a benchmark: our backends, torch's kernels, FlexAttention, and the
+wheels of other projects that this machine has.
 
-The same tensors and the same mask go to everybody, in one run, in turn. The peers are torch's dense
-attention (cuDNN and flash on an NVIDIA GPU) and FlexAttention with the same mask.
+The same tensors and the same mask go to everybody, in one run. A peer that is absent, refuses or
+fails is a row with its reason.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from video_attn import BlockMask, attention
+from video_attn import attention
 from video_attn.calls import problem_of
 from video_attn.registry import backends, select
-from video_attn.tools.bench import Result, Timing, require_correct, time_interleaved
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Relative error against the fp32 reference: some roundings of each dtype.
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-BACKWARD_FACTOR = 2.5  # floating-point operations of backward over forward
 OURS, FLEX = "video_attn", "FlexAttention, same mask"
 DETERMINISTIC = f"{OURS}, deterministic"  # gradients; the forward pass is the same
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class CannotRunError(RuntimeError):
+    """A peer cannot run a case; the message says why."""
+
+
 @dataclass(frozen=True)
-class Case:
-    """One problem: q, k, v [B, H, S, D] that want gradients, a mask (None: dense), and what
-    describes them.
+class Provider:
+    """Somebody who computes attention.
+
+    Args:
+        name: as the tables show it.
+        prepare: makes the call for a case, once; raises :class:`CannotRunError` (or anything else)
+            where there is none.
+        ours: a wrong result is an error of the benchmark, not a row.
+        dense: computes every pair: measured beside sparse ones, not checked against their mask.
+        backward: has gradients.
+        limit: relative error allowed instead of that of the dtype.
     """
 
-    tensors: tuple[Tensor, Tensor, Tensor]
-    grad: Tensor
-    mask: BlockMask | None
-    problem: dict[str, Any]
-
-    @property
-    def device(self) -> torch.device:
-        return self.grad.device
-
-    @property
-    def dense_flops(self) -> float:
-        """Of the forward pass if every query saw every key, padding included."""
-        batch, heads, length, head_dim = self.grad.shape
-        return 4.0 * batch * heads * head_dim * length * length
-
-    @property
-    def flops(self) -> float:
-        """Of the forward pass over the pairs that the mask keeps."""
-        if self.mask is None:
-            return self.dense_flops
-        batch, heads, _, head_dim = self.grad.shape
-        return self.mask.flops(head_dim, batch=batch, heads=heads)
-
-
-def make_case(mask: BlockMask, heads: int, head_dim: int, dtype: str, problem: dict) -> Case:
-    """Normally distributed inputs for ``mask``, on its device."""
-    dense = make_dense_case(mask.q_len, heads, head_dim, dtype, mask.device)
-    return replace(dense, mask=mask, problem={**dense.problem, **problem})
-
-
-def make_dense_case(
-    tokens: int, heads: int, head_dim: int, dtype: str, device: torch.device | str
-) -> Case:
-    """Normally distributed inputs for dense attention."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, heads, tokens, head_dim)
-    q, k, v, grad = (
-        torch.randn(shape, generator=generator).to(device, DTYPES[dtype]) for _ in range(4)
-    )
-    described = {"dtype": dtype, "heads": heads, "tokens": tokens, "head_dim": head_dim}
-    tensors = tuple(x.requires_grad_() for x in (q, k, v))
-    return Case(tensors, grad, None, described)  # type: ignore[arg-type]
+    name: str
+    prepare: Callable[[Case], Run]
+    ours: bool = False
+    dense: bool = False
+    forward: bool = True
+    backward: bool = True
+    limit: float | None = None
 
 
 def backend_names(case: Case) -> tuple[str, str]:
@@ -91,22 +65,6 @@ def backend_names(case: Case) -> tuple[str, str]:
     return forward, backward
 
 
-def providers(case: Case, with_flex: bool) -> dict[str, Run]:
-    """Our kernels first, then the peers that this machine has.
-
-    Ours are the backend that is chosen, and each other one that can serve.
-    """
-    runs: dict[str, Run] = {OURS: partial(_ours, case.mask)}
-    for name in other_backends(case):
-        runs[f"{OURS}, {name}"] = partial(_ours, case.mask, backend=name)
-    if case.device.type == "cuda":
-        runs[DETERMINISTIC] = partial(_ours, case.mask, deterministic=True)
-    runs |= dense_peers(case.device)
-    if with_flex and case.mask is not None:
-        runs[FLEX] = partial(compiled_flex(), block_mask=case.mask.to_flex())
-    return runs
-
-
 def other_backends(case: Case) -> list[str]:
     """Backends that can serve both passes of ``case`` too, but are not the first choice."""
     problems = [problem_of(p, *case.tensors, case.mask) for p in ("forward", "backward")]
@@ -114,90 +72,47 @@ def other_backends(case: Case) -> list[str]:
     return [name for name in able if name not in ("reference", *backend_names(case))]
 
 
-def dense_peers(device: torch.device) -> dict[str, Run]:
+def our_providers(case: Case) -> list[Provider]:
+    """The backend that is chosen, each other one that can serve, deterministic gradients."""
+    found = [Provider(OURS, partial(_ours), ours=True)]
+    for name in other_backends(case):
+        found.append(Provider(f"{OURS}, {name}", partial(_ours, backend=name), ours=True))
+    if case.device.type == "cuda":
+        run = partial(_ours, deterministic=True)
+        found.append(Provider(DETERMINISTIC, run, ours=True, forward=False))
+    return found
+
+
+def _ours(case: Case, **options: Any) -> Run:
+    return lambda q, k, v: attention(q, k, v, case.mask, **options)
+
+
+def dense_peers(device: torch.device) -> list[Provider]:
     """torch's dense attention, each fused implementation by itself."""
     if device.type == "cpu":
-        return {"torch SDPA, dense": F.scaled_dot_product_attention}
+        sdpa: Run = F.scaled_dot_product_attention
+        return [Provider("torch SDPA, dense", lambda case: sdpa, dense=True)]
     kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    return {f"torch SDPA {name}, dense": partial(_sdpa, kind) for name, kind in kinds.items()}
-
-
-def time_case(case: Case, runs: dict[str, Run], repeats: int, with_backward: bool) -> list[Result]:
-    """Every provider forward and, where it has one, backward; checked first.
-
-    Each of ours and FlexAttention is checked on the timed tensors against the fp32 reference, on
-    the first and the last head.
-
-    Raises:
-        WrongResultError: a result is off; then nothing is timed.
-    """
-    graphs = {}
-    if with_backward:
-        graphs = {n: run(*case.tensors) for n, run in runs.items() if has_backward(n, case)}
-    for name in runs:
-        if name.startswith(OURS) or name == FLEX:
-            _check(name, runs[name], graphs.get(name), case)
-    quiet = tuple(x.detach() for x in case.tensors)
-    forward = {name: run for name, run in runs.items() if name != DETERMINISTIC}
-    calls = {"forward": {name: partial(run, *quiet) for name, run in forward.items()}}
-    if graphs:
-        calls["backward"] = {name: partial(_gradients, out, case) for name, out in graphs.items()}
-    results = []
-    for direction, peers in calls.items():
-        timings = time_interleaved(peers, device=case.device, repeats=repeats)
-        results += [result_of(case, direction, name, timings) for name in timings]
-    return results
-
-
-def time_host(mask: BlockMask, dtype: str, head_dim: int, repeats: int = 300) -> Timing:
-    """What one forward call costs the host until it returns: kernels of one head are soon done."""
-    one_head = replace(
-        mask, kv_num_blocks=mask.kv_num_blocks[:, :1], kv_indices=mask.kv_indices[:, :1]
-    )
-    case = make_case(one_head, 1, head_dim, dtype, {})
-    q, k, v = (x.detach() for x in case.tensors)
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        attention(q, k, v, one_head)
-        samples.append(time.perf_counter() - start)
-        torch.cuda.synchronize()
-    return Timing(tuple(samples[repeats // 10 :]))
-
-
-def has_backward(name: str, case: Case) -> bool:
-    """FlexAttention has no backward pass on a CPU (and after an attempt stays uncompiled)."""
-    return name != FLEX or case.device.type != "cpu"
-
-
-def result_of(case: Case, direction: str, name: str, timings: dict[str, Timing]) -> Result:
-    """Effective TFLOPS (real pairs only) and the speed-up over the fastest dense peer."""
-    timing = timings[name]
-    factor = 1.0 if direction == "forward" else BACKWARD_FACTOR
-    dense = min(t.median for peer, t in timings.items() if peer.endswith("dense"))
-    flops = case.dense_flops if name.endswith("dense") else case.flops
-    metrics = {
-        "tflops": factor * flops / timing.median / 1e12,
-        "speed_up_over_dense": dense / timing.median,
-    }
-    return Result({**case.problem, "pass": direction}, name, timing, metrics)
-
-
-def rows_of(results: list[Result]) -> list[tuple[object, ...]]:
-    """Rows for a table with the columns pass, provider, time, TFLOPS, speed-up."""
     return [
-        (
-            r.problem["pass"],
-            r.provider,
-            r.timing,
-            f"{r.metrics['tflops']:.3g}",
-            f"{r.metrics['speed_up_over_dense']:.2f}x",
-        )
-        for r in results
+        Provider(f"torch SDPA {name}, dense", lambda case, k=kind: partial(_sdpa, k), dense=True)
+        for name, kind in kinds.items()
     ]
 
 
-COLUMNS = ("pass", "provider", "median (p20 to p80)", "effective TFLOPS", "over dense")
+def _sdpa(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def flex_peer(device: torch.device) -> Provider:
+    """FlexAttention on the same lists. On a CPU it has no backward pass."""
+
+    def prepare(case: Case) -> Run:
+        if case.mask is None:
+            raise CannotRunError("there is no mask")
+        return partial(compiled_flex(), block_mask=case.mask.to_flex())
+
+    return Provider(FLEX, prepare, backward=device.type != "cpu")
 
 
 @cache
@@ -206,45 +121,58 @@ def compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
-def _ours(
-    mask: BlockMask | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    backend: str | None = None,
-    deterministic: bool = False,
-) -> Tensor:
-    return attention(q, k, v, mask, backend=backend, deterministic=deterministic)
+def vsa_peers() -> list[Provider]:
+    """Kernels of other projects for lists of 64-token blocks."""
+    return [
+        Provider("fastvideo-kernel", _fastvideo),
+        Provider("FlashInfer cake", _cake, backward=False),
+    ]
 
 
-def _sdpa(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(kind):
-        return F.scaled_dot_product_attention(q, k, v)
+def _need(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise CannotRunError(f"not installed (pip install {package})")
 
 
-def _gradients(out: Tensor, case: Case) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, case.tensors, case.grad, retain_graph=True)
+def _fastvideo(case: Case) -> Run:
+    _need("fastvideo_kernel", "fastvideo-kernel")
+    from fastvideo_kernel.block_sparse_attn import block_sparse_attn
 
-
-def _check(name: str, run: Run, graph: Tensor | None, case: Case) -> None:
-    """The results of ``run`` against the reference in fp32, on the first and the last head."""
-    limit = LIMITS[case.grad.dtype]
-    got = [run(*(x.detach() for x in case.tensors))]
-    if graph is not None:
-        got += _gradients(graph, case)
-    for head in {0, case.grad.shape[1] - 1}:
-        expected = _reference(case, slice(head, head + 1), with_gradients=graph is not None)
-        for part, x, y in zip(("out", "dq", "dk", "dv"), got, expected, strict=False):
-            require_correct(f"{name}, {part} of head {head}", x[:, head].detach(), y[:, 0], limit)
-
-
-def _reference(case: Case, heads: slice, with_gradients: bool) -> list[Tensor]:
     mask = case.mask
-    if mask is not None and mask.kv_indices.shape[1] > 1:
-        counts, indices = mask.kv_num_blocks[:, heads], mask.kv_indices[:, heads]
-        mask = replace(mask, kv_num_blocks=counts, kv_indices=indices, _transpose=None)
-    exact = [x[:, heads].detach().float().requires_grad_(with_gradients) for x in case.tensors]
-    out = attention(*exact, mask, backend="reference")
-    if not with_gradients:
-        return [out]
-    return [out.detach(), *torch.autograd.grad(out, exact, case.grad[:, heads].float())]
+    assert mask is not None
+    sizes = torch.full((mask.num_kv_blocks,), mask.kv_block_size, device=case.device).int()
+    keep = mask.to_dense().expand(1, case.grad.shape[1], -1, -1).contiguous()
+    return lambda q, k, v: block_sparse_attn(q, k, v, keep, sizes)[0]
+
+
+def _cake(case: Case) -> Run:
+    """One head at a time is one head of FlashInfer's [heads, tokens, head_dim]; planned before."""
+    _need("flashinfer", "flashinfer-python")
+    from flashinfer.sparse import VariableBlockSparseAttentionWrapper
+
+    mask = case.mask
+    assert mask is not None
+    heads, head_dim = case.grad.shape[1], case.grad.shape[3]
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=case.device)
+    wrapper = VariableBlockSparseAttentionWrapper(workspace, backend="cake")
+    sizes = torch.full((heads, mask.num_kv_blocks), mask.kv_block_size, device=case.device).int()
+    wrapper.plan(
+        block_mask_map=mask.to_dense()[0].expand(heads, -1, -1).contiguous(), block_row_sz=sizes,
+        block_col_sz=sizes, num_qo_heads=heads, num_kv_heads=heads, head_dim=head_dim,
+        q_data_type=case.grad.dtype,
+    )  # fmt: skip
+    return lambda q, k, v: wrapper.run(q[0], k[0], v[0])[None]
+
+
+def quantized_peers() -> list[Provider]:
+    """INT8 attention of other projects, dense."""
+    return [Provider("sageattention", _sage, backward=False, limit=0.05)]
+
+
+def _sage(case: Case) -> Run:
+    _need("sageattention", "sageattention")
+    if case.mask is not None:
+        raise CannotRunError("dense only")
+    from sageattention import sageattn
+
+    return lambda q, k, v: sageattn(q, k.clone(), v, tensor_layout="HND")  # it writes to k

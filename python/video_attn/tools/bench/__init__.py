@@ -8,12 +8,14 @@ run (:func:`time_interleaved`), prints a table and writes one JSON record
 from __future__ import annotations
 
 from .check import WrongResultError, relative_error, require_correct
+from .progress import say
 from .record import (
     Record,
     Result,
     commit,
     machine_info,
     print_table,
+    record_path,
     versions,
     write_record,
 )
@@ -27,8 +29,10 @@ __all__ = [
     "commit",
     "machine_info",
     "print_table",
+    "record_path",
     "relative_error",
     "require_correct",
+    "say",
     "time_interleaved",
     "versions",
     "write_record",

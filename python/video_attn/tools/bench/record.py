@@ -31,16 +31,22 @@ class Result:
 
     Args:
         problem: everything that defines the input (shape, dtype, mask, pass).
-        provider: who computed it. timing: seconds.
+        provider: who computed it. timing: seconds; None where the provider could not run.
         metrics: derived figures by name, each with its unit in the name (``tflops``, ``speed_up``).
+        failure: why there is no timing.
     """
 
     problem: Mapping[str, Any]
     provider: str
-    timing: Timing
+    timing: Timing | None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
+        if self.timing is None:
+            failed = {"provider": self.provider, "failure": self.failure}
+            return {"problem": dict(self.problem), **failed, "metrics": {}}
+        state = {"sm_mhz": self.timing.sm_mhz, "watts": self.timing.watts}
         times = {
             f"{name}_ms": round(self.timing.quantile(share) * 1e3, 4)
             for name, share in (("p20", 0.2), ("median", 0.5), ("p80", 0.8))
@@ -50,6 +56,7 @@ class Result:
             "provider": self.provider,
             **times,
             "samples": len(self.timing.samples),
+            **{name: round(value) for name, value in state.items() if value is not None},
             "metrics": {name: float(f"{value:.5g}") for name, value in self.metrics.items()},
         }
 
@@ -122,6 +129,15 @@ def commit() -> str:
         return str(native.component("cpu").record.get("git_revision") or "unknown")
     status = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", cwd=_ROOT)
     return revision + ("+" if status else "")
+
+
+def record_path(name: str, device: torch.device | str) -> Path:
+    """benchmarks/results/NAME_MODEL.json; MODEL is cpu or that of the GPU (h100, mi300x)."""
+    model = "cpu"
+    if torch.device(device).type != "cpu":
+        words = device_info(torch.device(device)).name.lower().split()
+        model = next((word for word in words if any(c.isdigit() for c in word)), "gpu")
+    return _ROOT / "benchmarks" / "results" / f"{name}_{model}.json"
 
 
 def write_record(record: Record, path: Path) -> None:
