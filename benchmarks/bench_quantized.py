@@ -21,9 +21,8 @@ from peers import CannotRunError, Provider, Run, dense_peers, flex_peer, quantiz
 from torch import Tensor
 
 from video_attn import VideoLayout, attention
-from video_attn.backends import cuda_sage
-from video_attn.device import device_info
-from video_attn.calls import problem_of
+from video_attn.backends import cuda_sage, triton
+from video_attn.calls import ForwardCall, problem_of
 from video_attn.quantize import QUANTIZED_PRECISIONS, QuantizationOptions
 from video_attn.registry import backends
 from video_attn.tools.bench import (
@@ -72,38 +71,24 @@ def _whole(case: Case, backend: str, precision: str) -> Run:
 
 def _cuda_sage_codes(case: Case, precision: str) -> Run:
     """Attention by the compiled kernels over codes made once."""
-    q, k, v = case.quiet
-    mask, scale = case.mask, q.shape[3] ** -0.5
-    codes = cuda_sage.quantize(q, k, v, mask, scale=scale, precision=precision, options=OPTIONS)
-    lists = (None, None) if mask is None else (mask.kv_num_blocks, mask.kv_indices)
-    lens = cuda_sage._lens(mask)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
-
-    def run(*_: Tensor) -> Tensor:
-        torch.ops.video_attn.sage_attention(
-            *codes, *lists, *lens, k.shape[2], scale, False, False, out, lse
-        )
-        return out
-
-    return run
+    call = _call(case, precision)
+    codes = cuda_sage.quantize(call)
+    return lambda *_: cuda_sage.attend(call, codes)[0]
 
 
 def _triton_codes(case: Case, precision: str) -> Run:
     """Attention by the Triton kernels over codes made once."""
-    from video_attn.backends.triton import quantize_launches, quantized_launches
     from video_attn.kernels.launch import run_launches
-    from video_attn.kernels.launch_tables import launch_row
 
-    q, k, v = case.quiet
-    mask, scale = case.mask, q.shape[3] ** -0.5
-    codes, before = quantize_launches(
-        q, k, v, mask, scale=scale, precision=precision, options=OPTIONS
+    call = _call(case, precision)
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    codes, before = triton.quantize_launches(
+        q, k, v, mask, scale=call.scale, precision=precision, options=OPTIONS
     )
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
-    grain = None if mask is None else mask.q_block_size
-    attend = quantized_launches(
-        codes, out, lse, mask, kv_len=k.shape[2], scale=scale, is_causal=False,
-        row=launch_row(device_info(q.device).arch, precision, q.shape[3], 1, grain),
+    out, lse = call.empty_results()
+    attend = triton.quantized_launches(
+        codes, out, lse, mask, kv_len=k.shape[2], scale=call.scale, is_causal=False,
+        row=triton._row(precision, q, v, mask),
     )  # fmt: skip
     run_launches(before, q.device)
 
@@ -112,6 +97,11 @@ def _triton_codes(case: Case, precision: str) -> Run:
         return out
 
     return run
+
+
+def _call(case: Case, precision: str) -> ForwardCall:
+    q, k, v = case.quiet
+    return ForwardCall(q, k, v, case.mask, q.shape[3] ** -0.5, False, precision, OPTIONS)
 
 
 OVER_CODES: dict[str, Callable[..., Run]] = {"cuda_sage": _cuda_sage_codes, "triton": _triton_codes}

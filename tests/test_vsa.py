@@ -337,12 +337,10 @@ def test_block_sparse_attention_is_the_definition(shape, sizes, form, device):
     def function(q, k, v):
         if form == "map":
             return block_sparse_attn(q, k, v, keep.to(device), tensor_sizes)
-        counts, indices = shuffled_lists(keep)
+        counts, indices = (x.to(device) for x in shuffled_lists(keep))
         if tensor_sizes is None:
             return block_sparse_attn_from_indices(q, k, v, indices, counts, None)
-        return block_sparse_attn_from_indices(
-            q, k, v, indices.to(device), counts.to(device), tensor_sizes
-        )
+        return block_sparse_attn_from_indices(q, k, v, indices, counts, tensor_sizes)
 
     unseen = ~tokens.any(-2).any(1)[:, None, :, None].to(device)
     poisoned = [x.masked_fill(unseen, torch.nan) for x in (k, v)]
