@@ -17,16 +17,17 @@ struct AttentionKernel {
   SAGE_DEVICE static void run(const Params& p) { AttentionBlock<C>(p).run(); }
 };
 
-// Blocks of 128 rows load K and V half as often; they need lists for at least 128 queries.
-inline bool fits_128_rows(const AttentionParams& p) {
-  return p.q_side.length > kTile &&
-         (p.lists.counts == nullptr || p.q_side.block_size % (2 * kTile) == 0);
+// Whether blocks of so many query tiles see the same keys, and not all of them would be nearly
+// empty: then K and V are loaded once for all tiles of a block.
+inline bool share_a_list(const AttentionParams& p, int tiles) {
+  return p.q_side.length > (tiles - 1) * kTile &&
+         (p.lists.counts == nullptr || p.q_side.block_size % (tiles * kTile) == 0);
 }
 
 template <QkCode kQk, VCode kV, bool kHalfSums, int kDim>
 const char* launch_rows(const AttentionParams& p, void* stream) {
   const int tiles = tiles_in(p.q_side.length);
-  if (fits_128_rows(p)) {
+  if (share_a_list(p, 2)) {
     using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 2>>;
     return launch<Kernel>(p, (tiles + 1) / 2, p.heads, p.batch, stream);
   }

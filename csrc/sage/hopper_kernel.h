@@ -3,9 +3,12 @@
 //
 // A block serves 64 query rows per consumer warpgroup. Keys come two tiles (128 tokens) at a time
 // through a ring in shared memory, which the producer warp keeps full with bulk copies: the codes
-// lie in global memory as the products want them. A consumer has the products Q K^T of the next
-// keys and P V of the last ones run while it turns scores into weights. The definition, with steps
-// of two tiles: quantized_reference.py.
+// lie in global memory as the products want them. The definition, with steps of two tiles:
+// quantized_reference.py.
+//
+// One or two consumers have the products Q K^T of the next keys and P V of the last ones run while
+// they turn scores into weights. Three have no registers for that: each goes from product to
+// product, and the tensor cores work for the other two meanwhile.
 #pragma once
 
 #include "hopper_walk.h"
@@ -28,23 +31,25 @@ struct HopperConfig {
   static constexpr VCode kV = kV_;
   static constexpr int kDim = kDim_;  // padded head dim of Q, K and V
   static constexpr int kConsumers = kConsumers_;
-  static_assert(kConsumers == 1 || kConsumers == 2);
+  static_assert(kConsumers >= 1 && kConsumers <= 3);
 
   // One consumer: two blocks share a multiprocessor, so that its tensor cores are never alone with
-  // one softmax. Two consumers: one block, and half the copies.
-  static constexpr int kBlocksPerProcessor = 3 - kConsumers;
+  // one softmax. More consumers: one block, and a half or a third of the copies.
+  static constexpr int kBlocksPerProcessor = kConsumers == 1 ? 2 : 1;
   static constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 232;
+  static constexpr int kConsumerRegisters = kConsumers == 1 ? 232 : kConsumers == 2 ? 240 : 160;
+  static constexpr bool kOverlaps = kConsumers < 3;
 
   // The products of a step are summed afresh: the tensor cores add FP8 products with fewer digits
   // than fp32 has. Sums of fp16 products need no such care.
   static constexpr bool kFreshSums = kV == VCode::kFp8;
+  static_assert(kOverlaps || !kFreshSums, "no registers for fresh sums beside the output");
 
   static constexpr int kQBytes = kConsumers * kQkTileBytes<kDim>;
   static constexpr int kKBytes = kStepTiles * kQkTileBytes<kDim>;
   static constexpr int kVBytes = kStepTiles * kVTileBytes<kV, kDim>;
-  static constexpr int kRingBytes = (kConsumers == 2 ? 200 : 97) * 1024;
+  static constexpr int kRingBytes = (kConsumers == 1 ? 97 : 200) * 1024;
   static constexpr int kFitting = kRingBytes / (kKBytes + kVBytes);
   static constexpr int kStages = kFitting < 4 ? kFitting : 4;
   static_assert(kStages >= 2);
@@ -231,7 +236,14 @@ class HopperBlock {
     RowState state;
     Output out = {};
     barrier_wait(&shared_.q_full, 0);
-    attend(q_factor, state, out);
+    barrier_wait(&shared_.k_full[0], 0);
+    if (shared_.steps[0].index[0] >= 0) {
+      if constexpr (C::kOverlaps) {
+        attend_overlapped(q_factor, state, out);
+      } else {
+        attend(q_factor, state, out);
+      }
+    }
     // The ring is free once every consumer is here; each stores through a part of it.
     using Result = ResultTile<C::kV, C::kDim>;
     static_assert(C::kConsumers * Result::kSharedBytes <= sizeof(Shared::k) + sizeof(Shared::v));
@@ -240,10 +252,33 @@ class HopperBlock {
     Result(p_, batch_, head_, first_tile_ + consumer()).store(out, state, rows, 2 + consumer());
   }
 
+  // One product after the other.
   SAGE_DEVICE void attend(float q_factor, RowState& state, Output& out) {
+    Place k, v;
+    const int last_key = last_key_of_first_row();
+    Weights weights;
+    float keep[2];
+    do {
+      {
+        Sums sums;
+        wgmma_fence();
+        start_scores(sums, k.stage);
+        wgmma_wait<0>();
+        weigh_step(weights, sums, k, q_factor, last_key, state, keep, [] {});
+      }
+      rescale(out, keep);
+      wgmma_fence();
+      start_values(out, weights, v);
+      wgmma_wait<0>();
+      wgmma_results(out);
+      release(&shared_.v_empty[v.stage]);
+      v.advance();
+    } while (shared_.steps[k.stage].index[0] >= 0);
+  }
+
+  // Scores of the next step and values of the last one are multiplied during a step's softmax.
+  SAGE_DEVICE void attend_overlapped(float q_factor, RowState& state, Output& out) {
     Place k, v;  // of the next scores, and of the next values
-    barrier_wait(&shared_.k_full[0], 0);
-    if (shared_.steps[0].index[0] < 0) return;
     const int last_key = last_key_of_first_row();
     Weights weights;
     Output fresh;  // of kFreshSums
@@ -344,13 +379,28 @@ class HopperBlock {
     wgmma_results(C::kFreshSums ? fresh : out);
     release(&shared_.v_empty[v.stage]);
     v.advance();
+    if constexpr (C::kFreshSums) {
+      join(out, fresh, keep);
+    } else {
+      rescale(out, keep);
+    }
+  }
+
+  SAGE_DEVICE static void join(Output& out, const Output& fresh, const float (&keep)[2]) {
     SAGE_UNROLL
     for (int n = 0; n < C::kDim / 8; ++n) {
       SAGE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        out[n][i] = C::kFreshSums ? fused_multiply_add(out[n][i], keep[i / 2], fresh[n][i])
-                                  : out[n][i] * keep[i / 2];
+        out[n][i] = fused_multiply_add(out[n][i], keep[i / 2], fresh[n][i]);
       }
+    }
+  }
+
+  SAGE_DEVICE static void rescale(Output& out, const float (&keep)[2]) {
+    SAGE_UNROLL
+    for (int n = 0; n < C::kDim / 8; ++n) {
+      SAGE_UNROLL
+      for (int i = 0; i < 4; ++i) out[n][i] *= keep[i / 2];
     }
   }
 

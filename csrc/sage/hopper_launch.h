@@ -17,15 +17,21 @@ struct HopperKernel {
   SAGE_DEVICE static void run(const Params& p) { HopperBlock<C>(p).run(); }
 };
 
+template <QkCode kQk, VCode kV, int kDim, int kConsumers>
+const char* launch_config(const AttentionParams& p, void* stream) {
+  using Kernel = HopperKernel<HopperConfig<kQk, kV, kDim, kConsumers>>;
+  const int tiles = tiles_in(p.q_side.length);
+  return launch<Kernel>(p, (tiles + kConsumers - 1) / kConsumers, p.heads, p.batch, stream);
+}
+
 template <QkCode kQk, VCode kV, int kDim>
 const char* launch_consumers(const AttentionParams& p, void* stream) {
-  const int tiles = tiles_in(p.q_side.length);
-  if (fits_128_rows(p)) {
-    using Kernel = HopperKernel<HopperConfig<kQk, kV, kDim, 2>>;
-    return launch<Kernel>(p, (tiles + 1) / 2, p.heads, p.batch, stream);
+  // Products with FP8 values are short and their sums take registers: two consumers are faster.
+  if constexpr (kV == VCode::kFloat16) {
+    if (share_a_list(p, 3)) return launch_config<kQk, kV, kDim, 3>(p, stream);
   }
-  using Kernel = HopperKernel<HopperConfig<kQk, kV, kDim, 1>>;
-  return launch<Kernel>(p, tiles, p.heads, p.batch, stream);
+  if (share_a_list(p, 2)) return launch_config<kQk, kV, kDim, 2>(p, stream);
+  return launch_config<kQk, kV, kDim, 1>(p, stream);
 }
 
 template <int kDim>
