@@ -24,6 +24,7 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "info": _Command("tools.info", "what this install can run, and why not the rest"),
+    "check": _Command("tools.check.command", "small problems on every backend, right or wrong"),
     "demo": _Command("tools.demo.command", "dense and sparse attention on a real video clip"),
     "plot": _Command("tools.plot.command", "pictures of the patterns"),
     "bench-kernels": _Command(
