@@ -23,7 +23,7 @@ from .context import call, call_state, enter_call, leave_call
 from .context_parallel import attend_in_parallel
 from .fuse import FusedProjections
 from .guard import guard, unguard
-from .intercept import AttentionCall, replace_processor
+from .intercept import AttentionCall, ReplacedProcessor, replace_processor
 from .layer import LayerAttention
 from .models import Family
 from .schedule import Schedule
@@ -65,12 +65,8 @@ class AppliedTransformer:
         # Hooks of torch.nn stay outside of what torch.compile traces, and outside of the wrappers
         # that accelerate and diffusers put around forward.
         self._hooks = [
-            transformer.register_forward_pre_hook(
-                torch.compiler.disable(self._before_forward), with_kwargs=True
-            ),
-            transformer.register_forward_hook(
-                torch.compiler.disable(self._after_forward), always_call=True
-            ),
+            transformer.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
+            transformer.register_forward_hook(_Hook(self._after_forward), always_call=True),
         ]
         setattr(transformer, HANDLE, handle)
 
@@ -170,6 +166,18 @@ class AppliedTransformer:
         if not isinstance(function, _CarriedState):
             self._checkpointing = function
             setattr(self.transformer, _CHECKPOINTING, _CarriedState(self, function))
+
+
+class _Hook:
+    """A hook that torch.compile does not trace, and that is not copied with its module."""
+
+    __reduce_ex__ = ReplacedProcessor.__reduce_ex__
+
+    def __init__(self, function: Any) -> None:
+        self.function = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 _CHECKPOINTING = "_gradient_checkpointing_func"
@@ -322,6 +330,8 @@ class AppliedAttention:
 
     def _check_steps(self, steps: int) -> None:
         """Says once if the schedule leaves no step of such a run to sparse attention."""
+        if isinstance(self.pattern, Dense):
+            return
         dense = all(self.schedule.is_dense_step(step, steps) for step in range(steps))
         if dense and steps not in self._said:
             self._said.add(steps)

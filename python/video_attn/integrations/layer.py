@@ -35,23 +35,19 @@ class LayerAttention:
         _layers[number] = self
         # A tensor, for compiled code takes tensors as inputs, where numbers would be constants.
         self.key = torch.tensor(number, device="cpu")
+        self.outside_of_the_graph = torch.compiler.disable(serve)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         if not torch.compiler.is_compiling():
             return self.serve(self.index, call)
         inputs = call.query, call.key, call.value
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            return _outside_of_the_graph(self, call)
+            return self.outside_of_the_graph(self.index, call)
         out = _attend(
             *(x.transpose(1, 2) for x in inputs), call.attn_mask, call.gate, call.dropout_p,
             call.is_causal, call.scale, call.enable_gqa, call.dispatched, self.key,
         )  # fmt: skip
         return out.transpose(1, 2)
-
-
-@torch.compiler.disable
-def _outside_of_the_graph(layer: LayerAttention, call: AttentionCall) -> Tensor:
-    return layer.serve(layer.index, call)
 
 
 @torch.library.custom_op(

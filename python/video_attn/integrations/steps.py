@@ -48,7 +48,7 @@ def denoising_step(
             now = current  # before any rounding
     elif timesteps is not None:
         values = list(timesteps)
-    elif pipe is not None:
+    elif _timesteps(pipe):
         values = _timesteps(pipe)
     else:
         raise ValueError(
