@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--window", type=sizes("TxHxW"), default=(3, 3, 3), help="tiles seen (default 3x3x3)")
     add("--tile", type=sizes("TxHxW"), default=(6, 8, 8), help="tokens of a tile (6x8x8)")
     add("--dense_layers", type=int, default=0, help="first layers that stay dense (default 0)")
-    add("--dense_timesteps", type=int, default=12, help="first steps that stay dense (default 12)")
+    add("--dense_timesteps", type=int, help="first steps that stay dense (default a quarter)")
     add("--height", type=int, default=768, help="pixels (default 768)")
     add("--width", type=int, default=1280, help="pixels (default 1280)")
     add("--num_frames", type=int, default=69, help="frames (default 69)")
@@ -63,9 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         pipe.to("cuda")
     elif options.enable_model_cpu_offload:
         console.print("No GPU here: everything is on the CPU anyway, nothing to offload.")
-    schedule = Schedule(
-        dense_layers=options.dense_layers, dense_first_steps=options.dense_timesteps
-    )
+    dense = 0.24 if options.dense_timesteps is None else options.dense_timesteps
+    schedule = Schedule(dense_layers=options.dense_layers, dense_first_steps=dense)
     with apply_sliding_tile(pipe, options.window, tile=options.tile, schedule=schedule) as applied:
         start = time.perf_counter()
         video = pipe(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, Literal, cast
 
 import torch
@@ -24,8 +23,8 @@ from ..patterns.sliding_tile import Windows, check_windows, sliding_tile_mask
 from ..patterns.valid_text import check_text_length
 from ..patterns.video_sparse import kept_blocks
 from ..static_cache import canonical_device, static_cache
-from .sta import STA_TILE
-from .video_tokens import TileOrder, VideoTokens, memory_order, whole_gate
+from .sta import STA_TILE, sliding_tile
+from .video_tokens import VideoTokens, memory_order, whole_gate
 from .vsa import VSA_TILE, Gate, check_count, check_gate, video_sparse
 
 _DENSE_BLOCK = 128
@@ -34,11 +33,6 @@ _DENSE_BLOCK = 128
 @dataclass(frozen=True)
 class Dense:
     """Every token sees every valid token."""
-
-    @property
-    def tile(self) -> None:
-        """Dense attention has no tiles: any order of the video will do."""
-        return None
 
     def attend(
         self,
@@ -129,7 +123,7 @@ class SlidingTile:
         """Sliding tile attention over the tokens of one call. Differentiable.
 
         Args:
-            query: [B, Hq, S, D] in the order that ``tokens`` says. key: [B, Hkv, S, D].
+            query: [B, Hq, S, D]. key: [B, Hkv, S, D].
                 value: [B, Hkv, S, Dv]. Any strides with unit last stride.
             tokens: how they lie.
             gate: for patterns with a coarse branch; plays no part here.
@@ -144,13 +138,15 @@ class SlidingTile:
             RuntimeError: no backend can serve; the message says why for each.
         """
         tokens.check(query, key)
-        mask = self.mask(
-            tokens, query.device, heads=query.shape[1], transposed=_needs_grad(query, key, value)
-        )
-        order = TileOrder(tokens, self.tile, query)
-        query, key, value = (order.enter(x) for x in (query, key, value))
-        out = attention(query, key, value, mask, layout=order.axes, scale=scale, **options)
-        return order.leave(out)
+        axes = memory_order(query)
+        swap = axes == "bshd"
+        query, key, value = (x.transpose(1, 2) if swap else x for x in (query, key, value))
+        windows = self.windows if len(self.windows) > 1 else self.windows[0]
+        out = sliding_tile(
+            query, key, value, tokens.grid, windows, tile=self.tile, text_length=tokens.valid_text,
+            text_first=tokens.text_first, layout=axes, scale=scale, **options,
+        )  # fmt: skip
+        return out.transpose(1, 2) if swap else out
 
     def mask(
         self,
@@ -158,14 +154,12 @@ class SlidingTile:
         device: torch.device | str = "cpu",
         *,
         heads: int = 1,
-        transposed: bool = False,
     ) -> BlockMask:
         """The block mask over the padded tile order of ``tokens``."""
-        self.check_heads(index(heads))
+        self.check_heads(heads)
         return sliding_tile_mask(
-            tokens.layout(self.tile), self.windows, text_length=tokens.valid_text, device=device,
-            transposed=transposed,
-        )  # fmt: skip
+            tokens.layout(self.tile), self.windows, text_length=tokens.valid_text, device=device
+        )
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
         """Pairs of tokens that are computed, over all pairs; the mean of the heads."""
@@ -239,8 +233,6 @@ class VideoSparse:
         or a tensor that broadcasts to [B, Hq, S, Dv]; the video tokens alone will do.
         """
         tokens.check(query, key)
-        if tokens.tile is not None:
-            raise ValueError("tokens must be in raster order for VideoSparse, not in tile order")
         if self.gate != "auto":
             gate = self.gate
         elif gate is None:
@@ -319,11 +311,6 @@ class Radial:
         if self.scenes is not None and not isinstance(self.scenes, Scenes):
             raise TypeError(f"scenes must be a Scenes or None, got {type(self.scenes).__name__}")
 
-    @property
-    def tile(self) -> None:
-        """Radial attention works on frames in raster order."""
-        return None
-
     def attend(
         self,
         query: Tensor,
@@ -353,8 +340,6 @@ class Radial:
         transposed: bool = False,
     ) -> BlockMask:
         """The block mask over the raster order of ``tokens``."""
-        if tokens.tile is not None:
-            raise ValueError("tokens must be in raster order for Radial, not in tile order")
         if not isinstance(self.rule, tuple):
             return self._mask_of(self.rule, tokens, device, transposed)
         self.check_heads(heads)

@@ -1,4 +1,4 @@
-"""VideoTokens: how the tokens of one attention call lie, and moving them to tile order."""
+"""VideoTokens: how the tokens of one attention call lie."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..patterns.valid_text import TextLength, check_text_length
 
 @dataclass(frozen=True)
 class VideoTokens:
-    """How the tokens of one attention call lie: the grid of the video, and what stands beside it.
+    """How the tokens of one attention call lie: the grid of the video in raster order, and what
+    stands beside it.
 
     Args:
         grid: (T, H, W) tokens of the video.
@@ -24,8 +25,6 @@ class VideoTokens:
         valid_text: how many of them are valid, the first ones: an int, one per batch item, or an
             integer tensor [B] on the device of the call. None: all. The others are never read and
             give 0.
-        tile: the video is in tile order of this tile already, without padding (see
-            :meth:`VideoLayout.tile_order`); None: raster order.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range.
@@ -35,16 +34,11 @@ class VideoTokens:
     text_length: int = 0
     text_first: bool = False
     valid_text: TextLength = None
-    tile: Triple | None = None
 
     def __post_init__(self) -> None:
-        layout = VideoLayout(self.grid, self.tile or (1, 1, 1), self.text_length, self.text_first)
+        layout = self.layout((1, 1, 1))
         object.__setattr__(self, "grid", layout.grid)
         check_text_length(self.valid_text, layout)
-        if self.tile is not None:
-            object.__setattr__(self, "tile", layout.tile)
-            if self.text_first:
-                raise ValueError("text_first must be False in tile order: text follows the video")
 
     @property
     def video_length(self) -> int:
@@ -68,27 +62,6 @@ class VideoTokens:
                     f"{name} has {x.shape[2]} tokens, but the video of {self.grid} tokens with "
                     f"{self.text_length} others has {self.sequence_length}"
                 )
-
-
-class TileOrder:
-    """Moves the tensors of a call to padded tile order and back, on the axis that is cheap."""
-
-    def __init__(self, tokens: VideoTokens, tile: Triple, query: Tensor) -> None:
-        self.layout, self.axes = tokens.layout(tile), memory_order(query)
-        self.dim = 1 if self.axes == "bshd" else 2
-        self.packed = tokens.tile is not None
-        if self.packed and tokens.tile != tile:
-            raise ValueError(f"tokens are in the order of tile {tokens.tile}, not of {tile}")
-
-    def enter(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2) if self.axes == "bshd" else x
-        move = self.layout.pad_tiles if self.packed else self.layout.to_tiles
-        return move(x, self.dim)
-
-    def leave(self, x: Tensor) -> Tensor:
-        move = self.layout.unpad_tiles if self.packed else self.layout.from_tiles
-        x = move(x, self.dim)
-        return x.transpose(1, 2) if self.axes == "bshd" else x
 
 
 def memory_order(query: Tensor) -> str:
