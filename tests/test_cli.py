@@ -29,7 +29,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():
-        assert re.search(rf"^ +{name} +{re.escape(command.summary)}$", text, re.MULTILINE)
+        assert re.search(rf"^ +{name}\s+{re.escape(command.summary)}$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -27,6 +27,8 @@ COMMANDS = {
     "check": _Command("tools.check.command", "small problems on every backend, right or wrong"),
     "demo": _Command("tools.demo.command", "dense and sparse attention on a real video clip"),
     "plot": _Command("tools.plot.command", "pictures of the patterns"),
+    "render": _Command("tools.render.command", "a video with one attention type, q, k, v captured"),
+    "compare": _Command("tools.render.compare", "the same video with every attention type"),
     "bench-kernels": _Command(
         "tools.kernel_bench.command", "attention kernels on random or captured q, k, v"
     ),

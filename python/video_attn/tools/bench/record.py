@@ -98,16 +98,6 @@ def machine_info(device: torch.device | str = "cpu") -> dict[str, Any]:
     return info
 
 
-def sm_clock_mhz(device: torch.device | str) -> str:
-    """The clock of an NVIDIA GPU's multiprocessors now, as text; "" where nobody tells."""
-    device = torch.device(device)
-    if device.type != "cuda" or torch.version.hip is not None:
-        return ""
-    query = ("--query-gpu=clocks.sm", "--format=csv,noheader,nounits")
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return _output("nvidia-smi", *query, "-i", uuid)
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter, those that are installed."""
     found = {"python": platform.python_version()}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..bench import Timing, commit, machine_info, versions
-from ..bench.record import sm_clock_mhz
 from .measure import Row
 
 # What -metric NAME shows: headings, and the names of the figures.
@@ -94,7 +93,6 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     return {
         "device": machine.get("gpu") or machine["cpu"],
         "threads": machine["threads"],
-        "sm_clock_mhz": sm_clock_mhz(device),
         "driver": machine.get("driver", ""),
         **{f"version_{name}": version for name, version in versions().items()},
         "commit": commit(),
@@ -117,6 +115,8 @@ def _line(row: Row) -> dict[str, Any]:
             line[f"{part}_{name}_ms"] = "" if timing is None else f"{_ms(timing, share):.6g}"
     total = row.timings.get("total")
     line["samples"] = len(total.samples) if total else ""
+    line["sm_clock_mhz"] = total.sm_mhz or "" if total else ""
+    line["watts"] = total.watts or "" if total else ""
     line["flops"], line["bytes"] = f"{row.flops:.6g}", row.nbytes or ""
     metrics = row.metrics() if total else {}
     for name in ("tflops", "tflops_with_quantization", "gb_per_s", "flop_per_byte"):

@@ -1,0 +1,1 @@
+"""``video-attn render`` and ``compare``: the same video with every attention type."""
