@@ -24,7 +24,7 @@ TORCH_LIBRARY_FRAGMENT(video_attn_stand_in, m) { m.def("answer() -> int", [] { r
 def copy_tree(folder: Path) -> Path:
     """Copy what a checkout holds, without what builds and tests left in it."""
     tree = folder / "tree"
-    shutil.copytree(ROOT, tree, ignore=LEFT_BEHIND)
+    shutil.copytree(ROOT, tree, ignore=LEFT_BEHIND, ignore_dangling_symlinks=True)
     return tree
 
 
