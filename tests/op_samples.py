@@ -58,6 +58,17 @@ def attention_backward() -> Iterator[Arguments]:
             yield (built.grad_out, grad_lse, *inputs, out, lse, *mask, 0.3, False, True, None)
 
 
+def attention_tangent() -> Iterator[Arguments]:
+    for built, causal in ((_SPARSE.build(), False), (_DENSE.build(), True)):
+        inputs, mask = (built.q, built.k, built.v), _mask_arguments(built)
+        _, lse = torch.ops.video_attn.attention_forward(
+            *inputs, *mask, 0.3, causal, "native", False, "reference"
+        )
+        tangents = [torch.randn_like(x) for x in inputs]
+        for some in (tangents, [tangents[0], None, None]):
+            yield (*some, *inputs, lse, *mask, 0.3, causal)
+
+
 def cpu_attention_forward() -> Iterator[Arguments]:
     require_backend("cpu")
     for built, causal in ((_SPARSE.build(), False), (_DENSE.build(), True)):
@@ -113,6 +124,7 @@ def select_top_k() -> Iterator[Arguments]:
 SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "attention_forward": attention_forward,
     "attention_backward": attention_backward,
+    "attention_tangent": attention_tangent,
     "cpu_attention_forward": cpu_attention_forward,
     "cpu_attention_backward": cpu_attention_backward,
     "cpu_quantized_forward": cpu_quantized_forward,

@@ -14,8 +14,9 @@ from video_cases import answer, quick_backend, random_qkv
 
 from st_attn import sliding_tile_attention
 from video_attn import VideoLayout, attention, sliding_tile, sliding_tile_mask, video_sparse
+from video_attn import static_cache as module
 from video_attn.functional import sta, vsa, vsa_padded
-from video_attn.static_cache import static_cache
+from video_attn.static_cache import clear_caches, static_cache
 from vsa import video_sparse_attn
 
 WINDOWS = [(3, 1, 2), (1, 2, 9), (2, 2, 3)]
@@ -75,11 +76,14 @@ def test_masks_are_kept_by_their_full_key():
     assert lists() is first
 
 
-def test_kept_tables_are_bounded_and_fit_for_autograd():
+def test_kept_tables_are_bounded_and_fit_for_autograd(monkeypatch):
     """Caches drop the oldest by number and by size; tables built in inference mode can train."""
+    clear_caches()
+    monkeypatch.setattr(module, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(module, "MAX_BYTES", 100)
     built = []
 
-    @static_cache(max_entries=3, max_bytes=100)
+    @static_cache
     def table(n: int) -> Tensor:
         built.append(n)
         return torch.zeros(n, dtype=torch.uint8)
@@ -88,9 +92,12 @@ def test_kept_tables_are_bounded_and_fit_for_autograd():
         table(n)
     assert built == [1, 2, 3, 4, 2]
     built.clear()
+    clear_caches()
+    assert module.kept_bytes() == 0
     for n in (60, 50, 50, 60, 200, 200):  # 60 and 50 are too much together; the newest stays
         table(n)
     assert built == [60, 50, 60, 200]
+    monkeypatch.undo()
 
     grid = (3, 4, 7)  # of no other test
     with torch.inference_mode():

@@ -17,6 +17,10 @@ from .functional import (
     named_attention,
     radial,
     sageattn,
+    sageattn_qk_int8_pv_fp8_cuda,
+    sageattn_qk_int8_pv_fp8_cuda_sm90,
+    sageattn_qk_int8_pv_fp16_cuda,
+    sageattn_qk_int8_pv_fp16_triton,
     sageattn_varlen,
     sliding_tile,
     video_sparse,
@@ -26,6 +30,7 @@ from .patterns.radial import RadialRule, radial_mask
 from .patterns.scene import Scenes
 from .patterns.sliding_tile import sliding_tile_mask
 from .registry import use_backend
+from .static_cache import clear_caches
 
 try:
     __version__ = _version("video-attn")
@@ -43,11 +48,16 @@ __all__ = [
     "VideoSparse",
     "VideoTokens",
     "attention",
+    "clear_caches",
     "named_attention",
     "radial",
     "radial_mask",
     "resolve_attention_type",
     "sageattn",
+    "sageattn_qk_int8_pv_fp8_cuda",
+    "sageattn_qk_int8_pv_fp8_cuda_sm90",
+    "sageattn_qk_int8_pv_fp16_cuda",
+    "sageattn_qk_int8_pv_fp16_triton",
     "sageattn_varlen",
     "sliding_tile",
     "sliding_tile_mask",

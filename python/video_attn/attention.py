@@ -8,9 +8,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import ops as _ops  # noqa: F401  defines the operators
 from .block_mask import BlockMask
-from .quantize import QuantizationOptions, check_recipe, recipe_text
+from .calls import ForwardCall
+from .checks import check_bool, check_positive_number
+from .derivatives import attend
+from .quantize import QuantizationOptions, check_recipe
 from .registry import PRECISIONS, check_backend_name, context_backend
 
 MAX_HEAD_DIM = 256
@@ -83,38 +85,19 @@ def attention(
     scale = check_scale(scale, q.shape[3])
     if mask is not None:
         _check_mask(q, k, mask, is_causal)
-    if (
-        precision != "native"
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in (q, k, v))
-    ):
-        raise ValueError(
-            f"precision {precision!r} has no backward pass, but q, k or v requires grad. Use "
-            "precision='native' for training, or call under torch.no_grad()"
-        )
     if backend is None and not torch.compiler.is_compiling():
         # For the backward pass too, which may come after the context and on another thread.
         backend = context_backend()
-    out, lse = torch.ops.video_attn.attention_forward(
-        q, k, v, *_mask_arguments(q, k, v, mask), scale, is_causal,
-        recipe_text(precision, quantization),
-        deterministic or torch.are_deterministic_algorithms_enabled(), backend,
-    )  # fmt: skip
+    if precision != "native" and quantization is None:
+        quantization = QuantizationOptions()
+    out, lse = attend(
+        ForwardCall(q, k, v, mask, scale, is_causal, precision, quantization),
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        backend,
+    )
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
-
-
-def _mask_arguments(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple:
-    if mask is None:
-        return (None,) * 6 + (0, 0)
-    transpose: tuple[Tensor | None, Tensor | None] = (None, None)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        transpose = mask.transposed()
-    return (
-        mask.kv_num_blocks, mask.kv_indices, *transpose,
-        mask.q_block_lens, mask.kv_block_lens, mask.q_block_size, mask.kv_block_size,
-    )  # fmt: skip
 
 
 def as_bhsd(layout: str, **tensors: Tensor) -> list[Tensor]:
@@ -174,8 +157,7 @@ def _check_options(
         ("return_lse", return_lse),
         ("deterministic", deterministic),
     ):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+        check_bool(name, value)
     if backend is not None:
         check_backend_name(backend)
 
@@ -196,11 +178,7 @@ def _check_quantization(
 def check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number > 0, got {scale}")
-    return float(scale)
+    return float(check_positive_number("scale", scale, wanted="a number or None"))
 
 
 def _check_mask(q: Tensor, k: Tensor, mask: BlockMask, is_causal: bool) -> None:

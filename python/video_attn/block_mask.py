@@ -7,11 +7,15 @@ tokens per slot, valid tokens first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .checks import as_int, check_int
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -36,7 +40,7 @@ def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     position = torch.arange(indices.shape[-1], device=indices.device)
     # An extra column takes what lies past the count, whatever it holds.
     target = torch.where(position < counts[..., None], indices, columns).long()
-    keep = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=counts.device)
+    keep = target.new_zeros(*target.shape[:-1], columns + 1, dtype=torch.bool)
     return keep.scatter_(-1, target, True)[..., :columns]
 
 
@@ -63,6 +67,11 @@ class MaskArguments(NamedTuple):
         return self.q_num_blocks, self.q_indices
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the sizes, in the order of the fields."""
+        return *self.lists, *self.transposed_lists, self.q_block_lens, self.kv_block_lens
+
+    @property
     def slots(self) -> tuple[Tensor | None, Tensor | None, int, int]:
         """Valid tokens of the blocks, and their sizes, of queries and of keys."""
         return self.q_block_lens, self.kv_block_lens, self.q_block_size, self.kv_block_size
@@ -71,6 +80,10 @@ class MaskArguments(NamedTuple):
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
     """For every query block an ascending list of the key blocks it sees. Immutable.
+
+    Its tensors are read where they are. One may write into them between calls, if the mask is its
+    own (:meth:`clone`): the next call, and the replay of a CUDA graph, sees the new lists. Masks of
+    a pattern share theirs with every other mask of that pattern.
 
     Args:
         kv_num_blocks: int32 [B|1, H|1, Nq], length of each list. Dimensions of size 1 serve all
@@ -96,10 +109,11 @@ class BlockMask:
     q_block_lens: Tensor | None = None
     kv_block_lens: Tensor | None = None
     _transpose: tuple[Tensor, Tensor] | None = None
+    _transposed_versions: tuple[int, ...] | None = field(default=None, init=False)  # of its source
 
     def __post_init__(self) -> None:
         for name in ("q_block_size", "kv_block_size", "q_len", "kv_len"):
-            _check_size(name, getattr(self, name))
+            object.__setattr__(self, name, check_int(name, getattr(self, name), 1))
         _check_tensor("kv_num_blocks", self.kv_num_blocks, 3, self.kv_num_blocks)
         _check_tensor("kv_indices", self.kv_indices, 4, self.kv_num_blocks)
         if self.kv_num_blocks.shape[2] != self.num_q_blocks:
@@ -107,7 +121,8 @@ class BlockMask:
                 f"kv_num_blocks has {self.kv_num_blocks.shape[2]} query blocks, but q_len "
                 f"{self.q_len} in blocks of {self.q_block_size} makes {self.num_q_blocks}"
             )
-        if self.kv_indices.shape[:3] != self.kv_num_blocks.shape:
+        # One by one: of a constant tensor torch.compile knows sizes, but no shape.
+        if any(self.kv_indices.shape[i] != self.kv_num_blocks.shape[i] for i in range(3)):
             raise ValueError(
                 f"kv_indices must be [B|1, H|1, Nq, Kmax] with the leading shape of kv_num_blocks "
                 f"{tuple(self.kv_num_blocks.shape)}, got {tuple(self.kv_indices.shape)}"
@@ -123,6 +138,10 @@ class BlockMask:
             if lens.shape[1] != blocks:
                 raise ValueError(f"{name} must be [B|1, {blocks}], got {tuple(lens.shape)}")
         self._check_batches()
+        versions = None
+        if self._transpose is not None and not torch.compiler.is_compiling():
+            versions = _versions(self.kv_num_blocks, self.kv_indices)
+        object.__setattr__(self, "_transposed_versions", versions)
 
     def _check_batches(self) -> None:
         batch = self.kv_num_blocks.shape[0]
@@ -158,9 +177,9 @@ class BlockMask:
             raise TypeError(f"keep must be a bool tensor, got {getattr(keep, 'dtype', type(keep))}")
         if keep.dim() != 4 or 0 in keep.shape:
             raise ValueError(f"keep must be [B|1, H|1, Nq, Nk], got {tuple(keep.shape)}")
-        _check_size("q_block_size", q_block_size)
-        _check_size("kv_block_size", kv_block_size)
-        kv_len = keep.shape[3] * kv_block_size if kv_len is None else kv_len
+        q_block_size = check_int("q_block_size", q_block_size, 1)
+        kv_block_size = check_int("kv_block_size", kv_block_size, 1)
+        kv_len = keep.shape[3] * kv_block_size if kv_len is None else check_int("kv_len", kv_len, 1)
         if -(-kv_len // kv_block_size) != keep.shape[3]:
             raise ValueError(
                 f"kv_len {kv_len} in blocks of {kv_block_size} makes "
@@ -242,22 +261,19 @@ class BlockMask:
         """What :meth:`as_arguments` was made of, unchecked; None for those of no mask."""
         if arguments.kv_num_blocks is None:
             return None
-        mask: BlockMask = object.__new__(cls)
-        counts, indices = arguments.transposed_lists
-        transpose = None if counts is None else (counts, indices)
-        for name, value in (
-            ("kv_num_blocks", arguments.kv_num_blocks),
-            ("kv_indices", arguments.kv_indices),
-            ("q_block_size", arguments.q_block_size),
-            ("kv_block_size", arguments.kv_block_size),
-            ("q_len", q_len),
-            ("kv_len", kv_len),
-            ("q_block_lens", arguments.q_block_lens),
-            ("kv_block_lens", arguments.kv_block_lens),
-            ("_transpose", transpose),
-        ):
-            object.__setattr__(mask, name, value)
-        return mask
+        transpose = arguments.transposed_lists
+        return _unchecked(
+            kv_num_blocks=arguments.kv_num_blocks,
+            kv_indices=arguments.kv_indices,
+            q_block_size=arguments.q_block_size,
+            kv_block_size=arguments.kv_block_size,
+            q_len=q_len,
+            kv_len=kv_len,
+            q_block_lens=arguments.q_block_lens,
+            kv_block_lens=arguments.kv_block_lens,
+            _transpose=None if transpose[0] is None else transpose,
+            _transposed_versions=_versions(*arguments.lists),
+        )
 
     @property
     def num_q_blocks(self) -> int:
@@ -283,16 +299,25 @@ class BlockMask:
         key block.
 
         Ascending, deterministic, built on the device without a host sync, and kept for the next
-        call.
+        call, as long as nobody writes into the lists that it was made of.
         """
-        if self._transpose is not None:
-            return self._transpose
         if torch.compiler.is_compiling():
-            return lists_from_dense(self.to_dense().transpose(-1, -2))
+            return self._transpose or lists_from_dense(self.to_dense().transpose(-1, -2))
+        versions = _versions(self.kv_num_blocks, self.kv_indices)
+        if self._transpose is not None and versions == self._transposed_versions:
+            return self._transpose
         with torch.inference_mode(False):  # a training step may come later, and autograd saves it
             transpose = lists_from_dense(self.to_dense().transpose(-1, -2))
-        if type(transpose[0]) is type(self.kv_num_blocks):  # never a fake tensor for a real mask
+        keep = (
+            versions is not None
+            # Never a fake tensor for a real mask, and none of the memory of a CUDA graph, whose
+            # replay must also see the lists of that day.
+            and type(transpose[0]) is type(self.kv_num_blocks)
+            and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        )
+        if keep:
             object.__setattr__(self, "_transpose", transpose)
+            object.__setattr__(self, "_transposed_versions", versions)
         return transpose
 
     @property
@@ -334,7 +359,7 @@ class BlockMask:
             ("q_factor", self.q_block_size, q_factor),
             ("kv_factor", self.kv_block_size, kv_factor),
         ):
-            if not isinstance(factor, int) or isinstance(factor, bool):
+            if as_int(factor) is None:
                 raise TypeError(f"{name} must be an int, got {factor!r}")
             if factor < 1 or size % factor:
                 raise ValueError(f"{name} must divide the block size {size}, got {factor}")
@@ -355,30 +380,39 @@ class BlockMask:
     def compact(self) -> BlockMask:
         """The same mask with Kmax cut to its longest list. Reads one number back to the host."""
         longest = max(1, int(self.kv_num_blocks.max()))
-        return replace(self, kv_indices=self.kv_indices[..., :longest].contiguous())
+        indices = self.kv_indices[..., :longest].contiguous()
+        return replace(self, kv_indices=indices, _transpose=self._fresh_transpose())
 
     def with_lens(self, q_block_lens: Tensor | None, kv_block_lens: Tensor | None) -> BlockMask:
         """The same lists with other valid lengths: int32 [B|1, N] or None."""
-        return replace(self, q_block_lens=q_block_lens, kv_block_lens=kv_block_lens)
+        return replace(
+            self, q_block_lens=q_block_lens, kv_block_lens=kv_block_lens,
+            _transpose=self._fresh_transpose(),
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
+        return self._map(lambda x: x.to(device))
 
-        def moved(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
+    def clone(self) -> BlockMask:
+        """The same mask in memory of its own, whose lists and lengths may be written to."""
+        return replace(self._map(Tensor.clone), _transpose=None)
 
-        transpose = self._transpose and (
-            self._transpose[0].to(device),
-            self._transpose[1].to(device),
-        )
+    def _map(self, change: Callable[[Tensor], Tensor]) -> BlockMask:
+        q_lens, kv_lens, transpose = self.q_block_lens, self.kv_block_lens, self._fresh_transpose()
         return replace(
             self,
-            kv_num_blocks=self.kv_num_blocks.to(device),
-            kv_indices=self.kv_indices.to(device),
-            q_block_lens=moved(self.q_block_lens),
-            kv_block_lens=moved(self.kv_block_lens),
-            _transpose=transpose,
+            kv_num_blocks=change(self.kv_num_blocks),
+            kv_indices=change(self.kv_indices),
+            q_block_lens=None if q_lens is None else change(q_lens),
+            kv_block_lens=None if kv_lens is None else change(kv_lens),
+            _transpose=transpose and (change(transpose[0]), change(transpose[1])),
         )
+
+    def _fresh_transpose(self) -> tuple[Tensor, Tensor] | None:
+        """The kept lists of :meth:`transposed`; None without any, or for older lists."""
+        versions = _versions(self.kv_num_blocks, self.kv_indices)
+        return self._transpose if versions == self._transposed_versions else None
 
     def attended_pairs(self) -> int:
         """Query-key token pairs kept, summed over the mask's own batch and head dimensions."""
@@ -431,17 +465,52 @@ class BlockMask:
             text += f", density {self.density():.4f}"
         return text + ")"
 
+    def __str__(self) -> str:
+        """:meth:`__repr__`, and a picture of the blocks. It reads the mask on the host."""
+        if type(self.kv_indices) is not Tensor or self.device.type == "meta":
+            return repr(self)  # there are no values
+        keep = self.to("cpu").to_dense()
+        batch, heads = keep.shape[:2]
+        title = "" if batch * heads == 1 else f"\nbatch 0 of {batch}, head 0 of {heads}:"
+        return f"{self!r}{title}\n{draw_blocks(keep[0, 0])}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_transpose": self._fresh_transpose()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+
+def draw_blocks(keep: Tensor, rows: int = 24, columns: int = 64) -> str:
+    """A block matrix [Nq, Nk] as lines of text, of at most ``rows`` x ``columns`` characters.
+
+    A character stands for one block or, of larger matrices, for several: " " for none of them,
+    "\u2591", "\u2592", "\u2593" for a share, "\u2588" for all.
+    """
+    size = min(keep.shape[0], rows), min(keep.shape[1], columns)
+    share = torch.nn.functional.adaptive_avg_pool2d(keep.double()[None], size)[0]
+    shade = (share * 3).ceil().long() + (share == 1)
+    return "\n".join("".join(" \u2591\u2592\u2593\u2588"[i] for i in row) for row in shade.tolist())
+
+
+def _unchecked(**fields: Any) -> BlockMask:
+    """A mask of these fields as they are."""
+    mask: BlockMask = object.__new__(BlockMask)
+    mask.__dict__.update(fields)
+    return mask
+
 
 def mask_arguments(mask: BlockMask | None, transposed: bool = False) -> MaskArguments:
     """:meth:`BlockMask.as_arguments`, and no arguments for no mask."""
     return MaskArguments() if mask is None else mask.as_arguments(transposed)
 
 
-def _check_size(name: str, value: object) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
+def _versions(*tensors: Tensor | None) -> tuple[int, ...] | None:
+    """What a write in place changes; None for tensors of inference mode, which do not count."""
+    if any(x is None or x.is_inference() for x in tensors):
+        return None
+    return tuple(x._version for x in tensors if x is not None)
 
 
 def _check_tensor(name: str, value: object, dims: int, like: object) -> None:
@@ -473,3 +542,39 @@ def _valid_tokens(lens: Tensor, size: int, length: int) -> Tensor:
     """bool [B|1, length]."""
     position = torch.arange(size, device=lens.device)
     return (position < lens[..., None]).flatten(1)[:, :length]
+
+
+_TENSORS = ("kv_num_blocks", "kv_indices", "q_block_lens", "kv_block_lens")
+_SIZES = ("q_block_size", "kv_block_size", "q_len", "kv_len")
+
+
+def _flatten(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
+    """For torch's trees: the tensors that are there; which they are, and the sizes."""
+    names = [name for name in _TENSORS if getattr(mask, name) is not None]
+    sizes = [getattr(mask, name) for name in _SIZES]
+    return [getattr(mask, name) for name in names], (tuple(names), tuple(sizes))
+
+
+def _flatten_with_keys(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
+    leaves, context = _flatten(mask)
+    return [(pytree.GetAttrKey(n), x) for n, x in zip(context[0], leaves, strict=True)], context
+
+
+def _unflatten(leaves: Any, context: Any) -> BlockMask:
+    """Unchecked: the leaves of a tree may be anything."""
+    names, sizes = context
+    named = dict.fromkeys(_TENSORS) | dict(zip(names, leaves, strict=True))
+    fields = named | dict(zip(_SIZES, sizes, strict=True))
+    return _unchecked(**fields, _transpose=None, _transposed_versions=None)
+
+
+pytree.register_pytree_node(
+    BlockMask,
+    _flatten,
+    _unflatten,
+    serialized_type_name="video_attn.BlockMask",
+    to_dumpable_context=lambda context: [list(part) for part in context],
+    from_dumpable_context=lambda context: tuple(tuple(part) for part in context),
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([BlockMask])  # for torch.load of a saved mask

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
+from .kernels.launch import Side
 from .quantize import QuantizationOptions
 from .registry import Problem
 
@@ -78,6 +80,23 @@ class BackwardCall:
         """Uninitialised (dq, dk, dv), each in the memory order of its tensor."""
         dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (self.q, self.k, self.v))
         return dq, dk, dv
+
+
+class BlockOps(NamedTuple):
+    """Means of blocks and the choice of the best ones, the first steps of video sparse attention.
+
+    Args:
+        refusal: ``(device type, architecture)``; why these cannot run there, or None.
+        block_mean: ``(x [B, H, S, D], mean [B, H, N, D], side)``; fills ``mean``.
+        block_mean_backward: ``(grad [B, H, N, D], dx [B, H, S, D], side)``; fills ``dx``.
+        select_top_k: ``(scores [B, H, Nq, Nk], indices int32 [B, H, Nq, k], k, key lens)``; fills
+            ``indices``.
+    """
+
+    refusal: Callable[[str, str], str | None]
+    block_mean: Callable[[Tensor, Tensor, Side], None]
+    block_mean_backward: Callable[[Tensor, Tensor, Side], None]
+    select_top_k: Callable[[Tensor, Tensor, int, Tensor | None], None]
 
 
 def problem_of(

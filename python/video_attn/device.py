@@ -41,6 +41,13 @@ def device_info(device: torch.device | str) -> DeviceInfo:
     return _probe(device)
 
 
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has the device; of a meta tensor, or a fake one, one may only ask for
+    shapes.
+    """
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+
+
 @cache
 def _probe(device: torch.device) -> DeviceInfo:
     if device.type == "cpu":

@@ -14,11 +14,12 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .checks import as_int, check_bool, check_int, forward_mode_is_on, wants_gradient
 from .static_cache import canonical_device, static_cache
 
 Triple = tuple[int, int, int]
@@ -35,15 +36,15 @@ def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> 
         parts: Sequence[object] = value
     elif isinstance(value, str):
         parts = [int(p) if p.strip().isdigit() else p for p in value.split("x")]
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif as_int(value) is not None:
         parts = (value,) * 3
-    elif isinstance(value, Sequence):
-        parts = value
+    elif isinstance(value, Sequence) or type(value).__module__ == "numpy":
+        parts = list(cast(Sequence[int], value))
     else:
         raise TypeError(f"{name} must be a string like '30x48x80' or three integers, got {value!r}")
     if len(parts) == 3:
-        t, h, w = parts
-        if type(t) is type(h) is type(w) is int and t >= minimum and h >= minimum and w >= minimum:
+        t, h, w = map(as_int, parts)
+        if t is not None and h is not None and w is not None and min(t, h, w) >= minimum:
             # torch.compile may take an int for dynamic; index() makes it a constant again.
             return operator.index(t), operator.index(h), operator.index(w)
     raise ValueError(f"{name} must be three integers >= {minimum} (T, H, W), got {value!r}")
@@ -73,13 +74,9 @@ class VideoLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", as_triple(self.grid, "grid"))
         object.__setattr__(self, "tile", as_triple(self.tile, "tile"))
-        if isinstance(self.text_length, bool) or not isinstance(self.text_length, int):
-            raise TypeError(f"text_length must be an int, got {self.text_length!r}")
-        if self.text_length < 0:
-            raise ValueError(f"text_length must be >= 0, got {self.text_length}")
-        object.__setattr__(self, "text_length", operator.index(self.text_length))
-        if not isinstance(self.text_first, bool):
-            raise TypeError(f"text_first must be True or False, got {self.text_first!r}")
+        text_length = check_int("text_length", self.text_length, 0)
+        object.__setattr__(self, "text_length", operator.index(text_length))
+        check_bool("text_first", self.text_first)
 
     @property
     def key(self) -> LayoutKey:
@@ -155,13 +152,13 @@ class VideoLayout:
         """
         self._check_length(x, dim, self.sequence_length, "sequence_length")
         to_padded, to_raster = _permutations(self.key, x.device)
-        return _TakeTokens.apply(x, dim, to_padded, to_raster, self.is_ragged, False)
+        return _move_tokens(x, dim, to_padded, to_raster, self.is_ragged, False)
 
     def from_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Padded tile order back to raster order: the inverse of :meth:`to_tiles`."""
         self._check_length(x, dim, self.padded_length, "padded_length")
         to_padded, to_raster = _permutations(self.key, x.device)
-        return _TakeTokens.apply(x, dim, to_raster, to_padded, False, self.is_ragged)
+        return _move_tokens(x, dim, to_raster, to_padded, False, self.is_ragged)
 
     def pad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Packed tile order (text last) to padded tile order; no copy when no tile is partial."""
@@ -169,7 +166,7 @@ class VideoLayout:
         if not self.is_ragged:
             return x
         slots, inverse = _slot_permutations(self.key, x.device)
-        return _TakeTokens.apply(x, dim, inverse, slots, True, False)
+        return _move_tokens(x, dim, inverse, slots, True, False)
 
     def unpad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Padded tile order to packed tile order: the inverse of :meth:`pad_tiles`."""
@@ -177,7 +174,7 @@ class VideoLayout:
         if not self.is_ragged:
             return x
         slots, inverse = _slot_permutations(self.key, x.device)
-        return _TakeTokens.apply(x, dim, slots, inverse, False, True)
+        return _move_tokens(x, dim, slots, inverse, False, True)
 
     def _check_length(self, x: Tensor, dim: int, expected: int, name: str) -> None:
         if not isinstance(x, Tensor):
@@ -191,8 +188,19 @@ class VideoLayout:
             )
 
 
-class _TakeTokens(torch.autograd.Function):
-    """out[i] = x[index[i]], or zero where index[i] < 0; the gradient gathers by the inverse.
+def _move_tokens(
+    x: Tensor, dim: int, index: Tensor, inverse: Tensor, has_holes: bool, inverse_has_holes: bool
+) -> Tensor:
+    """out[i] = x[index[i]], or zero where index[i] < 0; ``inverse`` is the way back."""
+    if torch.compiler.is_compiling():  # which knows no derivatives but backward ones
+        return _MoveTokens.apply(x, dim, index, inverse, has_holes, inverse_has_holes)
+    if wants_gradient(x) or forward_mode_is_on() or torch._C._are_functorch_transforms_active():
+        return _MoveTokensForwardMode.apply(x, dim, index, inverse, has_holes, inverse_has_holes)
+    return _take(x, dim, index, has_holes)
+
+
+class _MoveTokens(torch.autograd.Function):
+    """:func:`_move_tokens` and its gradient, which gathers by the inverse.
 
     A gather in both directions keeps the backward deterministic, which a scatter-add on a GPU is
     not.
@@ -200,7 +208,6 @@ class _TakeTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         dim: int,
         index: Tensor,
@@ -208,17 +215,30 @@ class _TakeTokens(torch.autograd.Function):
         has_holes: bool,
         inverse_has_holes: bool,
     ) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        ctx.dim, ctx.has_holes, ctx.inverse_has_holes = dim, has_holes, inverse_has_holes
         return _take(x, dim, index, has_holes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.dim, index, inverse, ctx.has_holes, ctx.inverse_has_holes = inputs
+        ctx.save_for_backward(index, inverse)
+        ctx.save_for_forward(index, inverse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, inverse = ctx.saved_tensors
-        grad_x = _TakeTokens.apply(
-            grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes
-        )
+        grad_x = _move_tokens(grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes)
         return grad_x, None, None, None, None, None
+
+
+class _MoveTokensForwardMode(_MoveTokens):
+    """The same with a forward-mode derivative, and for ``torch.func.vmap``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *rest: Any) -> Tensor:
+        index, inverse = ctx.saved_tensors
+        return _move_tokens(tangent, ctx.dim, index, inverse, ctx.has_holes, ctx.inverse_has_holes)
 
 
 def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:
@@ -230,7 +250,7 @@ def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:
     return out.masked_fill_((index < 0).view(shape), 0)
 
 
-@static_cache()
+@static_cache
 def _block_lens(key: LayoutKey, device: torch.device) -> Tensor:
     layout = VideoLayout(*key)
     sizes = [
@@ -243,7 +263,7 @@ def _block_lens(key: LayoutKey, device: torch.device) -> Tensor:
     return torch.cat([video, text]).to(device)
 
 
-@static_cache()
+@static_cache
 def _tile_order(key: LayoutKey, device: torch.device) -> Tensor:
     layout = VideoLayout(*key)
     (grid_t, grid_h, grid_w), (tile_t, tile_h, tile_w) = layout.grid, layout.tile
@@ -263,7 +283,7 @@ def _tile_order(key: LayoutKey, device: torch.device) -> Tensor:
     return order.to(device)
 
 
-@static_cache()
+@static_cache
 def _padded_slots(key: LayoutKey, device: torch.device) -> Tensor:
     layout = VideoLayout(*key)
     lens = _block_lens(key, torch.device("cpu")).long()
@@ -280,14 +300,14 @@ def _inverse(positions: Tensor, size: int) -> Tensor:
     return inverse
 
 
-@static_cache()
+@static_cache
 def _slot_permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(padded position of a packed token, packed token at a padded position or -1)."""
     slots = _padded_slots(key, torch.device("cpu"))
     return slots.to(device), _inverse(slots, VideoLayout(*key).padded_length).to(device)
 
 
-@static_cache()
+@static_cache
 def _permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(raster token at a padded position or -1, padded position of a raster token)."""
     layout, cpu = VideoLayout(*key), torch.device("cpu")

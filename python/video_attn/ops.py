@@ -18,6 +18,7 @@ from .block_mask import BlockMask, MaskArguments
 from .calls import BackwardCall, ForwardCall, empty_like_heads, empty_lse
 from .quantize import parse_recipe
 from .registry import select
+from .tangent import TangentCall, attention_tangent
 
 library = torch.library.Library("video_attn", "DEF")
 
@@ -33,6 +34,20 @@ library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
     f"Tensor out, Tensor lse, {_MASK}, float scale, bool is_causal, bool deterministic, "
     "str? backend) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+library.define(
+    "attention_tangent(Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor q, "
+    f"Tensor k, Tensor v, Tensor lse, {_MASK}, float scale, bool is_causal) "
+    "-> (Tensor tangent_out, Tensor tangent_lse)"
+)
+
+NO_DERIVATIVE = (
+    "has no backward pass and no forward-mode derivative (its rounding has none), but q, k or "
+    "v is to be differentiated. Use precision='native' for training, or call under torch.no_grad()"
+)
+NO_SECOND_DERIVATIVE = (
+    "attention has no second derivative: its gradients and its tangents cannot be differentiated "
+    "again (create_graph=True and then backward through dq, dk or dv; torch.func.hessian)"
 )
 
 
@@ -79,7 +94,7 @@ def run_backward(call: BackwardCall, backend: str | None) -> tuple[Tensor, Tenso
     return run(call)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     mask, options = _split(arguments, _ForwardOptions)
     precision, quantization = parse_recipe(options.recipe)
     call = ForwardCall(
@@ -93,7 +108,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Ten
     return empty_like_heads(q, v.shape[3]), empty_lse(q)
 
 
-def _backward(
+def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -124,14 +139,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, *arguments = inputs
     mask, ctx.options = _split(arguments, _ForwardOptions)
     ctx.block_sizes = mask.q_block_size, mask.kv_block_size
-    ctx.save_for_backward(
-        q, k, v, *output, *mask.lists, *mask.transposed_lists, mask.q_block_lens, mask.kv_block_lens
-    )
+    ctx.save_for_backward(q, k, v, *output, *mask.tensors)
     if ctx.options.recipe != "native":
-        raise ValueError(
-            f"precision {ctx.options.recipe!r} has no backward pass: its rounding has no gradient. "
-            "Use precision='native' for training, or call it under torch.no_grad()"
-        )
+        raise ValueError(f"precision {ctx.options.recipe!r} {NO_DERIVATIVE}")
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -150,15 +160,41 @@ def _setup_no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "attention has no second derivative: its gradients cannot be differentiated again "
-        "(create_graph=True and then backward through dq, dk or dv)"
-    )
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def _tangent(
+    tangent_q: Tensor | None,
+    tangent_k: Tensor | None,
+    tangent_v: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    *mask, scale, is_causal = arguments
+    built = BlockMask.from_arguments(MaskArguments(*mask), q.shape[2], k.shape[2])
+    call = TangentCall(tangent_q, tangent_k, tangent_v, q, k, v, lse, built, scale, is_causal)
+    return attention_tangent(call)
+
+
+def _tangent_fake(
+    tangent_q: Tensor | None,
+    tangent_k: Tensor | None,
+    tangent_v: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    return empty_like_heads(q, v.shape[3]), empty_lse(q)
 
 
 for _name, _run, _fake in (
-    ("attention_forward", _forward, _forward_fake),
-    ("attention_backward", _backward, _backward_fake),
+    ("attention_forward", forward, _forward_fake),
+    ("attention_backward", backward, _backward_fake),
+    ("attention_tangent", _tangent, _tangent_fake),
 ):
     # Not under CPU or CUDA: one implementation that asks the registry serves every device.
     library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -167,9 +203,10 @@ torch.library.register_autograd(
     "video_attn::attention_forward", _autograd, setup_context=_setup_context, lib=library
 )
 # Without this, torch would only warn, and give wrong second derivatives.
-torch.library.register_autograd(
-    "video_attn::attention_backward",
-    _no_second_derivative,
-    setup_context=_setup_no_context,
-    lib=library,
-)
+for _name in ("attention_backward", "attention_tangent"):
+    torch.library.register_autograd(
+        f"video_attn::{_name}",
+        _no_second_derivative,
+        setup_context=_setup_no_context,
+        lib=library,
+    )

@@ -253,7 +253,7 @@ def quantize_tokens(
         codes of ``dtype`` (int8 or FP8) [B, H, S, D], scales fp32 [B, H, groups].
     """
     limit = _INT8_LIMIT if dtype == torch.int8 else torch.finfo(dtype).max
-    amax = torch.zeros(*x.shape[:2], groups, device=x.device)
+    amax = torch.zeros(*x.shape[:2], groups, dtype=torch.float32, device=x.device)
     amax = amax.scatter_reduce(2, group.expand(x.shape[:3]), x.abs().amax(-1), "amax")
     scale, inverse = scale_and_inverse(amax, limit)
     return encode(x * inverse[..., group, None], dtype), scale
@@ -392,7 +392,9 @@ def _smooth_q(
 ) -> tuple[Tensor, Tensor]:
     """(q minus the mean of its tile, what that takes from the base-2 scores [B, Hq, tiles, Sk])."""
     tile, _ = tiling.tile_and_row(q.device)
-    counted = torch.ones(1, q.shape[2], device=q.device) if valid is None else valid.float()
+    if valid is None:
+        valid = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
+    counted = valid.float()
     sums = q.new_zeros(*q.shape[:2], tiling.num_tiles, q.shape[3]).index_add_(2, tile, q)
     counts = q.new_zeros(counted.shape[0], tiling.num_tiles).index_add_(1, tile, counted)
     mean = sums / counts.clamp(min=1)[:, None, :, None]

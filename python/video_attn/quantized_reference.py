@@ -138,8 +138,10 @@ def attend(
     longer steps; their products are summed one after the other.
     """
     batches, heads, q_len, _ = inputs.q.shape
-    out = torch.zeros(batches, heads, q_len, inputs.v.shape[3], device=inputs.q.device)
-    lse = torch.full((batches, heads, q_len), -torch.inf, device=inputs.q.device)
+    out = torch.zeros(
+        batches, heads, q_len, inputs.v.shape[3], dtype=torch.float32, device=inputs.q.device
+    )
+    lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=out.device)
     tokens = plan.q_tiling.tokens(out.device)
     present = tokens >= 0
     for b in range(batches):
@@ -192,8 +194,8 @@ class _Head:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(acc [tiles, 64, Dv], m [tiles, 64], l [tiles, 64]) after the last step."""
         tiles = self.q.shape[0]
-        acc = torch.zeros(tiles, TILE, self.v.shape[-1], device=self.q.device)
-        m = torch.full((tiles, TILE), -torch.inf, device=self.q.device)
+        acc = torch.zeros(tiles, TILE, self.v.shape[-1], dtype=torch.float32, device=self.q.device)
+        m = torch.full((tiles, TILE), -torch.inf, dtype=torch.float32, device=self.q.device)
         total = torch.zeros_like(m)
         for step in self.lists.split(tiles_per_step, -1):
             x = torch.cat([self._scores(tile) for tile in step.unbind(-1)], -1)

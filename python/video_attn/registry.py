@@ -24,7 +24,7 @@ from .device import device_info
 from .quantize import QUANTIZED_PRECISIONS, QuantizationOptions
 
 if TYPE_CHECKING:
-    from .calls import BackwardCall, ForwardCall
+    from .calls import BackwardCall, BlockOps, ForwardCall
 
 logger = logging.getLogger("video_attn")
 
@@ -105,6 +105,7 @@ class Backend:
         forward: what runs a :class:`~video_attn.calls.ForwardCall`; returns (out, lse).
         backward: what runs a :class:`~video_attn.calls.BackwardCall`; returns (dq, dk, dv). None
             for a backend without a backward pass.
+        block_ops: its means of blocks and its top-k; None leaves them to the other backends.
         built: for a backend of several components, None when the one that serves the problem is
             here, else one sentence that says how to build it.
     """
@@ -116,6 +117,7 @@ class Backend:
     forward: Callable[[ForwardCall], tuple[Tensor, Tensor]]
     backward: Callable[[BackwardCall], tuple[Tensor, Tensor, Tensor]] | None = None
     built: Callable[[Problem], str | None] | None = None
+    block_ops: BlockOps | None = None
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this backend does not serve ``problem`` here; None when it does.
@@ -149,6 +151,7 @@ def register(backend: Backend) -> None:
         raise ValueError(f"backend {backend.name!r} is registered already")
     _backends[backend.name] = backend
     _select.cache_clear()
+    _select_block_ops.cache_clear()
 
 
 def backends() -> list[Backend]:
@@ -226,6 +229,31 @@ def _select(problem: Problem, forced: str | None, source: str | None) -> Backend
                 )
             return backend
     raise RuntimeError(f"no backend can serve:\n{explain(problem)}")
+
+
+def select_block_ops(device: torch.device, explicit: str | None = None) -> BlockOps:
+    """The block means and top-k for a device: of the forced backend, where it has some and they run
+    there, else of the best one.
+    """
+    forced = forced_backend(explicit)
+    return _select_block_ops(device, None if forced is None else forced[0])
+
+
+@lru_cache(maxsize=64)
+def _select_block_ops(device: torch.device, forced: str | None) -> BlockOps:
+    arch = device_info(device).arch
+    rows = sorted(backends(), key=lambda backend: backend.name != forced)
+    reasons: list[str] = []
+    for backend in rows:
+        if backend.block_ops is None:
+            continue
+        reason = backend.block_ops.refusal(device.type, arch)
+        if reason is None:
+            if backend.name == "reference" and device.type == "cuda" and forced != "reference":
+                logger.warning("block means and top-k run in plain torch: %s", "; ".join(reasons))
+            return backend.block_ops
+        reasons.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"no backend has block means for {device}:\n" + "\n".join(reasons))
 
 
 def why_not(problem: Problem) -> list[Verdict]:

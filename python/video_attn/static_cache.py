@@ -2,87 +2,122 @@
 
 The index tables of a layout and the block lists of a static pattern depend on grid, tile, window
 and device, never on data. Sorting them again in every layer would cost more than small attentions.
+
+Everybody is given the same tensors. Whoever writes into them in place changes what they hold
+already, but not what later calls get: a tensor that was written to is built again. Writes that are
+replayed by a CUDA graph cannot be seen; :meth:`BlockMask.clone` gives lists for that.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .compiler import constant_result
+
 Result = TypeVar("Result", bound="Tensor | tuple[Tensor, ...]")
 
-MAX_BYTES = 512 * 2**20
+MAX_BYTES = 256 * 2**20  # of all results together
+MAX_ENTRIES = 1024
 
 
-def static_cache(
-    max_entries: int = 64, max_bytes: int = MAX_BYTES
-) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+class _Kept(NamedTuple):
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]  # a write in place raises the version of a tensor
+
+
+_kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
+_lock = threading.Lock()
+
+
+def static_cache(build: Callable[..., Result]) -> Callable[..., Result]:
     """Keeps what a function of plain hashable arguments returned: one tensor or several.
 
-    The function is called outside of inference mode (autograd may save the result) and outside of
-    fake-tensor and other dispatch modes (no fake tensor is kept). Under ``torch.compile`` the
-    result is a constant of the graph; the arguments must then be constants too, which
-    :func:`operator.index` makes of sizes. The least recently used results go when there are more
-    than ``max_entries``, or more than ``max_bytes`` of them; the newest always stays.
+    The function is called outside of inference mode (autograd may save the result), outside of
+    fake-tensor and other dispatch modes (no fake tensor is kept), and with the CPU as default
+    device, whatever the caller's is. Under ``torch.compile`` the result is a constant of the graph;
+    the arguments must then be constants too, which :func:`operator.index` makes of sizes. The least
+    recently used results of all functions go when there are more than ``MAX_BYTES`` of them; the
+    newest always stays.
     """
 
-    def decorate(build: Callable[..., Result]) -> Callable[..., Result]:
-        kept: OrderedDict[tuple[Any, ...], tuple[Tensor, ...]] = OrderedDict()
-        lock = threading.Lock()
+    @constant_result
+    def lookup(*key: Any) -> tuple[Tensor, ...]:
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if mode is None or torch.compiler.is_compiling():
+            return _look_up(build, key)
+        # Somebody asks for shapes. The device may not even be here, so it is made on the CPU.
+        on_cpu = tuple(torch.device("cpu") if isinstance(x, torch.device) else x for x in key)
+        device = next((x for x in key if isinstance(x, torch.device)), torch.device("cpu"))
+        return tuple(mode.from_tensor(x).to(device) for x in _look_up(build, on_cpu))
 
-        @constant_when_compiled
-        def lookup(*key: Any) -> tuple[Tensor, ...]:
-            with lock:
-                tensors = kept.get(key)
-                if tensors is not None:
-                    kept.move_to_end(key)
-                    return tensors
-            with _disable_current_modes(), torch.inference_mode(False):
-                result = build(*key)
-            tensors = (result,) if isinstance(result, Tensor) else result
-            with lock:
-                kept[key] = tensors
-                while len(kept) > max_entries or (
-                    len(kept) > 1 and sum(map(_bytes, kept.values())) > max_bytes
-                ):
-                    kept.popitem(last=False)
-            return tensors
+    @functools.wraps(build)
+    def cached(*key: Any) -> Any:
+        tensors = lookup(*key)
+        if torch.compiler.is_compiling():  # which knows no shape of a constant, but of its alias
+            tensors = tuple([x.detach() for x in tensors])
+        return tensors[0] if len(tensors) == 1 else tensors
 
-        @functools.wraps(build)
-        def cached(*key: Any) -> Any:
-            # Always a tuple inside: of a lone constant tensor, torch.compile knows no shape.
-            tensors = lookup(*key)
-            return tensors[0] if len(tensors) == 1 else tensors
-
-        return cached
-
-    return decorate
+    return cached
 
 
-def _bytes(tensors: tuple[Tensor, ...]) -> int:
-    return sum(x.nbytes for x in tensors)
+def _look_up(build: Callable[..., Any], key: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    key = (build, *key)
+    with _lock:
+        kept = _kept.get(key)
+        if kept is not None and kept.versions == _versions(kept.tensors):
+            _kept.move_to_end(key)
+            return kept.tensors
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+        result = build(*key[1:])
+    tensors = (result,) if isinstance(result, Tensor) else result
+    with _lock:
+        _kept[key] = _Kept(tensors, _versions(tensors))
+        _kept.move_to_end(key)
+        while len(_kept) > MAX_ENTRIES or (len(_kept) > 1 and kept_bytes() > MAX_BYTES):
+            _kept.popitem(last=False)
+    return tensors
 
 
-def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compiler.assume_constant_result``, without importing the compiler.
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple([x._version for x in tensors])
 
-    That function sets this mark, but imports all of torch._dynamo first, which takes longer than
-    the rest of ``import video_attn``.
+
+def kept_bytes() -> int:
+    """Bytes of all tensors that are kept now."""
+    return sum(x.nbytes for kept in _kept.values() for x in kept.tensors)
+
+
+def clear_caches() -> None:
+    """Releases the index tables and block lists that are kept for later calls.
+
+    They are built again when they are needed. Masks that exist keep theirs.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+    with _lock:
+        _kept.clear()
+
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that held the lock does not exist there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def canonical_device(device: torch.device | str) -> torch.device:
     """``device`` with its index, so that "cuda" and "cuda:0" are one key."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device

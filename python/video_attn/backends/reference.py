@@ -19,6 +19,7 @@ from ..device import device_info
 from ..quantize import fp8_dtype
 from ..quantized_reference import quantized_attention_reference
 from ..registry import Backend, Problem, register
+from .reference_blocks import BLOCK_OPS
 
 _DENSE_ROWS = 256  # query rows at a time without a mask: bounds the score matrix
 
@@ -150,5 +151,6 @@ register(
         supports=_supports,
         forward=_forward,
         backward=_backward,
+        block_ops=BLOCK_OPS,
     )
 )

@@ -21,6 +21,7 @@ from ..kernels.launch import Launch, Lists, Saved, Side, run_launches
 from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch, unsupported_precision
 from ..quantize import QUANTIZED_PRECISIONS, TILE, QuantizationOptions, fp8_dtype
 from ..registry import Backend, Problem, register
+from .triton_blocks import BLOCK_OPS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
@@ -214,5 +215,6 @@ register(
         supports=_supports,
         forward=_forward,
         backward=_backward,
+        block_ops=BLOCK_OPS,
     )
 )

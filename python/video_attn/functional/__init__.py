@@ -10,6 +10,12 @@ from .named_attention import named_attention
 from .patterns import Dense, Radial, SlidingTile, VideoSparse
 from .radial_attention import radial
 from .sage import sageattn, sageattn_varlen
+from .sage_kernels import (
+    sageattn_qk_int8_pv_fp8_cuda,
+    sageattn_qk_int8_pv_fp8_cuda_sm90,
+    sageattn_qk_int8_pv_fp16_cuda,
+    sageattn_qk_int8_pv_fp16_triton,
+)
 from .sta import sliding_tile, sliding_tile_attention
 from .video_tokens import VideoTokens
 from .vsa import video_sparse
@@ -26,6 +32,10 @@ __all__ = [
     "named_attention",
     "radial",
     "sageattn",
+    "sageattn_qk_int8_pv_fp8_cuda",
+    "sageattn_qk_int8_pv_fp8_cuda_sm90",
+    "sageattn_qk_int8_pv_fp16_cuda",
+    "sageattn_qk_int8_pv_fp16_triton",
     "sageattn_varlen",
     "sliding_tile",
     "sliding_tile_attention",

@@ -13,6 +13,7 @@ from ..attention import as_bhsd, attention, check_scale, check_shapes
 from ..attention_types import TORCH_SDPA, AttentionType, resolve_attention_type
 from ..block_mask import BlockMask
 from ..compiler import constant_result
+from ..device import is_here
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
 from ..registry import Problem
 
@@ -86,8 +87,12 @@ def _choose(
     head_dim_v: int,
     block_sizes: tuple[int, int] | None,
     is_causal: bool,
-) -> str:
-    """The backend of a call. It takes and gives plain values, so that compiled code keeps it."""
+) -> str | None:
+    """The backend of a call; None where only shapes are asked for. It takes and gives plain values,
+    so that compiled code keeps it.
+    """
+    if not is_here(device):
+        return None
     row: AttentionType = replace(resolve_attention_type(name), quantization=parse_recipe(recipe)[1])
     q_block_size, kv_block_size = block_sizes or (None, None)
     problem = Problem.of(

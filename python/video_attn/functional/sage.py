@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from itertools import pairwise
 from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from ..attention import attention
+from ..block_mask import BlockMask
+from ..checks import as_int, check_number
 from ..compiler import constant_result
+from ..device import is_here
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
 from ..registry import Problem, forced_backend, why_not
 
-_LAYOUTS = {"HND": "bhsd", "NHD": "bshd"}
+LAYOUTS = {"HND": "bhsd", "NHD": "bshd"}
+_MASK_BLOCK = 128
 _PRECISIONS = ("sage_fp8", "sage_fp16")  # in the order of preference
 
 
@@ -30,7 +35,7 @@ def sageattn(
     sm_scale: float | None = None,
     return_lse: bool = False,
     *,
-    attn_mask: None = None,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     smooth_k: bool = True,
     precision: str | None = None,
@@ -47,8 +52,10 @@ def sageattn(
         sm_scale: of the scores; default 1/sqrt(D).
         return_lse: also return the log-sum-exp of the scaled scores, fp32 [B, Hq, Sq], natural
             logarithm.
-        attn_mask, dropout_p: only None and 0, as callers of SDPA pass them. A block mask goes to
-            :func:`video_attn.attention`.
+        attn_mask: None, or a mask of key padding, bool [B|1, Sk] or [B|1, 1, 1, Sk]: True for the
+            first keys of each batch item, which count, False for the rest, which are never read. It
+            is read on the host. Other patterns: :func:`video_attn.attention` with a block mask.
+        dropout_p: only 0, as callers of SDPA pass it.
         smooth_k: subtract the mean of the keys before they become INT8.
         precision: "sage_fp16" or "sage_fp8" (values in fp16 or FP8). Default: "sage_fp8" where a
             kernel (or the backend that is forced) serves it on the device of q, else "sage_fp16".
@@ -62,15 +69,18 @@ def sageattn(
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
         RuntimeError: no backend can serve; the message says why for each.
     """
-    _check_layout(tensor_layout)
-    _refuse_mask_and_dropout(attn_mask, dropout_p)
+    check_layout(tensor_layout)
+    refuse_dropout(dropout_p)
     options = QuantizationOptions(smooth_k=smooth_k)
     if precision is None:
-        precision = _best_precision(q, k, v, tensor_layout, is_causal, options, backend)
+        precision = _best_precision(q, k, v, is_causal, options, backend)
     _check_precision(precision)
+    mask = None
+    if attn_mask is not None:
+        mask = padding_mask(attn_mask, q, k, tensor_layout, is_causal)
     return attention(
-        q, k, v, precision=precision, scale=sm_scale, is_causal=is_causal, return_lse=return_lse,
-        layout=_LAYOUTS[tensor_layout], backend=backend, quantization=options,
+        q, k, v, mask, precision=precision, scale=sm_scale, is_causal=is_causal,
+        return_lse=return_lse, layout=LAYOUTS[tensor_layout], backend=backend, quantization=options,
     )  # type: ignore[call-overload]  # fmt: skip
 
 
@@ -80,8 +90,8 @@ def sageattn_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: SupportsIndex,
+    max_seqlen_k: SupportsIndex,
     is_causal: bool = False,
     sm_scale: float | None = None,
     smooth_k: bool = True,
@@ -102,9 +112,11 @@ def sageattn_varlen(
         q: [Tq, Hq, D]. k, v: [Tk, Hkv, D]; the tokens of all sequences.
         cu_seqlens_q, cu_seqlens_k: where the sequences start, and the end: [0, ..., Tq] and
             [0, ..., Tk]; int32 or int64 [sequences + 1].
-        max_seqlen_q, max_seqlen_k: at least the longest sequence; checked, and not used.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence, whole numbers or tensors of one;
+            checked, and not used.
         is_causal: within each sequence, aligned at the bottom right.
-        sm_scale, smooth_k, attn_mask, dropout_p, precision, backend: as in :func:`sageattn`.
+        attn_mask: only None. sm_scale, smooth_k, dropout_p, precision, backend: as in
+            :func:`sageattn`.
 
     Returns:
         [Tq, Hq, D] in the dtype of q. A sequence without keys gives 0.
@@ -113,7 +125,9 @@ def sageattn_varlen(
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
         RuntimeError: no backend can serve; the message says why for each.
     """
-    _refuse_mask_and_dropout(attn_mask, dropout_p)
+    if attn_mask is not None:
+        raise ValueError("attn_mask must be None: cu_seqlens_k says where the keys end")
+    refuse_dropout(dropout_p)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
@@ -138,7 +152,7 @@ def sageattn_varlen(
     return out
 
 
-def _starts(side: str, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> list[int]:
+def _starts(side: str, cu_seqlens: Tensor, max_seqlen: SupportsIndex, tokens: int) -> list[int]:
     """The checked entries of ``cu_seqlens_q`` or ``cu_seqlens_k``, on the host."""
     name = f"cu_seqlens_{side}"
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -151,33 +165,66 @@ def _starts(side: str, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> list
         raise ValueError(
             f"{name} must ascend from 0 to the {tokens} tokens of {side}, got {starts}"
         )
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int):
+    number = as_int(max_seqlen)
+    if number is None:
         raise TypeError(f"max_seqlen_{side} must be a whole number, got {max_seqlen!r}")
     longest = max((end - start for start, end in pairwise(starts)), default=0)
-    if max_seqlen < longest:
-        raise ValueError(f"max_seqlen_{side} must be at least {longest}, got {max_seqlen}")
+    if number < longest:
+        raise ValueError(f"max_seqlen_{side} must be at least {longest}, got {number}")
     return starts
 
 
-def _check_layout(tensor_layout: str) -> None:
+def padding_mask(
+    attn_mask: object, q: Tensor, k: Tensor, tensor_layout: str, is_causal: bool
+) -> BlockMask:
+    """The block mask of a mask of key padding: everything, and how many keys are valid.
+
+    Raises:
+        TypeError, ValueError: it is no such mask.
+    """
+    if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
+        got = getattr(attn_mask, "dtype", type(attn_mask).__name__)
+        raise TypeError(
+            f"attn_mask must be None or a bool Tensor of key padding (True: valid), got {got}"
+        )
+    if is_causal:
+        raise ValueError("attn_mask must be None with is_causal: block masks are not causal")
+    tokens = 2 if tensor_layout == "HND" else 1
+    batch, q_len, kv_len = q.shape[0], q.shape[tokens], k.shape[tokens]
+    keep = attn_mask[:, 0, 0] if attn_mask.dim() == 4 else attn_mask
+    one_row = attn_mask.dim() == 2 or (attn_mask.dim() == 4 and attn_mask.shape[1:3] == (1, 1))
+    if not one_row or keep.shape[0] not in (1, batch) or keep.shape[1] != kv_len:
+        raise ValueError(
+            f"attn_mask must be [{batch}, {kv_len}] or [{batch}, 1, 1, {kv_len}], one row of keys "
+            f"for all queries and heads, got shape {tuple(attn_mask.shape)}. Other masks: a "
+            "BlockMask for video_attn.attention(..., precision='sage_fp16')"
+        )
+    if attn_mask.device != q.device:
+        raise ValueError(f"attn_mask is on {attn_mask.device}, but q is on {q.device}")
+    if bool((keep[:, 1:] & ~keep[:, :-1]).any()):
+        raise ValueError(
+            "attn_mask must be True for the first keys of each batch item and False for the rest: "
+            "here False comes before True. Move the padding to the end"
+        )
+    size = _MASK_BLOCK
+    starts = torch.arange(0, kv_len, size, dtype=torch.int32, device=q.device)
+    lens = (keep.sum(-1, dtype=torch.int32)[:, None] - starts).clamp(0, size)
+    every = keep.new_ones(1, 1, -(-q_len // size), len(starts))
+    return BlockMask.from_dense(every, size, size, None, lens, q_len=q_len, kv_len=kv_len)
+
+
+def check_layout(tensor_layout: str) -> None:
     if not isinstance(tensor_layout, str):
         raise TypeError(
             "tensor_layout must be 'HND' or 'NHD', got a "
             f"{type(tensor_layout).__name__}: a mask is not the fourth argument of sageattn"
         )
-    if tensor_layout not in _LAYOUTS:
+    if tensor_layout not in LAYOUTS:
         raise ValueError(f"tensor_layout must be 'HND' or 'NHD', got {tensor_layout!r}")
 
 
-def _refuse_mask_and_dropout(attn_mask: None, dropout_p: float) -> None:
-    if attn_mask is not None:
-        raise ValueError(
-            "attn_mask must be None: the kernels have no token masks. Pass a BlockMask to "
-            "video_attn.attention(..., precision='sage_fp16')"
-        )
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be 0, got {dropout_p!r}")
-    if dropout_p != 0:
+def refuse_dropout(dropout_p: float) -> None:
+    if check_number("dropout_p", dropout_p, "0") != 0:
         raise ValueError(f"dropout_p must be 0: the kernels are for inference, got {dropout_p}")
 
 
@@ -189,8 +236,8 @@ def _check_precision(precision: str) -> None:
 
 
 def _best_precision(
-    q: Tensor, k: Tensor, v: Tensor, tensor_layout: str, is_causal: bool,
-    options: QuantizationOptions, backend: str | None,
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, options: QuantizationOptions,
+    backend: str | None,
 ) -> str:  # fmt: skip
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
@@ -216,6 +263,8 @@ def _served_precision(
     """The first precision that a kernel, or the forced backend, serves. It takes and gives plain
     values, so that compiled code keeps it.
     """
+    if not is_here(device):
+        return _PRECISIONS[-1]
     forced = forced_backend(backend)
     for precision in _PRECISIONS:
         problem = Problem.of(

@@ -14,9 +14,11 @@ score counts as -inf: exactly k tiles are kept, and NaN in the data still shows 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from torch import Tensor
 from ..attention import attention, check_scale
 from ..block_mask import BlockMask
 from ..block_ops import block_mean, select_top_k
+from ..checks import check_bool, check_int, check_number, may_be_overwritten
 from ..layout import Triple, VideoLayout
 from ..patterns.valid_text import (
     TextLength,
@@ -117,8 +120,7 @@ def video_sparse(
     video = video_layout(q, k, v, grid, tile, text_first, layout)
     top_k = _check_top_k(top_k, top_k_ratio, video.num_tiles)
     gate = check_gate(gate, (*q.shape[:3], v.shape[3]), q)
-    if not isinstance(return_mask, bool):
-        raise TypeError(f"return_mask must be True or False, got {return_mask!r}")
+    check_bool("return_mask", return_mask)
     valid = check_text_length(text_length, video, q.shape[0])
     scale = check_scale(scale, q.shape[3])
     q, k, v = (_to_tiles(x, video, layout) for x in (q, k, v))
@@ -129,7 +131,7 @@ def video_sparse(
     length = video.num_tiles * video.tile_volume
     selected, coarse = compress_and_select(
         q[:, :, :length], k[:, :, :length], v[:, :, :length], tile_lens, tile_lens,
-        block_size=video.tile_volume, top_k=top_k, scale=scale, gate=gate,
+        block_size=video.tile_volume, top_k=top_k, scale=scale, gate=gate, backend=backend,
     )  # fmt: skip
     mask = selected_tiles_mask(
         selected, video, text_blocks=listed_text_blocks(valid, video), block_lens=lens
@@ -163,6 +165,7 @@ def compress_and_select(
     top_k: int,
     scale: float,
     gate: Gate,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(selected int32 [B, Hq, Nq, top_k], coarse [B, Hq, Nq, Dv] or None where the gate is 0).
 
@@ -171,21 +174,27 @@ def compress_and_select(
     no_coarse = isinstance(gate, float) and gate == 0
     # Autocast would round the scores to half precision.
     with (
-        torch.autocast(q.device.type, enabled=False),
+        _without_autocast(q.device.type),
         torch.set_grad_enabled(torch.is_grad_enabled() and not no_coarse),
     ):
-        q_mean = block_mean(q, q_lens, block_size)
-        k_mean = block_mean(k, kv_lens, block_size)
+        q_mean = block_mean(q, q_lens, block_size, backend=backend)
+        k_mean = block_mean(k, kv_lens, block_size, backend=backend)
         scores = _scores(q_mean, k_mean, scale)
-        selected = select_top_k(scores.detach(), top_k, kv_lens)
+        selected = select_top_k(scores.detach(), top_k, kv_lens, backend=backend)
         if no_coarse:
             return selected, None
         if kv_lens is not None:  # an empty tile is not there; finite, for there may be no other
             empty = (kv_lens == 0)[:, None, None, :]
             scores = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
-        v_mean = block_mean(v, kv_lens, block_size)
+        v_mean = block_mean(v, kv_lens, block_size, backend=backend)
         coarse = _per_kv_head(scores.softmax(-1), v_mean).to(v.dtype)
     return selected, coarse
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def add_coarse(out: Tensor, coarse: Tensor, gate: Gate, block_size: int) -> Tensor:
@@ -204,7 +213,7 @@ def add_coarse(out: Tensor, coarse: Tensor, gate: Gate, block_size: int) -> Tens
     else:
         weight = None
         spread = spread if gate is None else spread * gate
-    if not out.requires_grad:  # the attention operator saves its output only for a backward pass
+    if may_be_overwritten(out):
         video.add_(spread) if weight is None else video.addcmul_(spread, weight)
         return out
     video = video + spread if weight is None else torch.addcmul(video, spread, weight)
@@ -221,9 +230,8 @@ def check_gate(gate: object, shape: Sequence[int], like: Tensor, name: str = "ga
     if gate is None:
         return None
     if not isinstance(gate, Tensor):
-        if isinstance(gate, bool) or not isinstance(gate, (int, float)):
-            raise TypeError(f"{name} must be None, a number or a Tensor, got {gate!r}")
-        if not math.isfinite(gate):
+        gate = check_number(name, gate, "None, a number or a Tensor")
+        if not -math.inf < gate < math.inf:
             raise ValueError(f"{name} must be finite, got {gate}")
         return float(gate)
     if not gate.is_floating_point():
@@ -244,7 +252,8 @@ def _check_top_k(top_k: int | None, top_k_ratio: float | None, tiles: int) -> in
             f"top_k or top_k_ratio must be given, and not both; got {top_k!r} and {top_k_ratio!r}"
         )
     if top_k is None:
-        return kept_blocks(top_k_ratio, tiles)
+        # A constant again: what a constant function returns, torch.compile may take for dynamic.
+        return operator.index(kept_blocks(cast(float, top_k_ratio), tiles))
     return check_count(top_k, tiles, "top_k")
 
 
@@ -254,11 +263,10 @@ def check_count(top_k: object, blocks: int, name: str) -> int:
     Raises:
         TypeError, ValueError: it is not.
     """
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"{name} must be an int, got {top_k!r}")
-    if not 1 <= top_k <= blocks:
-        raise ValueError(f"{name} must be 1 to {blocks}, the number of key blocks; got {top_k}")
-    return top_k
+    count = check_int(name, top_k)
+    if not 1 <= count <= blocks:
+        raise ValueError(f"{name} must be 1 to {blocks}, the number of key blocks; got {count}")
+    return count
 
 
 def _scores(q_mean: Tensor, k_mean: Tensor, scale: float) -> Tensor:

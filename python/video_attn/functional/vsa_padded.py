@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..attention import as_bhsd, attention, check_shapes
 from ..block_mask import BlockMask
+from ..checks import as_int, check_int, may_be_overwritten
 from .vsa import add_coarse, check_count, check_gate, compress_and_select
 
 BlockSize = int | Sequence[int]
@@ -98,7 +99,9 @@ def video_sparse_attn(
     if coarse is None:
         return out
     out = add_coarse(out, coarse, gate, size)
-    return out if padding is None else out.masked_fill_(padding, 0)
+    if padding is None:
+        return out
+    return out.masked_fill_(padding, 0) if may_be_overwritten(out) else out.masked_fill(padding, 0)
 
 
 def block_sparse_attn(
@@ -208,17 +211,12 @@ def _bind(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any
 
 
 def _block_size(block_size: object) -> int:
-    parts = (block_size,) if isinstance(block_size, int) else block_size
+    parts = block_size if as_int(block_size) is None else (block_size,)
     if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) not in (1, 3):
         raise TypeError(
             f"block_size must be a number of tokens or a tile (t, h, w), got {block_size!r}"
         )
-    for part in parts:
-        if isinstance(part, bool) or not isinstance(part, int):
-            raise TypeError(f"block_size must be of type int, got {block_size!r}")
-        if part < 1:
-            raise ValueError(f"block_size must be >= 1, got {block_size!r}")
-    return math.prod(parts)
+    return math.prod([check_int("block_size", part, 1) for part in parts])
 
 
 def _num_blocks(name: str, tokens: int, size: int) -> int:

@@ -260,7 +260,7 @@ def _statistics(x: Tensor, side: Side) -> _Statistics:
     heads, tiles, dim = x.shape[0] * x.shape[1], side.tiles(TILE), padded_codes(x.shape[3])
     chunk = -(-tiles // _CHUNKS)
     n_chunks = -(-tiles // chunk)
-    partial = torch.empty(heads, n_chunks, _STATISTICS, dim, device=x.device)
+    partial = torch.empty(heads, n_chunks, _STATISTICS, dim, dtype=torch.float32, device=x.device)
     counts = torch.empty(heads, n_chunks, dtype=torch.int32, device=x.device)
     args = _tensor_args("x", x) | _side_args(side) | {"BD": dim, "D": x.shape[3]}
     args |= {"partial": partial, "counts": counts, "H": x.shape[1]}

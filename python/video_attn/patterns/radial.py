@@ -182,8 +182,9 @@ def frame_windows(
         else -1
         for d in range(frames)
     ]
-    index = torch.arange(frames)
-    windows = torch.tensor(by_distance, dtype=torch.int32)[(index[:, None] - index).abs()]
+    index = torch.arange(frames, device="cpu")
+    windows = torch.tensor(by_distance, dtype=torch.int32, device="cpu")
+    windows = windows[(index[:, None] - index).abs()]
     windows[:, : rule.sink_frames] = tokens
     return windows if scenes is None else scenes.restrict(windows, tokens, rule.sink_frames)
 
@@ -226,7 +227,7 @@ class _Segments(NamedTuple):
     ordinal: Tensor  # of the segment in its frame, from 0
 
 
-@static_cache()
+@static_cache
 def _lists(
     layout_key: tuple[Any, ...],
     rule_key: tuple[Any, ...],
@@ -250,7 +251,7 @@ def _lists(
     return counts[None, None].to(device), indices[None, None].to(device)
 
 
-@static_cache()
+@static_cache
 def _transposed_lists(*key: Any) -> tuple[Tensor, Tensor]:
     counts, indices = _lists(*key)
     return lists_from_dense(dense_from_lists(counts, indices, counts.shape[-1]).mT)
@@ -331,8 +332,10 @@ def _seen(
 def _frame_overlap(layout: VideoLayout, block_size: int, lens: Tensor) -> Tensor:
     """float64 [B, T, N]: tokens of each frame among the valid ones of each block; lens [B, N]."""
     tokens = _tokens_per_frame(layout)
-    frame_start = _video_start(layout) + torch.arange(layout.grid[0])[:, None] * tokens
-    block_start = torch.arange(lens.shape[1]) * block_size
+    frame_start = (
+        _video_start(layout) + torch.arange(layout.grid[0], device="cpu")[:, None] * tokens
+    )
+    block_start = torch.arange(lens.shape[1], device="cpu") * block_size
     first = torch.maximum(frame_start, block_start)
     end = torch.minimum(frame_start + tokens, (block_start + lens)[:, None])
     return (end - first).clamp_(min=0).double()

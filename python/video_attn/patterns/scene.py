@@ -115,13 +115,13 @@ class Scenes:
             ValueError: a boundary past the video, a scene that gets no frame, or, if ``strict``, a
                 last boundary that is not the end of the video.
         """
-        spans = torch.tensor([self._span(t) for t in range(num_frames)])
+        spans = torch.tensor([self._span(t) for t in range(num_frames)], device="cpu")
         self._check_end(int(spans[-1, 1]))
-        starts = torch.tensor(self.boundaries[:-1])
-        ends = torch.tensor([*self.boundaries[1:-1], int(spans[-1, 1])])
+        starts = torch.tensor(self.boundaries[:-1], device="cpu")
+        ends = torch.tensor([*self.boundaries[1:-1], int(spans[-1, 1])], device="cpu")
         member = (spans[:, :1] < ends) & (spans[:, 1:] > starts)
         if self.straddle != "both":
-            index = torch.arange(self.num_scenes)
+            index = torch.arange(self.num_scenes, device="cpu")
             scene = index.where(member, self.num_scenes).amin(1)
             if self.straddle == "later":
                 scene = index.where(member, -1).amax(1)
@@ -138,7 +138,7 @@ class Scenes:
     def frame_pairs(self, num_frames: int) -> Tensor:
         """bool [T, T]: which latent frame (row) may see which (column). The diagonal is True."""
         member = self.membership(num_frames).int()
-        return member @ torch.tensor(self.adjacency).int() @ member.T > 0
+        return member @ torch.tensor(self.adjacency, device="cpu").int() @ member.T > 0
 
     def restrict(self, windows: Tensor, whole: int, sink_frames: int) -> Tensor:
         """Frame windows [T, T] with -1 where a scene may not be seen, and the sinks of ``sink`` and

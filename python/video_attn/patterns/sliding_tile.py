@@ -77,7 +77,7 @@ def check_windows(
     return tuple([as_triple(cast(Sequence[int], window), name) for window in windows])
 
 
-@static_cache()
+@static_cache
 def _lists(
     key: LayoutKey, windows: tuple[Triple, ...], text_blocks: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def _first_tiles(layout: VideoLayout, windows: tuple[Triple, ...], device: torch
     return first.flatten(1)
 
 
-@static_cache()
+@static_cache
 def _transposed_lists(
     key: LayoutKey, windows: tuple[Triple, ...], text_blocks: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -91,12 +91,12 @@ def _lens_of_tensor(valid: Tensor, layout: VideoLayout) -> Tensor:
     return torch.cat([video.expand(text.shape[0], -1), text], 1)
 
 
-@static_cache()
+@static_cache
 def _lens_of_numbers(key: LayoutKey, valid: tuple[int, ...], device: torch.device) -> Tensor:
     return _lens_of_tensor(torch.tensor(valid, device=device), VideoLayout(*key))
 
 
-@static_cache()
+@static_cache
 def _lens_of_parts(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(valid tokens of the video blocks, first text token of the text blocks), int32."""
     layout = VideoLayout(*key)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..compiler import constant_result
 from ..layout import VideoLayout
-from ..static_cache import constant_when_compiled
 
 _MAX_DENOMINATOR = 10**6
 
 
-@constant_when_compiled
+@constant_result
 def kept_blocks(ratio: float, num_blocks: int) -> int:
     """Key blocks to keep per query block: ``ratio * num_blocks`` rounded up, from 1 to all.
 

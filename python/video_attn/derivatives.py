@@ -1,0 +1,186 @@
+"""How an attention is differentiated: backward, forward-mode, and under ``torch.func``.
+
+:func:`attend` takes the shortest way that gives the derivatives which are asked for. Compiled code,
+modes and subclasses of tensors see the torch operators of ops.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .block_mask import MaskArguments, mask_arguments
+from .calls import ForwardCall
+from .checks import forward_mode_is_on, wants_gradient
+from .ops import NO_DERIVATIVE, NO_SECOND_DERIVATIVE, backward, forward, library, run_forward
+from .quantize import recipe_text
+from .transforms import fold_into_batch, register_vmap
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_ops = torch.ops.video_attn
+
+
+def attend(call: ForwardCall, deterministic: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call, differentiable as far as its tensors ask for it.
+
+    Raises:
+        ValueError: a quantized precision that is to be differentiated.
+        RuntimeError: no backend, or not the one asked for, can serve.
+    """
+    q, k, v = call.q, call.k, call.v
+    wanted = wants_gradient(q, k, v)
+    if call.precision != "native" and (wanted or has_tangent(q, k, v)):
+        raise ValueError(f"precision {call.precision!r} {NO_DERIVATIVE}")
+    if not torch.compiler.is_compiling():
+        transformed = torch._C._are_functorch_transforms_active()
+        if wanted or forward_mode_is_on() or transformed:
+            wanted = wanted and not transformed  # then the lists may have another dimension
+            return _Attention.apply(*_arguments(call, wanted, deterministic, backend))
+        if is_plain(q, k, v):
+            return run_forward(call, backend)
+    return _ops.attention_forward(*_arguments(call, wanted, deterministic, backend))
+
+
+def _arguments(
+    call: ForwardCall, transposed: bool, deterministic: bool, backend: str | None
+) -> tuple[Any, ...]:
+    """Those of ``attention_forward``."""
+    return (
+        call.q, call.k, call.v, *mask_arguments(call.mask, transposed), call.scale, call.is_causal,
+        recipe_text(call.precision, call.quantization), deterministic, backend,
+    )  # fmt: skip
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody but autograd looks at what is done with these tensors.
+
+    No mode, no transform of ``torch.func``, no tracer, no subclass, no tensor without values: the
+    operators could do nothing but call the code that is then called directly, which is quicker.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and all(type(x) in _PLAIN_TYPES and x.device.type in ("cpu", "cuda") for x in tensors)
+    )
+
+
+def has_tangent(*tensors: Any) -> bool:
+    """Whether forward-mode differentiation goes through one of the tensors."""
+    if torch.compiler.is_compiling() or not forward_mode_is_on():
+        return False
+    return any(isinstance(x, Tensor) and x.is_floating_point() and _is_dual(x) for x in tensors)
+
+
+def _is_dual(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # not to be seen inside of vmap: then it may well have one
+        return True
+
+
+def _check_native(recipe: str) -> None:
+    """Inside of vmap a tensor does not say that somebody outside differentiates."""
+    if recipe != "native":
+        raise ValueError(f"precision {recipe!r} {NO_DERIVATIVE}")
+
+
+class _Attention(torch.autograd.Function):
+    """``attention_forward`` with all its derivatives."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        run = forward if is_plain(q, k, v) else _ops.attention_forward
+        return run(q, k, v, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *arguments = inputs
+        lists = MaskArguments(*arguments[: len(MaskArguments._fields)])
+        ctx.block_sizes = lists.q_block_size, lists.kv_block_size
+        options = arguments[len(lists) :]
+        ctx.scale, ctx.is_causal, ctx.recipe, ctx.deterministic, ctx.backend = options
+        saved = (q, k, v, *output, *lists.tensors)
+        ctx.save_for_backward(*saved)
+        if forward_mode_is_on():
+            ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        _check_native(ctx.recipe)
+        q, k, v, out, lse, *lists = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        # Only with create_graph can anybody ask for the derivatives of the gradients.
+        again = torch.is_grad_enabled() or not is_plain(grad_out, q, k, v)
+        grads = (_AttentionBackward.apply if again else backward)(
+            grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.block_sizes,
+            ctx.scale, ctx.is_causal, ctx.deterministic, ctx.backend,
+        )  # fmt: skip
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        _check_native(ctx.recipe)
+        q, k, v, _, lse, *lists = ctx.saved_tensors
+        return _AttentionTangent.apply(
+            *tangents[:3], q, k, v, lse, *lists, *ctx.block_sizes, ctx.scale, ctx.is_causal
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return fold_into_batch(_Attention.apply, 3, info.batch_size, in_dims, arguments)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """``attention_backward``, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops.attention_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing to keep: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return fold_into_batch(_AttentionBackward.apply, 7, info.batch_size, in_dims, arguments)
+
+
+class _AttentionTangent(torch.autograd.Function):
+    """``attention_tangent``, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _ops.attention_tangent(*arguments)
+
+    setup_context = _AttentionBackward.setup_context
+    backward = _AttentionBackward.backward
+    jvp = _AttentionBackward.jvp
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return fold_into_batch(_AttentionTangent.apply, 7, info.batch_size, in_dims, arguments)
+
+
+# For tensors without derivatives, which go to the operators at once.
+for _name, _leading in (
+    ("attention_forward", 3),
+    ("attention_backward", 7),
+    ("attention_tangent", 7),
+):
+    register_vmap(getattr(_ops, _name).default, _leading, library)
