@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..block_mask import BlockMask
+from ..checks import wants_gradient
 from ..layout import Triple, as_triple
 from ..patterns.radial import RadialRule, radial_mask
 from ..patterns.scene import Scenes
@@ -327,7 +328,7 @@ class Radial:
         """
         tokens.check(query, key)
         mask = self.mask(
-            tokens, query.device, heads=query.shape[1], transposed=_needs_grad(query, key, value)
+            tokens, query.device, heads=query.shape[1], transposed=wants_gradient(query, key, value)
         )
         return attention(query, key, value, mask, scale=scale, **options)
 
@@ -397,11 +398,7 @@ class Radial:
 Pattern = Dense | SlidingTile | VideoSparse | Radial
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-@static_cache()
+@static_cache
 def _full_lists(blocks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(kv_num_blocks, kv_indices, first token of each block) where every block sees every block."""
     every = torch.arange(blocks, dtype=torch.int32, device=device)

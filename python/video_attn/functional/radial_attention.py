@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..attention import attention
+from ..checks import wants_gradient
 from ..patterns.radial import RadialRule, radial_mask
 from ..patterns.scene import Scenes
 from ..patterns.valid_text import TextLength, check_text_length
@@ -68,7 +68,7 @@ def radial(
         scenes=scenes,
         text_length=check_text_length(text_length, video, q.shape[0]),
         device=q.device,
-        transposed=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+        transposed=wants_gradient(q, k, v),
     )
     return attention(
         q, k, v, mask, layout=layout, scale=scale, precision=precision, backend=backend,

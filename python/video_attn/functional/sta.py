@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..attention import attention
 from ..block_mask import BlockMask
+from ..checks import wants_gradient
 from ..layout import Triple, VideoLayout
 from ..patterns.sliding_tile import Windows, check_windows, sliding_tile_mask
 from ..patterns.valid_text import TextLength, check_text_length
@@ -149,7 +149,7 @@ def _mask(
         check_windows(windows, q.shape[3 - token_dim], windows_name),
         text_length=check_text_length(text_length, video, q.shape[0]),
         device=q.device,
-        transposed=torch.is_grad_enabled() and any(x.requires_grad for x in qkv),
+        transposed=wants_gradient(*qkv),
     )
 
 
