@@ -20,7 +20,7 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(NATIVE_SOURCES))
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* tools/build_*.py)
 
-.PHONY: help demo test test-all lint format bench build clean distclean
+.PHONY: help demo test test-all lint format bench build wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     run the benchmarks, which write benchmarks/results"
 	@echo "make build     compile the native components into the source tree"
+	@echo "make wheel     one wheel with every component, in dist/; needs nvcc, no GPU"
 	@echo "make clean     remove what builds leave; make distclean: and $(VENV)"
 
 $(BIN)/python:
@@ -77,6 +78,15 @@ bench: $(INSTALLED)
 
 build: $(VENV)/.dependencies
 	$(BIN)/python setup.py build_ext --inplace
+
+# A wheel that travels: compiled CUDA code for every architecture that has some, against torch's
+# stable ABI (torch 2.10 and newer), so that the machine it goes to needs no compiler. What cannot
+# be built is an error. The component for CPUs is for the torch of this environment.
+WHEEL_ARCHS ?= 80,89,90a,120
+wheel: $(VENV)/.dependencies
+	VIDEO_ATTN_BUILD_EXT=1 VIDEO_ATTN_CUDA_ARCHS="$(WHEEL_ARCHS)" \
+	  $(BIN)/python setup.py -q bdist_wheel --dist-dir dist
+	@ls -lh dist
 
 clean:
 	rm -rf build dist python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
