@@ -1,4 +1,4 @@
-"""Rewrite the generated tables of README.md and docs/backends.md: python tools/readme_tables.py
+"""Rewrite the generated tables of README.md and docs/: python tools/readme_tables.py
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Backends come from the
 registry, variables from the table that `video-attn info` prints, figures from benchmarks/results.
@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark_summary
 import torch
 
 from video_attn import ops  # noqa: F401  fills the registry
@@ -24,7 +25,7 @@ from video_attn.tools.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/backends.md", "docs/radial.md")
+FILES = ("README.md", "docs/backends.md", "docs/radial.md", "docs/benchmarks.md", "docs/install.md")
 MACHINES = {
     "CPU": ("cpu", "cpu"),
     "NVIDIA A100 (sm_80)": ("cuda", "sm_80"),
@@ -131,23 +132,40 @@ def record_table(record: dict[str, Any]) -> str:
     varying = [n for n in names if len({str(problem.get(n)) for problem in problems}) > 1]
     same = [f"{_words(n)} {_value(problems[0][n])}" for n in names if n not in varying]
     metrics = dict.fromkeys(name for result in results for name in result["metrics"])
+    state = [n for n in ("sm_mhz", "watts") if any(n in result for result in results)]
     rows = [
         [
             *(_value(result["problem"].get(name, "")) for name in varying),
             result["provider"],
-            f"{result['median_ms']:.4g} ({result['p20_ms']:.4g} to {result['p80_ms']:.4g})",
+            _time(result),
             *(_value(result["metrics"].get(name, "")) for name in metrics),
+            *(_value(result.get(name, "")) for name in state),
         ]
         for result in results
     ]
-    header = [*map(_words, varying), "by", "median ms (p20 to p80)", *map(_words, metrics)]
+    header = [*map(_words, varying), "by", "median ms (p20 to p80)"]
+    header += [_words(name) for name in (*metrics, *state)]
     machine, versions = record["machine"], record["versions"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     caption = (
         f"`{record['benchmark']}` on {device} ({record['date'][:10]}, commit {record['commit']}, "
         f"torch {versions['torch']}): {', '.join(same)}."
     )
+    if "note" in record:
+        caption += f" {record['note'].capitalize()}."
     return f"{caption}\n\n{markdown(header, rows)}"
+
+
+def _time(result: dict[str, Any]) -> str:
+    if "failure" in result:
+        return f"did not run: {result['failure']}"
+    return f"{result['median_ms']:.4g} ({result['p20_ms']:.4g} to {result['p80_ms']:.4g})"
+
+
+def h100_table() -> str:
+    """Ours and the fastest peer of the same run, for the README."""
+    rows = benchmark_summary.summary_rows()
+    return markdown(["problem", "the fastest of ours", "the fastest peer", "times"], rows)
 
 
 def _words(name: str) -> str:
@@ -174,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "features": features_table,
     "environment": environment_table,
     "benchmarks": benchmarks_table,
+    "h100": h100_table,
     "radial": lambda: benchmarks_table("radial_"),
 }
 
