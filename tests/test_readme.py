@@ -8,9 +8,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark_summary
 import pytest
 import readme_tables
 import torch
@@ -19,10 +21,12 @@ from video_attn import cli, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/backends.md", "docs/design.md",
-    "docs/radial.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/backends.md", "docs/benchmarks.md",
+    "docs/design.md", "docs/install.md", "docs/quantized.md", "docs/radial.md", "docs/sta.md",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INSTALL = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+QUANTIZED = (ROOT / "docs" / "quantized.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -61,13 +65,23 @@ def run(statements: list[ast.stmt], names: dict[str, Any]) -> None:
     exec(compile(ast.Module(statements, []), "README.md", "exec"), names)
 
 
-OWN_SNIPPETS = [block for block in blocks(README, "python") if "(30, 48, 80)" not in block]
+OWN_SNIPPETS = [
+    block for block in blocks(README + QUANTIZED, "python") if "(30, 48, 80)" not in block
+]
 
 
 @pytest.mark.parametrize("snippet", OWN_SNIPPETS, ids=range(len(OWN_SNIPPETS)))
 def test_snippets_run(snippet: str) -> None:
     names: dict[str, Any] = {}
+    if "apply(pipe" in snippet:
+        pytest.importorskip("diffusers")
+        from tiny_wan import tiny_wan
+
+        names["pipe"] = tiny_wan()
     run(ast.parse(snippet).body, names)
+    if "handle" in names:
+        names["handle"].undo()
+        return
     out = names["out"]
     assert out.isfinite().all()
     assert out.shape == names["q"].shape
@@ -140,7 +154,7 @@ def compiled_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("compiled_triton")
 def test_tables_are_current(name: str) -> None:
     """Every table stands somewhere, as the script would write it now."""
-    if name == "benchmarks" and new_records():
+    if name in ("benchmarks", "h100") and new_records():
         pytest.skip(f"records that are not committed yet: {new_records()}")
     pages = [(ROOT / page).read_text(encoding="utf-8") for page in readme_tables.FILES]
     found = [text for page in pages for text in re.findall(table_pattern(name), page, re.DOTALL)]
@@ -160,8 +174,8 @@ def new_records() -> str:
 
 @pytest.mark.usefixtures("compiled_triton")
 def test_a_stale_table_is_seen() -> None:
-    stale = README.replace("| forces that backend", "| does nothing")
-    assert stale != README
+    stale = INSTALL.replace("| forces that backend", "| does nothing")
+    assert stale != INSTALL
     [table] = re.findall(table_pattern("environment"), readme_tables.updated(stale), re.DOTALL)
     assert table == readme_tables.environment_table()
 
@@ -197,7 +211,7 @@ def cells(line: str) -> list[str]:
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", text)
-    assert targets or page == "docs/backends.md" or page == "docs/design.md"
+    assert targets or page.startswith("docs/")
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
     for target in targets:
@@ -209,6 +223,27 @@ def test_links_lead_somewhere(page: str) -> None:
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_the_picture_of_the_records_is_current() -> None:
+    """It keeps a fingerprint of the figures it shows."""
+    from PIL import Image
+
+    if new_records():
+        pytest.skip(f"records that are not committed yet: {new_records()}")
+    with Image.open(benchmark_summary.PICTURE) as picture:
+        shown = picture.text["records"]
+    assert shown == benchmark_summary.fingerprint(), "run: python tools/benchmark_summary.py"
+
+
+def test_the_picture_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark_summary.draw(tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+    fingerprint = benchmark_summary.fingerprint()
+    faster = [replace(p, bars=(replace(p.bars[0], milliseconds=1.0), *p.bars[1:]))
+              for p in benchmark_summary.panels()]  # fmt: skip
+    monkeypatch.setattr(benchmark_summary, "panels", lambda: faster)
+    assert benchmark_summary.fingerprint() != fingerprint
+
+
 def test_pictures_are_small() -> None:
     for picture in (ROOT / "docs" / "images").iterdir():
         assert picture.stat().st_size < 600_000, picture.name
@@ -216,10 +251,12 @@ def test_pictures_are_small() -> None:
 
 @pytest.mark.parametrize("name", ["sta.gif", "sta_blocks.png"])
 def test_pictures_are_those_of_the_command(name: str, tmp_path: Path) -> None:
-    """The README's command draws the README's picture, but for the fonts of another release."""
+    """The page's command draws the page's picture, but for the fonts of another release."""
     from PIL import Image
 
-    line = next(c for page, c in commands() if page == "README.md" and c.endswith(f"--out {name}"))
+    line = next(
+        c for page, c in commands() if page == "docs/sta.md" and c.endswith(f"--out {name}")
+    )
     words = [*shlex.split(line)[1:-1], str(tmp_path / name)]
     assert cli.main(words) == 0
     with Image.open(ROOT / "docs" / "images" / name) as old, Image.open(tmp_path / name) as new:

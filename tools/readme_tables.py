@@ -102,9 +102,7 @@ def _features() -> dict[str, dict[str, Any]]:
         "query blocks of 128, key blocks of 64": {"q_block_size": 128},
         "dense": {"q_block_size": None, "kv_block_size": None},
         "dense, causal": {"q_block_size": None, "kv_block_size": None, "is_causal": True},
-        "grouped queries (GQA)": {"gqa": True},
         "backward": {"direction": "backward"},
-        "backward, deterministic": {"direction": "backward", "deterministic": True},
         **{f"precision {p}": {"precision": p} for p in PRECISIONS},
     }
 
