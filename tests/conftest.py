@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from gpu_process import CHILD, GpuProcesses
 from hypothesis import settings
+from poison import poison_allocations
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -25,15 +24,6 @@ if "OMP_NUM_THREADS" not in os.environ:  # parallel test processes share the cor
 # The same examples in every run: a failure is found again, and a green run means the same twice.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
-
-PACKAGES = ("video_attn", "st_attn", "vsa", "radial_attn")
-_ALLOCATORS = (
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_strided"),
-    (torch.Tensor, "new_empty"),
-    (torch.Tensor, "new_empty_strided"),
-)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,32 +52,7 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package gets from torch.empty and the like is NaN (integers: garbage), so that
     anything left unwritten is seen.
     """
-    for owner, name in _ALLOCATORS:
-        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        x = allocate(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return x
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        return fill_with_poison(x) if caller.partition(".")[0] in PACKAGES else x
-
-    return poisoned
-
-
-def fill_with_poison(x: torch.Tensor) -> torch.Tensor:
-    """NaN in floating-point tensors, a large number in integers, True in booleans; in place."""
-    if x.dtype.itemsize == 1 and x.is_floating_point():
-        x.view(torch.uint8).fill_(0x7F)  # NaN of the float8 types
-    elif x.is_floating_point():
-        x.fill_(torch.nan)
-    elif x.dtype == torch.bool:
-        x.fill_(True)
-    else:
-        x.fill_(torch.iinfo(x.dtype).max // 3)
-    return x
+    poison_allocations(monkeypatch.setattr)
 
 
 @pytest.fixture

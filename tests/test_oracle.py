@@ -8,7 +8,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from conftest import fill_with_poison
+from poison import fill_with_poison
 from problems import HEAD_DIMS, MEMORIES, Built, Problem, random_problems, run_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

@@ -1,0 +1,118 @@
+"""Where the tokens that the ranks hold stand in the sequence that a mask is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..layout import LayoutKey, VideoLayout
+from .shards import Shards
+
+# How tokens are ordered: as the mask has them (None), or a video whose mask is over padded tiles,
+# with its tokens in raster order (False) or in packed tile order (True).
+Order = tuple[LayoutKey, bool] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The slot of every token that each rank holds.
+
+    Args:
+        slots: for each rank int64 [held], the slot of each of its tokens; no slot twice.
+        length: slots in all; some may be nobody's (padding).
+    """
+
+    slots: tuple[Tensor, ...]
+    length: int
+
+    def __post_init__(self) -> None:
+        taken = torch.zeros(self.length, dtype=torch.bool)
+        sources = []
+        for own in self.slots:
+            sources.append((~taken[own]).nonzero().flatten())
+            taken[own] = True
+        object.__setattr__(self, "_sources", tuple(sources))
+        object.__setattr__(self, "_on_device", {})
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each rank holds."""
+        return [own.numel() for own in self.slots]
+
+    def sources(self, rank: int) -> Tensor:
+        """int64: those of the tokens of ``rank`` that no rank before it holds."""
+        return self._sources[rank]  # type: ignore[attr-defined]
+
+    def source_slots(self, rank: int) -> Tensor:
+        return self.slots[rank][self.sources(rank)]
+
+    @property
+    def source_lengths(self) -> list[int]:
+        return [self.sources(r).numel() for r in range(len(self.slots))]
+
+    @property
+    def has_copies(self) -> bool:
+        """Some token is held by more than one rank."""
+        return self.source_lengths != self.lengths
+
+    def arrivals(self, device: torch.device) -> Tensor | None:
+        """int64: the slots of what all ranks send, when the sources of all arrive in rank order.
+
+        None: they arrive as the slots are, one after another.
+        """
+        kept = self._on_device  # type: ignore[attr-defined]
+        if ("arrivals", device) not in kept:
+            slots = torch.cat([self.source_slots(r) for r in range(len(self.slots))])
+            in_order = torch.equal(slots, torch.arange(self.length))
+            kept["arrivals", device] = None if in_order else slots.to(device)
+        return kept["arrivals", device]
+
+    def on_device(self, rank: int, name: str, device: torch.device) -> Tensor | slice:
+        """``slots``, ``sources`` or ``source_slots`` of a rank, as a slice where they are one."""
+        key = (name, rank, device)
+        kept = self._on_device  # type: ignore[attr-defined]
+        if key not in kept:
+            index = self.slots[rank] if name == "slots" else getattr(self, name)(rank)
+            kept[key] = as_slice(index, device)
+        return kept[key]
+
+
+def as_slice(index: Tensor, device: torch.device) -> Tensor | slice:
+    """The positions as a slice if they are consecutive, otherwise on the device."""
+    if index.numel() == 0:
+        return slice(0, 0)
+    first = int(index[0])
+    if torch.equal(index, torch.arange(first, first + index.numel())):
+        return slice(first, first + index.numel())
+    return index.to(device)
+
+
+def take(x: Tensor, index: Tensor | slice, dim: int) -> Tensor:
+    """The tokens ``index`` of ``x`` on ``dim``: a view for a slice."""
+    if isinstance(index, slice):
+        return x.narrow(dim, index.start, index.stop - index.start)
+    return x.index_select(dim, index)
+
+
+@lru_cache(maxsize=64)
+def placement_of(shards: Shards, order: Order, length: int) -> Placement:
+    """The placement of ``shards`` in a mask over ``length`` slots; kept."""
+    positions = [shards.positions(r) for r in range(shards.num_ranks)]
+    if order is not None:
+        slots = _slots_of_tokens(order)
+        positions = [slots[p] for p in positions]
+    return Placement(tuple(positions), length)
+
+
+def _slots_of_tokens(order: tuple[LayoutKey, bool]) -> Tensor:
+    key, is_packed = order
+    layout = VideoLayout(*key)
+    slots = layout.padded_slots("cpu")
+    if is_packed:
+        return slots
+    of_raster = torch.empty_like(slots)
+    of_raster[layout.tile_order("cpu")] = slots
+    return of_raster
