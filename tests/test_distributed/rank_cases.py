@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import problems
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from video_attn.distributed import (
     Shards,
@@ -22,6 +24,16 @@ from video_attn.distributed import (
 
 Group = dist.ProcessGroup
 GRADS = ("dq", "dk", "dv")
+
+
+def group_of(group: Group, kind: str) -> Any:
+    """The group for a kind: a two-dimensional mesh of all ranks for "usp"."""
+    return _mesh() if kind == "usp" else group
+
+
+@cache
+def _mesh() -> DeviceMesh:
+    return DeviceMesh("cpu", [[0, 1], [2, 3]])
 
 
 def random_shards(length: int, ranks: int, rng: random.Random) -> Shards:
@@ -60,8 +72,7 @@ def shards_for(how: str, built: problems.Built, length: int, ranks: int, seed: i
 def random_problem(group: Any, problem: problems.Problem, kind: str, how: str) -> int:
     """A problem of the generator, against one process; returns the bytes sent."""
     built = problem.build()
-    flat = group if kind != "usp" else None
-    ranks = dist.get_world_size(flat)
+    ranks = dist.get_world_size(group)
     causal_ring = problem.kind == "causal" and kind != "ulysses"
     if causal_ring and problem.q_len != problem.kv_len:
         kind, causal_ring = "ulysses", False  # a causal ring has as many keys as queries
@@ -78,8 +89,7 @@ def compare(
 ) -> None:
     """out, lse and gradients of this rank's part equal those of one process, to rounding."""
     problem, options = built.problem, dict(built.kernel_options)
-    flat = None if kind == "usp" else group
-    rank = dist.get_rank(flat)
+    rank = dist.get_rank(group)
     whole = problems.run_attention(built)
     dim = 1 if options.get("layout") == "bshd" else 2
     places = (shards, kv_shards, kv_shards)
@@ -88,8 +98,8 @@ def compare(
         for s, x in zip(places, built.kernel_inputs, strict=True)
     )
     out, lse = sequence_parallel_attention(
-        q, k, v, built.mask, group=group, kind=kind, shards=shards, kv_shards=kv_shards,
-        return_lse=True, **options,
+        q, k, v, built.mask, group=group_of(group, kind), kind=kind, shards=shards,
+        kv_shards=kv_shards, return_lse=True, **options,
     )  # fmt: skip
     grad_out, grad_lse = shared(built, shards)
     outputs = [out, lse] if problem.with_lse_grad else [out]
@@ -100,7 +110,7 @@ def compare(
     close("out", out, shards.take(whole.out, rank, 2))
     close("lse", lse, shards.take(whole.lse, rank, 2))
     for name, got, place in zip(GRADS, (dq, dk, dv), places, strict=True):
-        total = sum_of_copies(got, place, rank, flat)
+        total = sum_of_copies(got, place, rank, group)
         close(name, total, place.take(getattr(whole, name), rank, 2))
 
 

@@ -38,7 +38,9 @@ def agree(
         ValueError: the calls differ; the same message on all ranks.
         PeerError: another rank failed, or did not answer within ``timeout`` seconds.
     """
-    said = {"error": None if error is None else f"{type(error).__name__}: {error}"[:800]}
+    said: dict[str, Any] = {
+        "error": None if error is None else f"{type(error).__name__}: {error}"[:800]
+    }
     said |= {"call": call} if error is None else {}
     try:
         table = _all_gather(team, json.dumps(said), timeout)

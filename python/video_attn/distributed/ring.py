@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
-from ..block_mask import BlockMask
+from ..block_mask import BlockMask, mask_arguments
 from ..quantize import QuantizationOptions
 from .merge import Accumulator, nothing_seen
 from .ring_plan import Parcel, RingWork, Step, WideRows
@@ -77,12 +77,7 @@ class RingCall:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of one step, from the final out and lse of its rows."""
         o = self.options
-        lists: tuple[Any, ...] = (None,) * 6 + (0, 0)
-        if mask is not None:
-            lists = (
-                mask.kv_num_blocks, mask.kv_indices, *mask.transposed(),
-                mask.q_block_lens, mask.kv_block_lens, mask.q_block_size, mask.kv_block_size,
-            )  # fmt: skip
+        lists = mask_arguments(mask, transposed=True)
         return torch.ops.video_attn.attention_backward(
             *grads, q, k, v, *results, *lists, o.scale, is_causal, o.deterministic, o.backend
         )
@@ -113,7 +108,7 @@ class Ring(torch.autograd.Function):
 
 def _forward(call: RingCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     work, steps, rows = call.work, call.work.steps, q.shape[2]
-    wide = work.wide and _start_wide_queries(call, work.wide, q)
+    wide = None if work.wide is None else _start_wide_queries(call, work.wide, q)
     pending = _start_keys(call, steps[0], k, v) if steps else None
     found = Accumulator()
     if _has_local_work(call, q, k):
@@ -349,8 +344,8 @@ def _wide_gradients(
     numbers = _start_to_all(
         call, wide, torch.stack([lse, grad_lse], -1), "wide rows: lse and gradients"
     )
-    rows = _arrived_from_all(wide, rows, batch, heads, together.shape[3], q.dtype)
-    all_q, all_out, all_grad = rows.split([head_dim, out.shape[3], out.shape[3]], -1)
+    arrived = _arrived_from_all(wide, rows, batch, heads, together.shape[3], q.dtype)
+    all_q, all_out, all_grad = arrived.split([head_dim, out.shape[3], out.shape[3]], -1)
     all_lse, all_grad_lse = _arrived_from_all(wide, numbers, batch, heads, 2, lse.dtype).unbind(-1)
     part = torch.zeros_like(all_q)
     if wide.mask is not None:

@@ -152,7 +152,8 @@ class ToBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _to_tokens(grad, *ctx.arguments, False, ctx.traffic), None, None, None
+        route, team = ctx.arguments
+        return _to_tokens(grad, route, team, False, ctx.traffic), None, None, None
 
 
 class ToTokens(torch.autograd.Function):
@@ -166,7 +167,8 @@ class ToTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _to_blocks(grad, *ctx.arguments, True, ctx.traffic), None, None, None
+        route, team = ctx.arguments
+        return _to_blocks(grad, route, team, True, ctx.traffic), None, None, None
 
 
 def to_blocks(x: Tensor, route: Route, team: Team, traffic: Traffic | None) -> Tensor:

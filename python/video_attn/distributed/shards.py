@@ -102,6 +102,14 @@ class Shards:
         """Tokens that each rank holds."""
         return tuple(sum(stop - start for start, stop in own) for own in self.ranges)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Every rank holds one range, each after that of the rank before, and no token twice."""
+        ranges = [own[0] if own else (0, 0) for own in self.ranges]
+        filled = [r for r in ranges if r[0] < r[1]]
+        in_order = all(a[1] == b[0] for a, b in pairwise(filled))
+        return in_order and all(len(own) <= 1 for own in self.ranges)
+
     def positions(self, rank: int) -> Tensor:
         """int64 [lengths[rank]]: where the tokens of ``rank`` stand in the sequence."""
         parts = [torch.arange(start, stop) for start, stop in self.ranges[rank]]

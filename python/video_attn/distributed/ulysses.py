@@ -190,7 +190,7 @@ class Swap:
         batch, me = into[0].shape[0], self.team.rank
         tokens, channels = self._lengths()[me], [x.shape[3] for x in into]
         received, start = pending.wait().view(into[0].dtype), 0
-        index = slice(0, into[0].shape[2])
+        index: Tensor | slice = slice(0, into[0].shape[2])
         if not self.copies:
             index = self.placement.on_device(me, "sources", into[0].device)
         for p in range(self.team.size):

@@ -26,8 +26,8 @@ from .ulysses import (
 MAX_CHUNKS = 4
 CHUNK_BYTES = 16 * 2**20  # a chunk that brings less than this from the others is not worth a launch
 
-# (tensors of some heads over the whole sequence, those heads) -> (out, lse)
-Core = Callable[[Sequence[Tensor], Heads], tuple[Tensor, Tensor]]
+# (tensors of some heads over the whole sequence, those heads) -> (out, lse if there is one)
+Core = Callable[[Sequence[Tensor], Heads], tuple[Tensor, Tensor | None]]
 
 
 def ulysses_attention(
@@ -53,7 +53,10 @@ def ulysses_attention(
     chunks = _number_of_chunks(tensors, placements, shares, team.size, chunks)
     parts = chunk_shares(shares, chunks, group) if chunks > 1 else [shares]
     started = [_start(tensors, part, team, placements) for part in parts]
-    outs, lses, swaps_back, pending_back = [], [], [], []
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    swaps_back: list[Swap] = []
+    pending_back: list[Pending] = []
     for part, swaps_in in zip(parts, started, strict=True):
         mine = part[team.rank]
         whole = [
@@ -67,7 +70,8 @@ def ulysses_attention(
             pending_back.append(back.start_to_tokens([out]))
         swaps_back.append(back)
         outs.append(out)
-        lses.append(lse)
+        if lse is not None:
+            lses.append(lse)
     result = ToTokens.apply(swaps_back, pending_back, q.shape[1], *outs)
     return result, _lse_home(lses, swaps_back, q.shape[1]) if return_lse else None
 
@@ -84,7 +88,7 @@ def _start(
     together = [([0], placements[0]), ([1, 2], placements[1])]
     if placements[0] is placements[1]:
         together = [(list(range(len(tensors))), placements[0])]
-    started = []
+    started: list[tuple[Swap, Pending, Sequence[Tensor]]] = []
     for indices, placement in together:
         xs = [tensors[i] for i in indices]
         swap = swap_of(team, placement, [heads[i] for i in indices], False, "ulysses: q, k, v")
@@ -95,10 +99,10 @@ def _start(
 
 def _attend(
     core: Core, whole: Sequence[Tensor], share: HeadShare, group: int, head_dim_v: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     q, k, v = whole[:3]
     if q.shape[1] == 0:  # fewer heads than ranks: nothing to do, but part of the backward pass
-        link = q.sum() + k.sum() + v.sum()
+        link = torch.stack([x.sum() for x in whole]).sum()
         shape = (q.shape[0], 0, q.shape[2])
         out = q.new_zeros(*shape, head_dim_v) + link
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
