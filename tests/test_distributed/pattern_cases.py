@@ -28,6 +28,7 @@ def shards_of(how: str, tokens: VideoTokens, ranks: int, seed: int) -> Shards:
 def pattern(
     group: Any, pattern: Any, tokens: VideoTokens, kind: str, how: str, *, heads: int = 3,
     kv_heads: int = 3, batch: int = 1, gate: str = "none", seed: int = 0, layout: str = "bhsd",
+    tile_order: bool = False,
 ) -> int:  # fmt: skip
     """out and gradients of this rank's part equal those of one process; the bytes it sent."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -47,6 +48,12 @@ def pattern(
         *inputs[:3], tokens, gate=inputs[3] if len(inputs) > 3 else weight
     )  # fmt: skip
     wanted = torch.autograd.grad(expected, inputs, grad_out)
+    if tile_order:
+        order = tokens.layout(pattern.tile).tile_order()
+        whole, wanted = (
+            [x if x.shape[2] == 1 else x[:, :, order] for x in xs] for xs in (whole, wanted)
+        )
+        expected, grad_out = expected[:, :, order], grad_out[:, :, order]
     shards = shards_of(how, tokens, ranks, seed)
 
     def part(x: Tensor) -> Tensor:
@@ -57,7 +64,8 @@ def pattern(
     own = [part(x) for x in whole]
     with record_traffic() as traffic:
         out = sequence_parallel_attention(
-            *own[:3], pattern, tokens=tokens, gate=own[3] if len(own) > 3 else weight,
+            *own[:3], pattern, tokens=tokens, tile_order=tile_order,
+            gate=own[3] if len(own) > 3 else weight,
             group=group_of(group, kind), kind=kind, shards=shards, layout=layout,
         )  # fmt: skip
         count = torch.zeros(shards.length, dtype=torch.float64)

@@ -15,7 +15,6 @@ RAGGED = VideoTokens((3, 5, 7), text_length=13, valid_text=7)
 TEXT = VideoTokens((3, 5, 7), text_length=5)
 TEXT_FIRST = VideoTokens((4, 4, 5), text_length=9, text_first=True)
 PER_ITEM = VideoTokens((3, 5, 5), text_length=11, valid_text=(11, 4))
-TILED = VideoTokens((3, 5, 7), text_length=5, tile=TILE)
 KINDS = ("ulysses", "ring", "usp")
 CASES: dict[str, tuple[Any, VideoTokens, str, dict[str, Any]]] = {
     "sliding": (SlidingTile((3, 1, 3), TILE), PLAIN, "even", {}),
@@ -24,7 +23,7 @@ CASES: dict[str, tuple[Any, VideoTokens, str, dict[str, Any]]] = {
         SlidingTile(((1, 1, 1), (3, 3, 3), (1, 3, 1), (3, 1, 1)), TILE), RAGGED, "scattered",
         {"heads": 4, "kv_heads": 2},
     ),
-    "sliding-in-tile-order": (SlidingTile((1, 1, 3), TILE), TILED, "text everywhere", {}),
+    "sliding-in-tile-order": (SlidingTile((1, 1, 3), TILE), TEXT, "random", {"tile_order": True}),
     "sliding-batch": (SlidingTile((1, 3, 1), TILE), PER_ITEM, "even", {"batch": 2}),
     "radial": (Radial(block_size=16), PLAIN, "even", {"heads": 5, "kv_heads": 5}),
     "radial-text-first": (Radial(block_size=20), TEXT_FIRST, "text everywhere", {"heads": 2,
@@ -38,6 +37,8 @@ CASES: dict[str, tuple[Any, VideoTokens, str, dict[str, Any]]] = {
         {"gate": "tensor", "layout": "bshd", "heads": 4, "kv_heads": 2},
     ),
     "selected-head-gate": (VideoSparse(top_k=3, tile=TILE), TEXT, "scattered", {"gate": "heads"}),
+    "selected-in-tile-order": (VideoSparse(top_k=2, tile=TILE), RAGGED, "text everywhere",
+        {"tile_order": True, "gate": "tensor"}),
     "selected-batch": (
         VideoSparse(top_k=2, tile=TILE), PER_ITEM, "even", {"batch": 2, "gate": "number"},
     ),

@@ -73,7 +73,11 @@ class Job:
 
 
 def make_job(
-    mask: BlockMask | Pattern | None, tokens: VideoTokens | None, is_causal: bool, q: Tensor
+    mask: BlockMask | Pattern | None,
+    tokens: VideoTokens | None,
+    tile_order: bool,
+    is_causal: bool,
+    q: Tensor,
 ) -> Job:
     """The job of a call with these arguments, for q [B, H, held, D].
 
@@ -82,6 +86,8 @@ def make_job(
     """
     if is_causal and mask is not None:
         raise ValueError("is_causal is for dense attention: it must be False with a mask")
+    if tile_order and not isinstance(mask, (SlidingTile, VideoSparse)):
+        raise ValueError("tile_order is for SlidingTile and VideoSparse: it must be False here")
     if mask is None or isinstance(mask, BlockMask):
         if tokens is not None:
             raise ValueError("tokens are for patterns: they must be None with a mask or without")
@@ -100,7 +106,7 @@ def make_job(
         raise TypeError(
             f"tokens must be the VideoTokens of the whole sequence for a pattern, got {tokens!r}"
         )
-    return _job_of_pattern(mask, tokens, q)
+    return _job_of_pattern(mask, tokens, tile_order, q)
 
 
 def _check_mask(mask: BlockMask, q: Tensor) -> None:
@@ -114,20 +120,19 @@ def _check_mask(mask: BlockMask, q: Tensor) -> None:
         )
 
 
-def _job_of_pattern(pattern: Pattern, tokens: VideoTokens, q: Tensor) -> Job:
+def _job_of_pattern(pattern: Pattern, tokens: VideoTokens, tile_order: bool, q: Tensor) -> Job:
     valid = tokens.valid_text
-    name = f"{pattern} of {tokens.grid}, text {tokens.text_length}, {tokens.text_first}"
+    name = (
+        f"{pattern} over {tokens.grid} in {'tile' if tile_order else 'raster'} order, "
+        f"{tokens.text_length} others {'before' if tokens.text_first else 'after'}"
+    )
     name += "" if isinstance(valid, Tensor) else f", valid {valid}"
     if isinstance(pattern, (Dense, Radial)):
         mask = pattern.mask(tokens, q.device, heads=q.shape[1])
         length = tokens.sequence_length
         return Job(mask, None, None, length, length, False, name)
-    if tokens.tile not in (None, pattern.tile):
-        raise ValueError(
-            f"tokens are in the order of tile {tokens.tile}, but the pattern has {pattern.tile}"
-        )
     layout = tokens.layout(pattern.tile)
-    order = layout.key, tokens.tile is not None
+    order = layout.key, tile_order
     length = layout.padded_length
     if isinstance(pattern, SlidingTile):
         mask = pattern.mask(tokens, q.device, heads=q.shape[1])

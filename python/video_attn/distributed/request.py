@@ -48,6 +48,7 @@ class Request:
 
     mask: BlockMask | Pattern | None
     tokens: VideoTokens | None
+    tile_order: bool
     gate: Gate
     shards: Shards | None
     kv_shards: Shards | None
@@ -119,7 +120,7 @@ def prepare(teams: Teams, request: Request, q: Tensor, k: Tensor, v: Tensor) -> 
     check_shapes(q, k, v)
     _check_options(request)
     _check_precision(request, q, k, v)
-    job = make_job(request.mask, request.tokens, request.is_causal, q)
+    job = make_job(request.mask, request.tokens, request.tile_order, request.is_causal, q)
     shards, kv_shards = _check_shards(teams, job, request)
     if request.is_causal and teams.ring is not None:
         for name, given in (("shards", shards), ("kv_shards", kv_shards)):
@@ -273,7 +274,7 @@ def _check_options(request: Request) -> None:
         raise ValueError(
             f"precision must be one of {', '.join(PRECISIONS)}; got {request.precision!r}"
         )
-    for name in ("is_causal", "return_lse", "deterministic"):
+    for name in ("tile_order", "is_causal", "return_lse", "deterministic"):
         if not isinstance(getattr(request, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(request, name)!r}")
     if request.backend is not None:

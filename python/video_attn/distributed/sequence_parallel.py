@@ -25,8 +25,9 @@ from .shards import Shards
 @overload
 def sequence_parallel_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Pattern | None = ..., *,
-    group: Group = ..., kind: str = ..., tokens: VideoTokens | None = ..., gate: Gate = ...,
-    shards: Shards | None = ..., kv_shards: Shards | None = ..., layout: str = ...,
+    group: Group = ..., kind: str = ..., tokens: VideoTokens | None = ...,
+    tile_order: bool = ..., gate: Gate = ..., shards: Shards | None = ...,
+    kv_shards: Shards | None = ..., layout: str = ...,
     scale: float | None = ..., precision: str = ..., is_causal: bool = ...,
     return_lse: Literal[False] = ..., backend: str | None = ..., deterministic: bool = ...,
     quantization: QuantizationOptions | None = ..., head_chunks: int | None = ...,
@@ -35,8 +36,9 @@ def sequence_parallel_attention(
 @overload
 def sequence_parallel_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Pattern | None = ..., *,
-    group: Group = ..., kind: str = ..., tokens: VideoTokens | None = ..., gate: Gate = ...,
-    shards: Shards | None = ..., kv_shards: Shards | None = ..., layout: str = ...,
+    group: Group = ..., kind: str = ..., tokens: VideoTokens | None = ...,
+    tile_order: bool = ..., gate: Gate = ..., shards: Shards | None = ...,
+    kv_shards: Shards | None = ..., layout: str = ...,
     scale: float | None = ..., precision: str = ..., is_causal: bool = ...,
     return_lse: Literal[True], backend: str | None = ..., deterministic: bool = ...,
     quantization: QuantizationOptions | None = ..., head_chunks: int | None = ...,
@@ -51,6 +53,7 @@ def sequence_parallel_attention(
     group: Group = None,
     kind: str = "ulysses",
     tokens: VideoTokens | None = None,
+    tile_order: bool = False,
     gate: Gate = None,
     shards: Shards | None = None,
     kv_shards: Shards | None = None,
@@ -85,6 +88,9 @@ def sequence_parallel_attention(
             heads. "ring": queries stay, and only key blocks that another rank lists travel to it.
             "usp": Ulysses inside of rows, ring between them.
         tokens: for a pattern, how the tokens of the whole sequence lie.
+        tile_order: the sequence that the ranks share is in the (packed) tile order of the pattern,
+            as :meth:`VideoLayout.tile_order` has it, text last; default: in raster order. A ring
+            then finds most blocks where their tokens are.
         gate: for ``VideoSparse`` with gate "auto", the weight of the coarse branch: a number, or a
             tensor that broadcasts to this rank's output; None: no coarse branch.
         shards: which tokens each rank holds; default: rank r of n holds those from S*r//n up to
@@ -113,8 +119,8 @@ def sequence_parallel_attention(
         RuntimeError: torch.distributed is not initialized; no backend can serve.
     """
     request = Request(
-        mask, tokens, gate, shards, kv_shards, scale, precision, is_causal, return_lse, backend,
-        deterministic, quantization, head_chunks,
+        mask, tokens, tile_order, gate, shards, kv_shards, scale, precision, is_causal,
+        return_lse, backend, deterministic, quantization, head_chunks,
     )  # fmt: skip
     if any(isinstance(x, DTensor) for x in (q, k, v)):
         return attention_of_dtensors(_attend, request, group, kind, layout, check, timeout, q, k, v)
