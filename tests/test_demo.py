@@ -281,11 +281,13 @@ def test_the_command_takes_a_video(tmp_path: Path, capsys: pytest.CaptureFixture
     clip = np.random.default_rng(0).integers(0, 255, (4, 4, 6, 3)).astype(np.uint8)
     clip = clip.repeat(8, 1).repeat(8, 2)
     video.write_clip(tmp_path / "in.mp4", clip, fps=4)
-    words = ["--video", str(tmp_path / "in.mp4"), "--out", str(tmp_path / "out")]
+    words = ["--video", str(tmp_path / "in.mp4"), "--out", str(tmp_path / "out"), "--videos"]
     assert cli.main(["demo", *TINY, *words]) == 0
     assert "in.mp4" in capsys.readouterr().out
     again = video.read_clip(tmp_path / "out" / "clip.mp4", 4, (32, 48), seconds=9)
     assert np.abs(again.astype(int) - clip).mean() < 20
+    videos = {path.stem.partition("_")[2] for path in (tmp_path / "out").glob("demo-clip_*.mp4")}
+    assert videos == set(PATTERNS)
 
 
 @pytest.mark.parametrize(

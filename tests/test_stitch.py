@@ -119,7 +119,7 @@ def test_differences(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert image.shape == (128, 240, 3)
     below = image[114:]
     assert below[:, :80].max() < 16
-    # mean of |200 - 128|, |30 - 128|, |30 - 128| is 89; four times that is more than white
+    # mean of |200 - 128|, |30 - 128|, |30 - 128| is 89; eight times that is more than white
     assert below[:, 80:].min() > 240
     assert "labels are of size" in capsys.readouterr().out  # "fav3_fp8  8.9 dB" in 80 pixels
 

@@ -16,7 +16,7 @@ from ..video import Clip, pan_and_zoom, photograph, read_clip
 from . import report
 from .measure import Outcome, compare
 from .patterns import Settings
-from .tokens import PATCH, Tokens, tokens_of
+from .tokens import PATCH, Tokens, clip_of, tokens_of
 
 
 class _Scale(NamedTuple):
@@ -77,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", default=Path("demo_output"),
         help="folder for the files it writes (default demo_output)",
     )  # fmt: skip
+    how.add_argument(
+        "--videos", action="store_true",
+        help="write each pattern's video too, as demo-clip_NAME.mp4, for `video-attn stitch`",
+    )  # fmt: skip
 
 
 def _defaults(field: str) -> str:
@@ -111,7 +115,13 @@ def run(args: argparse.Namespace) -> int:
     console.print(report.table(outcome))
     for line in report.explanations(outcome):
         console.print(line, style="dim", highlight=False)
-    _write(args.out, clip, tokens, outcome, fps=frames / args.seconds, console=console)
+    fps = frames / args.seconds
+    _write(args.out, clip, tokens, outcome, fps=fps, console=console)
+    if args.videos:
+        for measured in outcome.patterns:
+            path = args.out / f"demo-clip_{measured.name}.mp4"
+            report.write_clip(path, clip_of(measured.out, tokens), fps)
+            console.print(f"[bold]{path}[/bold]  {measured.title}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -101,7 +101,7 @@ def stitch(
         print(f"labels are of size {size}: {font_size} does not fit into {width} pixels")
     maps: list = []
     if with_difference:
-        text = f"difference to {sources[0].label} × {grid.DIFFERENCE_GAIN}"
+        text = f"difference to {sources[0].label} x {grid.DIFFERENCE_GAIN}"
         maps = grid.make_tags([text], size, width)[0] * len(sources)
     cells = grid.Cells(width, height, cells.columns, tags, maps)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _CORNER, _PADDING, _SHADE = 15, 10, 153  # pixels, pixels, 60 % of 255
 _COLUMNS = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3}
-DIFFERENCE_GAIN = 4  # differences are small: this many times brighter
+DIFFERENCE_GAIN = 8  # differences are small: this many times brighter
 
 
 def columns_for(count: int) -> int:
