@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from test_wan import tiny_pipeline as tiny_wan
 from tiny_cogvideox import saved
 from torch.nn import functional as F
 
@@ -197,6 +198,23 @@ def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rendered: Path
     assert record_of(path)["dense_calls"] == LAYERS * STEPS
     other = frames_of(rendered / "cogvideox-2b_sagev1.mp4").astype(int)
     assert np.abs(frames_of(path) - other).mean() < 1
+
+
+def test_another_family(tmp_path: Path) -> None:
+    """Wan 2.2, two transformers that share the steps: a class, names and sizes of its own."""
+    model = tmp_path / "Wan2.2-tiny"
+    tiny_wan(experts=2).save_pretrained(model)
+    words = ["render", "--model_path", str(model), *SMALL, "--output", str(tmp_path),
+             "--attention_type", "sta:window=1x1x1:tile=2x2x2:dense_last_steps=1", "--save_inputs",
+             "--input_dir", str(tmp_path / "q"), "--num_inference_steps", "4", "--max_captures",
+             "0", "--guidance_scale", "1"]  # fmt: skip
+    assert cli.main(words) == 0
+    label = "sta-window=1x1x1-tile=2x2x2-dense_last_steps=1"
+    record = record_of(tmp_path / f"wan-2.2-tiny_{label}.mp4")
+    assert (record["sparse_calls"], record["dense_calls"]) == (6, 2)  # 2 layers
+    facts = [load_capture(path).facts for path in find_captures(tmp_path / "q")]
+    assert [(f.step, f.layer) for f in facts] == [divmod(n, 2) for n in range(8)]
+    assert {(f.grid, f.text_length) for f in facts} == {((3, 2, 3), 0)}
 
 
 def test_names_of_models() -> None:
