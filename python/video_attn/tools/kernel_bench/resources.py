@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -94,25 +94,31 @@ def library_usage(backend: str, arch: str) -> list[Usage] | str:
 
 
 def parse_usage(text: str, arch: str) -> list[Usage]:
-    """From what cuobjdump prints, the kernels of one architecture ("sm_90" or "sm_90a")."""
+    """From what cuobjdump prints, the kernels of one architecture ("sm_90" has those of sm_90a)."""
     found = []
     for part in re.split(r"^Fatbin elf code:", text, flags=re.MULTILINE):
         built = re.search(r"^arch = (sm_\d+)", part, re.MULTILINE)
         if built is None or built[1] != arch:
             continue
-        for symbol, registers, stack, shared, local in _USAGE.findall(part):
+        usages = _USAGE.findall(part)
+        names = readable([usage[0] for usage in usages])
+        for name, (_, registers, stack, shared, local) in zip(names, usages, strict=True):
+            kernel, _, variant = name.partition("<")
             spills = f"{int(stack) + int(local)} bytes"
-            found.append(Usage(function_name(symbol), symbol, int(registers), spills, int(shared)))
+            found.append(Usage(kernel, variant, int(registers), spills, int(shared)))
     return found
 
 
-def function_name(symbol: str) -> str:
-    """The last name of a mangled C++ symbol, without its scopes; the symbol where it is not one."""
-    rest, name = symbol.removeprefix("_Z").removeprefix("N"), symbol
-    while match := re.match(r"\d+", rest):
-        start, length = match.end(), int(match[0])
-        name, rest = rest[start : start + length], rest[start + length :]
-    return name
+def readable(symbols: Sequence[str]) -> list[str]:
+    """C++ names without namespaces and parameters; as they are where there is no c++filt."""
+    program = shutil.which("c++filt")
+    if program is None or not symbols:
+        return list(symbols)
+    done = subprocess.run(
+        [program, "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    return [re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", line) for line in lines]
 
 
 def find_cuobjdump() -> str | None:
