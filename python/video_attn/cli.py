@@ -27,6 +27,7 @@ COMMANDS = {
     "check": _Command("tools.check.command", "small problems on every backend, right or wrong"),
     "demo": _Command("tools.demo.command", "dense and sparse attention on a real video clip"),
     "plot": _Command("tools.plot.command", "pictures of the patterns"),
+    "tokens": _Command("tools.token_table", "tokens and VSA tiles of a video in a model"),
     "render": _Command("tools.render.command", "a video with one attention type, q, k, v captured"),
     "compare": _Command("tools.render.compare", "the same video with every attention type"),
     "bench-kernels": _Command(

@@ -235,14 +235,13 @@ class _Traced:
 
 _traced = _Traced()
 _running: ContextVar[Any] = ContextVar("video_attn_processor", default=None)
-_NAMES = ("dispatch_attention_fn", "F")
 
 
 @functools.cache
 def _replaced_class(kind: Any) -> Any:
     """A class of processors that run the code of ``kind`` and answer its attention."""
     original = kind.__call__
-    inner = _rebound(original)
+    inner = rebound(original)
 
     def call(self: Any, attn: Any, *arguments: Any, **keywords: Any) -> Any:
         if inner is None:
@@ -264,26 +263,51 @@ def _replaced_class(kind: Any) -> Any:
     return type(kind.__name__, (ReplacedProcessor, kind), names)
 
 
-def _rebound(function: Any) -> Any:
-    """The same code with our answers under the names of attention; None when it uses neither."""
+@functools.cache
+def rebound(function: Any) -> Any:
+    """The same code with our answers under the names of attention; None where it uses none of them.
+
+    What it returns is for processors and for :func:`call_rebound`.
+    """
     code = getattr(function, "__code__", None)
-    if code is None or not any(name in code.co_names for name in _NAMES):
-        return None
-    if "dispatch_attention_fn" not in code.co_names and (
-        "scaled_dot_product_attention" not in code.co_names
-    ):
+    if code is None:
         return None
     names = dict(function.__globals__)
     names.pop("__name__", None)  # so that torch.compile looks here, and not in the module
-    if "dispatch_attention_fn" in names:
-        names["dispatch_attention_fn"] = _answer_dispatch
-    if names.get("F") is F:
+    replaced = {
+        "dispatch_attention_fn": _answer_dispatch,
+        "scaled_dot_product_attention": _answer_sdpa,
+    }
+    for name, answer in replaced.items():
+        if name in names:
+            names[name] = answer
+    if names.get("F") is F and "scaled_dot_product_attention" in code.co_names:
         names["F"] = _functional()
+    if not any(names.get(x) is not function.__globals__.get(x) for x in code.co_names):
+        return None
     copy = types.FunctionType(
         code, names, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+class _Answering:
+    """What the names in :func:`rebound` code ask, where there is no processor."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+
+def call_rebound(attend: Attend, function: Any, *arguments: Any, **keywords: Any) -> Any:
+    """:func:`call_with_attention` for code that torch.compile is tracing, which may not be able to
+    trace a mode; ``function`` is what :func:`rebound` gave.
+    """
+    before = _traced.processor
+    _traced.processor = _Answering(attend), None
+    out = function(*arguments, **keywords)
+    _traced.processor = before
+    return out
 
 
 @functools.cache
