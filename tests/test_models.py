@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import raster_coordinates, sliding_tile_tokens
-from tiny_models import MODELS, Tiny, output
+from tiny_models import MODELS, Tiny, output, random
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from video_attn import Dense, Radial, RadialRule, SlidingTile, VideoSparse
+from video_attn import Dense, Radial, RadialRule, SlidingTile, VideoSparse, VideoTokens
 from video_attn.integrations import Schedule, applied_to, apply
 from video_attn.integrations.intercept import AttentionCall, replace_processor
 from video_attn.integrations.models import FAMILIES, family_of
@@ -106,6 +107,73 @@ def test_a_pattern_over_everything_is_dense(
     assert (applied.sparse_calls, applied.dense_calls) == (tiny.layers - first, first)
     assert applied_to(model) is None and not model._forward_pre_hooks and not model._forward_hooks
     assert torch.equal(output(model, inputs), dense)
+
+
+class LargestMask(TorchDispatchMode):
+    """The elements of the largest boolean tensor that is made, in memory."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.bool and not out.is_meta:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_no_mask_of_all_pairs_in_hunyuan_1_5(models: dict[str, Any]) -> None:
+    """diffusers makes one for every layer: 12.5 GB at 720p. Dense layers do without it too."""
+    tiny, model = made(models, "hunyuan15")
+    inputs, length = tiny.inputs(2), 60 + tiny.text
+    with LargestMask() as largest:
+        output(model, inputs)
+    assert largest.elements >= 2 * length**2
+    for pattern in (SlidingTile(WINDOW, TILE), Dense()):
+        with apply(model, pattern):
+            output(model, inputs)  # the lists of blocks are made once
+            with LargestMask() as largest:
+                output(model, inputs)
+        assert largest.elements < length**2
+
+
+def test_an_image_of_hunyuan_1_5_is_valid(models: dict[str, Any]) -> None:
+    tiny, model = made(models, "hunyuan15")
+    inputs = tiny.inputs(2) | {"image_embeds": torch.ones(2, 3, 12)}
+    dense = output(model, inputs)
+    with apply(model, EVERYTHING["sliding_tile"]):
+        assert error(output(model, inputs), dense) < 1e-4
+
+
+def test_condition_tokens_of_ltx(models: dict[str, Any]) -> None:
+    """LTX-Video: before the video, whose grid the coordinates tell; LTX-2: after it."""
+    _, model = made(models, "ltx")
+    inputs = MODELS["ltx"].inputs(1)
+    for name in ("num_frames", "height", "width"):
+        del inputs[name]
+    t, h, w = torch.meshgrid(*(torch.arange(n) for n in (3, 4, 5)), indexing="ij")
+    video = torch.stack([t, h, w]).flatten(1).float()
+    condition = video[:, :20] + torch.tensor([[1.0], [0], [0]])  # a frame at time 1
+    inputs["hidden_states"] = random(1, 80, 8)
+    inputs["video_coords"] = torch.cat([condition, video], 1)[None]
+    dense = output(model, inputs)
+    with apply(model, EVERYTHING["sliding_tile"]):
+        assert error(output(model, inputs), dense) < 1e-4
+    with apply(model, SlidingTile(WINDOW, TILE)) as applied:
+        assert error(output(model, inputs), dense) > 1e-3
+        assert applied._last_tokens == VideoTokens((3, 4, 5), 20, text_first=True)
+    del inputs["video_coords"]
+    with apply(model, Dense()), pytest.raises(ValueError, match="without num_frames, height and"):
+        output(model, inputs)
+
+    tiny, model = made(models, "ltx2")
+    inputs = tiny.inputs(1)
+    inputs["hidden_states"] = random(1, 66, 4)
+    coordinates = model.rope.prepare_video_coords(1, 3, 4, 5, torch.device("cpu"), fps=25.0)
+    inputs["video_coords"] = torch.cat([coordinates, coordinates[:, :, :6]], 2)
+    dense = output(model, inputs)
+    with apply(model, EVERYTHING["video_sparse"]) as applied:
+        assert error(output(model, inputs), dense) < 1e-4
+        assert applied._last_tokens == VideoTokens((3, 4, 5), 6)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -57,7 +57,7 @@ class AppliedTransformer:
         self._patterns: dict[tuple[int, int], list[Pattern]] = {}
         self._checkpointing: Any = None
         self.processors = [
-            replace_processor(layer.module, attention)
+            replace_processor(layer.module, attention, without_mask=family.large_mask)
             for layer, attention in zip(self.layers, self.attentions, strict=True)
         ]
         for attention, processor in zip(self.attentions, self.processors, strict=True):
@@ -95,6 +95,8 @@ class AppliedTransformer:
             state.counted.add(index)
             handle._count(dense)
         if dense and handle.precision == "native" and handle.backend is None:
+            if self.family.large_mask:
+                asked.attn_mask = _key_mask(state.tokens, asked.key.device)
             return asked.dense()
         asked.refuse_more(attn_mask=not self.family.masks_text)
         tokens = state.tokens
@@ -351,6 +353,13 @@ class AppliedAttention:
                 f"this call has a video of {t} x {h} x {w} tokens, but attention was applied for "
                 f"{given}; apply again with the height, width and num_frames of this generation"
             )
+
+
+def _key_mask(tokens: VideoTokens, device: torch.device) -> Tensor:
+    """bool [B, 1, 1, S]: the keys that are valid."""
+    valid = torch.as_tensor(tokens.valid_text, device=device).reshape(-1, 1)
+    keys = torch.arange(tokens.sequence_length, device=device)
+    return (keys < tokens.video_length + valid)[:, None, None]
 
 
 def _mask_like(pattern: Pattern | None) -> Any:

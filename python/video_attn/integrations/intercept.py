@@ -156,7 +156,11 @@ class _ReplacedSdpa(TorchFunctionMode):
 
 
 def replace_processor(
-    module: Any, attend: Attend, gate: Callable[[], Any] | None = None
+    module: Any,
+    attend: Attend,
+    gate: Callable[[], Any] | None = None,
+    *,
+    without_mask: bool = False,
 ) -> ReplacedProcessor:
     """Gives an attention module of diffusers a processor whose attention is ``attend``.
 
@@ -168,6 +172,9 @@ def replace_processor(
         module: the attention module. attend: answers its calls.
         gate: gives the projection of the hidden states to ``AttentionCall.gate``, or None, at each
             call; default the module's ``to_gate_compress`` of one value per channel of a query.
+        without_mask: the mask that the module is given says nothing that ``attend`` does not know.
+            It then stays without memory (some processors make S x S of it), and is None in the
+            call.
 
     Returns:
         The processor; its ``undo()`` puts the one before back.
@@ -186,7 +193,7 @@ def replace_processor(
     processor = object.__new__(kind)
     attributes = (
         ("__dict__", before.__dict__), ("module", module), ("before", before), ("attend", attend),
-        ("gate", gate),
+        ("gate", gate), ("without_mask", without_mask),
     )  # fmt: skip
     for name, value in attributes:  # past nn.Module, which would register a module as a child
         object.__setattr__(processor, name, value)
@@ -207,6 +214,7 @@ class ReplacedProcessor:
     before: Any
     attend: Attend
     gate: Callable[[], Any] | None
+    without_mask: bool
 
     @property
     def is_set(self) -> bool:
@@ -244,6 +252,9 @@ def _replaced_class(kind: Any) -> Any:
     inner = rebound(original)
 
     def call(self: Any, attn: Any, *arguments: Any, **keywords: Any) -> Any:
+        mask = keywords.get("attention_mask")
+        if self.without_mask and mask is not None:
+            keywords["attention_mask"] = torch.empty_like(mask, device="meta")
         if inner is None:
             return call_that_attends(self.attend, original, self, attn, *arguments, **keywords)
         if torch.compiler.is_compiling():
@@ -259,7 +270,7 @@ def _replaced_class(kind: Any) -> Any:
 
     # The attention modules of diffusers look at the parameters of the processor.
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    names = {"__slots__": ("module", "before", "attend", "gate"), "__call__": call}
+    names = {"__slots__": ("module", "before", "attend", "gate", "without_mask"), "__call__": call}
     return type(kind.__name__, (ReplacedProcessor, kind), names)
 
 
@@ -342,6 +353,7 @@ def _answer_dispatch(
         raise ValueError(f"attention_kwargs must be empty, got {sorted(attention_kwargs)}")
     processor, gate = _traced.processor if torch.compiler.is_compiling() else _running.get()
     query, key, value = _autocast(query, key, value)
+    attn_mask = None if processor.without_mask else attn_mask
     call = AttentionCall(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p,
         is_causal, scale, enable_gqa, gate, True, backend, parallel_config,

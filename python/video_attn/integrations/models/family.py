@@ -37,6 +37,7 @@ class Family:
         temporal_patch: configuration -> latent frames per frame of tokens.
         masks_text: the ``attn_mask`` of its self-attention says nothing but which text is padding,
             which ``tokens`` says as well.
+        large_mask: it makes such a mask of S x S for every layer, which is left out.
         gathers_text: it drops padded text itself, one batch item at a time, so that each call of
             attention holds the valid text of one item alone.
     """
@@ -50,6 +51,7 @@ class Family:
     temporal_compression: int = 4
     temporal_patch: Callable[[Any], int] = lambda config: 1
     masks_text: bool = False
+    large_mask: bool = False
     gathers_text: bool = False
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -34,4 +34,5 @@ FAMILY = Family(
     rule=RadialRule.for_model("hunyuan"),
     temporal_patch=lambda config: config.patch_size_t,
     masks_text=True,
+    large_mask=True,
 )  # fmt: skip
