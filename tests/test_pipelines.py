@@ -340,6 +340,29 @@ def test_compile_of_the_transformer_before_and_after(pipe: Any, fresh_compiler: 
         assert graphs() == 1
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in_place", "blocks"])
+def test_compiled_and_run_before_apply(how: str, fresh_compiler: None) -> None:
+    """Code that was compiled dense is not used for sparse calls, and comes back after undo()."""
+    tiny, model = MODELS["wan"], MODELS["wan"].model()
+    inputs, called = tiny.inputs(1), model
+    with apply(model, PATTERN):
+        expected = output(model, inputs)
+    options: dict[str, Any] = {"backend": "aot_eager", "fullgraph": True}
+    if how == "wrapped":
+        called = torch.compile(model, **options)
+    elif how == "in_place":
+        model.compile(**options)
+    else:
+        model.compile_repeated_blocks(**options)
+    dense = output(called, inputs)
+    for _ in range(2):
+        with apply(model, PATTERN) as handle:
+            assert error(output(called, inputs), expected) < 1e-4
+            assert counts(handle) == (LAYERS, 0)
+        assert torch.equal(output(called, inputs), dense)
+    assert error(expected, dense) > 1e-3
+
+
 def test_compiled_training_breaks_its_graph_and_has_gradients(fresh_compiler: None) -> None:
     tiny, model = MODELS["wan"], MODELS["wan"].model()
     inputs = tiny.inputs(1)

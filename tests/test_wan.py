@@ -145,17 +145,6 @@ def test_both_experts_of_wan_2_2_are_served() -> None:
     assert (applied.sparse_calls, applied.dense_calls) == (2 * STEPS * LAYERS, 0)
 
 
-def test_compiled_transformer_gives_the_same_video() -> None:
-    pipe = tiny_pipeline()
-    schedule = Schedule(dense_first_steps=1)
-    with apply_sliding_tile(pipe, WINDOW, tile=TILE, schedule=schedule) as applied:
-        eager, counted = latents(pipe), (applied.sparse_calls, applied.dense_calls)
-        pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
-        assert error(latents(pipe), eager) < 1e-4
-    assert (applied.sparse_calls, applied.dense_calls) == (2 * counted[0], 2 * counted[1])
-    torch.compiler.reset()
-
-
 def test_wrong_input_is_refused_by_name() -> None:
     pipe = tiny_pipeline()
     with pytest.raises(TypeError, match="pipe must be .*WanTransformer3DModel"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import warnings
@@ -65,14 +66,21 @@ class AppliedTransformer:
         # Hooks of torch.nn stay outside of what torch.compile traces, and outside of the wrappers
         # that accelerate and diffusers put around forward.
         self._hooks = [
-            transformer.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
-            transformer.register_forward_hook(_Hook(self._after_forward), always_call=True),
+            transformer.register_forward_pre_hook(_hook()(self._before_forward), with_kwargs=True),
+            transformer.register_forward_hook(_hook()(self._after_forward), always_call=True),
         ]
+        self._compiled: Any = None
+        transformer.__dict__["compile"] = self._compile
+        if transformer._compiled_call_impl is not None:
+            self._stand_around_compiled()
         setattr(transformer, HANDLE, handle)
 
     def undo(self) -> None:
         """Puts the transformer back as it was; what others have set meanwhile stays."""
         delattr(self.transformer, HANDLE)
+        del self.transformer.__dict__["compile"]
+        if self._compiled is not None:
+            self.transformer._compiled_call_impl = self._compiled
         for hook in self._hooks:
             hook.remove()
         for processor in self.processors:
@@ -150,6 +158,31 @@ class AppliedTransformer:
         if state is not None:
             leave_call(state.token)
 
+    __reduce_ex__ = ReplacedProcessor.__reduce_ex__
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """``transformer.compile(...)`` while attention is applied."""
+        type(self.transformer).compile(self.transformer, *args, **kwargs)
+        self._stand_around_compiled()
+
+    def _stand_around_compiled(self) -> None:
+        """A module that is compiled in place has its hooks compiled with it, which ours cannot be:
+        they step out of it, and stand around the compiled call.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        transformer, compiled = self.transformer, self.transformer._compiled_call_impl
+        self._compiled = compiled
+
+        def call_compiled(*args: Any, **kwargs: Any) -> Any:
+            self._before_forward(transformer, args, kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                self._after_forward(transformer, args, None)
+
+        transformer._compiled_call_impl = call_compiled
+
     def patterns(self, step: int, steps: int) -> list[Pattern]:
         """The pattern of each layer of the schedule in one step."""
         if (step, steps) not in self._patterns:
@@ -170,16 +203,24 @@ class AppliedTransformer:
             setattr(self.transformer, _CHECKPOINTING, _CarriedState(self, function))
 
 
-class _Hook:
-    """A hook that torch.compile does not trace, and that is not copied with its module."""
+@functools.cache
+def _hook() -> Any:
+    """The class of hooks that torch.compile does not trace, and that are not copied with a module.
 
-    __reduce_ex__ = ReplacedProcessor.__reduce_ex__
+    Made when it is needed: torch.compiler.disable imports the compiler.
+    """
 
-    def __init__(self, function: Any) -> None:
-        self.function = torch.compiler.disable(function)
+    class Hook:
+        __reduce_ex__ = ReplacedProcessor.__reduce_ex__
 
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        @torch.compiler.disable
+        def __call__(self, *args: Any) -> Any:
+            return self.function(*args)
+
+    return Hook
 
 
 _CHECKPOINTING = "_gradient_checkpointing_func"
