@@ -244,6 +244,23 @@ def test_options_that_do_not_exist(words: list[str]) -> None:
         bench(*SMALL, *words)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", ["1x2x300x64", "2x3x517x128"])
+def test_every_kernel_on_a_gpu(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], gpu: torch.device
+) -> None:
+    """All right; quantization and attention apart where they are two steps; registers known."""
+    table = tmp_path / "x.csv"
+    words = ["--shapes", size, "--device", "cuda", "--kernel", "all", "-metric", "all", "-ref",
+             "torch", "-print_vgpr", "--csv", str(table)]  # fmt: skip
+    assert bench(*words) == 0
+    for row in rows_of(table):
+        assert row["verdict"] == "ok" and float(row["tflops"]) > 0
+        if row["backend"] in ("cuda_sage", "triton") and row["precision"] != "native":
+            assert float(row["kernel_median_ms"]) > 0 and float(row["quantize_median_ms"]) > 0
+    assert "registers of the compiled kernels" in capsys.readouterr().out
+
+
 # -- parts and resources --------------------------------------------------------------------------
 
 

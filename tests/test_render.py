@@ -432,6 +432,19 @@ def test_a_type_that_cannot_run_here(
     assert not list(tmp_path.glob("*.mp4"))
 
 
+def test_what_the_pipeline_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ValueError is a message, not a traceback."""
+
+    def refuse(*args: Any) -> None:
+        raise ValueError("num_frames must be odd")
+
+    monkeypatch.setattr(session, "_generate", refuse)
+    assert render("--output", str(tmp_path)) == 1
+    assert "num_frames must be odd" in capsys.readouterr().err
+
+
 # -- attention types ------------------------------------------------------------------------------
 
 

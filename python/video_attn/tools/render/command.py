@@ -89,7 +89,12 @@ def run(args: argparse.Namespace) -> int:
     family = video_transformers(pipe)[0][1].name
     name = f"{model_label(args.model_path, family)}_{kind.label}.mp4"
     path = _output(args.output, name)
-    outcome = render(pipe, kind, wanted_of(args), path, say=print, capture=capture)
+    try:
+        outcome = render(pipe, kind, wanted_of(args), path, say=print, capture=capture)
+    except UsageError:
+        raise
+    except ValueError as error:  # of the pipeline, or an attention call that cannot be served
+        raise RuntimeError(str(error)) from error
     if outcome.capture_failure:
         print(f"FAILED: captures ended early: {outcome.capture_failure}")
     return 1 if outcome.capture_failure else 0
