@@ -15,7 +15,7 @@ from hopper_problems import PROBLEMS, served
 from problems import place
 from torch import Tensor
 
-from video_attn import BlockMask, native
+from video_attn import BlockMask, native, registry
 from video_attn.backends import hopper
 from video_attn.native import Component
 from video_attn.registry import Problem, select, why_not
@@ -94,11 +94,11 @@ def built(monkeypatch):
             return Component(name, reason is None, reason)
 
         monkeypatch.setattr(hopper.native, "component", component)
-        select.__globals__["_select"].cache_clear()
+        registry._select.cache_clear()
 
     yield set_components
     monkeypatch.undo()
-    select.__globals__["_select"].cache_clear()
+    registry._select.cache_clear()
 
 
 def reason_for(problem: Problem) -> str | None:

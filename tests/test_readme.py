@@ -6,7 +6,6 @@ import ast
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +273,6 @@ def test_pictures_are_those_of_the_command(name: str, tmp_path: Path) -> None:
             assert max(abs(a - b) for a, b in pairs) < 40
 
 
-def test_this_python_is_supported() -> None:
-    assert sys.version_info >= (3, 10)
-    assert "Python 3.10 or newer" in README
+def test_the_oldest_python_is_the_one_of_the_package() -> None:
+    needed = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert needed and f"Python {needed[1]} or newer" in README

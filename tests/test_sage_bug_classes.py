@@ -13,16 +13,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import sage_emulation
 import torch
-from build_plan import ROOT
 from sage_problems import SUMS, make_codes, qkv, random_mask, relative_error, run
 
 from video_attn import attention
@@ -37,35 +34,6 @@ needs_emulation = pytest.mark.skipif(
 def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     with sage_emulation.options(capability=request.param):
         yield
-
-
-# -- streams ---------------------------------------------------------------------------------------
-
-
-def launches(text: str) -> list[list[str]]:
-    """The arguments of every ``kernel<<<...>>>``."""
-    found = re.findall(r"<<<(.*?)>>>", re.sub(r"//.*", "", text), re.DOTALL)
-    return [[x.strip() for x in re.split(r",(?![^(<]*[)>])", inside)] for inside in found]
-
-
-def sage_sources() -> list[Path]:
-    return [*ROOT.glob("csrc/sage/*.h"), *ROOT.glob("csrc/sage/*.cu")]
-
-
-def test_every_launch_names_the_stream_that_it_was_given():
-    found = [x for path in sage_sources() for x in launches(path.read_text())]
-    assert len(found) == 1, "one function launches"
-    assert found[0][3:] == ["static_cast<cudaStream_t>(stream)"]
-    binding = (ROOT / "csrc/bindings/sage.cpp").read_text()
-    assert "guard(x.get_device_index()), stream(current_stream(x.get_device_index()))" in binding
-    for path in sage_sources():
-        assert not re.search(r"cuda(?:Device|Stream)Synchronize|cudaMalloc|cudaSetDevice",
-                             path.read_text()), path  # fmt: skip
-
-
-def test_a_launch_without_a_stream_would_be_seen():
-    assert launches("entry<K><<<grid, threads, bytes>>>(p);")[0][3:] == []
-    assert launches("entry<K><<<grid, f(a, b), 0, 0>>>(p);")[0] == ["grid", "f(a, b)", "0", "0"]
 
 
 # -- arguments -------------------------------------------------------------------------------------
