@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from video_attn import BlockMask
 from video_attn.backends.triton import (
     backward_launches,
+    chosen_row,
     forward_launches,
     quantize_launches,
     quantized_launches,
@@ -33,8 +35,12 @@ from video_attn.quantize import QuantizationOptions, fp8_dtype
 
 LENGTH, HEADS = 6400, 24
 DTYPES = {1: torch.bfloat16, 2: torch.bfloat16, 4: torch.float32}  # of q, k, v
-VARIANTS = ("steps", "lens", "gather", "dense", "causal", "odd")
-CODE_VARIANTS = (*VARIANTS, "per_thread", "fp16_sums")  # the last two are "lens" with an option
+VARIANTS = ("steps", "lens", "gather", "dense", "causal", "odd", "offset")
+CODE_VARIANTS = (
+    *VARIANTS[:-1],
+    "per_thread",
+    "fp16_sums",
+)  # the last two are "lens" with an option
 POOL_KERNELS = ("block_mean", "block_mean_backward", "select_top_k", "step_lists")
 QUANTIZERS = ("channel_statistics", "quantize_tokens", "quantize_channels")
 
@@ -47,8 +53,9 @@ class Case(NamedTuple):
             "prepare", or one of ``POOL_KERNELS`` or ``QUANTIZERS``.
         itemsize: bytes of a number; 1 for codes.
         variant: of the mask: "steps" (slots that are steps), "lens" (with valid lengths), "gather"
-            (slots of 100 tokens), "dense", "causal"; "odd" is "lens" with a padded head dim. For
-            codes also "per_thread", the scales with most groups, and "fp16_sums".
+            (slots of 100 tokens), "dense", "causal"; "odd" is "lens" with a padded head
+            dim; "offset" too, but the tensors are not read in vectors, and the head dim of v is 16.
+            For codes also "per_thread", the scales with most groups, and "fp16_sums".
     """
 
     arch: str
@@ -78,18 +85,19 @@ def case_launch(case: Case, row: LaunchRow | None = None) -> Launch:
         codes, _ = _quantized(case, q, mask)
         launches = quantized_launches(codes, out, lse, mask, kv_len=LENGTH, row=row, **options)
         return attention_launch(launches, "forward")
-    rows = {
-        name: launch_row(case.arch, name, case.head_dim, case.itemsize, case.grain)
-        for name in KERNELS
-    }
+    v = q
+    if case.variant == "offset":
+        q, v = (_offset(1, HEADS, LENGTH, x, dtype=q.dtype) for x in (head_dim, 16))
+        out = torch.empty_like(v)
+    rows = {name: chosen_row(name, mask, q, v, arch=case.arch) for name in KERNELS}
     if row is not None:
         rows[case.kernel] = row
     if case.kernel == "forward":
-        launches = forward_launches(q, q, q, out, lse, mask, row=rows["forward"], **options)
+        launches = forward_launches(q, q, v, out, lse, mask, row=rows["forward"], **options)
     else:
-        saved = Saved(q, q, q, out, lse, out, lse)
+        saved = Saved(q, q, v, out, lse, out, lse)
         options |= {"dq_row": rows["dq"], "dkv_row": rows["dkv"]}
-        launches = backward_launches(saved, (q, q, q), mask, **options)
+        launches = backward_launches(saved, (q, q, v), mask, **options)
     return attention_launch(launches, case.kernel)
 
 
@@ -149,6 +157,11 @@ def _mask(slot: int, with_lens: bool) -> BlockMask:
     )
 
 
+def _offset(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor at an address that 16 does not divide."""
+    return _meta(math.prod(shape) + 8, dtype=dtype)[3:-5].view(shape)
+
+
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -200,7 +213,7 @@ def cover() -> Iterator[Case]:
             if arch in ("sm_80", "gfx942"):
                 yield Case(arch, kernel, 4, 64, 64, "lens")
             if arch in ("sm_90", "gfx942"):
-                for variant in ("steps", "gather", "causal", "odd"):
+                for variant in ("steps", "gather", "causal", "odd", "offset"):
                     yield Case(arch, kernel, 2, 128, 128, variant)
         for kernel in code_kernels(arch):
             dims = () if (family(arch), kernel) in tables else HEAD_DIMS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,27 @@ def test_choice_of_a_row():
     assert choose("sm_89", "forward", 64, 2, 64) == choose("sm_120", "forward", 64, 2, 64)
 
 
+def test_tensors_that_are_not_read_in_vectors_use_no_descriptors():
+    """ptxas 12.8 miscompiles wgmma descriptors of tiles that come through registers."""
+    storage = torch.zeros(2 * 100 * 40 + 8, dtype=torch.bfloat16)
+    aligned, offset = storage[:-8].view(1, 2, 100, 40), storage[3:-5].view(1, 2, 100, 40)
+    odd = torch.zeros(1, 2, 100, 41, dtype=torch.bfloat16)  # rows of 82 bytes
+    for arch in ("sm_90", "sm_100", "sm_80"):
+        for kernel in launch_tables.KERNELS:
+            table = launch_tables.launch_row(arch, kernel, 40, 2, None)
+            choose = partial(triton_backend.chosen_row, kernel, None, arch=arch)
+            assert choose(aligned, aligned, aligned) == table
+            for tensors in ((aligned, aligned, offset), (offset, aligned), (odd, odd, odd)):
+                row = choose(*tensors)
+                # Fewer than 64 rows go to mma.sync, whatever the number of warps.
+                assert row.own <= 32 and row.step <= 32 if arch != "sm_80" else row == table
+    wide = [x.float() for x in (aligned, offset)]  # fp32 products know no descriptors
+    for x in wide:
+        assert triton_backend.chosen_row("dq", None, x, arch="sm_90") == launch_tables.launch_row(
+            "sm_90", "dq", 40, 4, None
+        )
+
+
 def test_the_tuner_knows_every_row(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     from compile_cases import Case
@@ -369,3 +391,12 @@ def test_importing_the_package_does_not_import_triton():
     code = "import sys, video_attn, video_attn.block_ops; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.gpu
+def test_head_dims_of_all_kinds_on_a_gpu(tmp_path, gpu):
+    """A few hundred pairs of the plane of head dims, odd addresses too."""
+    script = Path(__file__).with_name("head_dims_gpu.py")
+    options = ["--every", "13", "--workers", "4", "--out", str(tmp_path / "pairs.jsonl")]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from ..block_mask import BlockMask
 from ..calls import BackwardCall, ForwardCall
 from ..device import device_info
 from ..kernels.codes import Codes, allocate_codes
-from ..kernels.launch import Launch, Lists, Saved, Side, run_launches
+from ..kernels.launch import Launch, Lists, Saved, Side, reads_vectors, run_launches
 from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch, unsupported_precision
 from ..quantize import QUANTIZED_PRECISIONS, TILE, QuantizationOptions, fp8_dtype
 from ..registry import Backend, Problem, register
@@ -72,10 +72,10 @@ def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     out, lse = call.empty_results()
     options: dict[str, Any] = {"scale": call.scale, "is_causal": call.is_causal}
     if call.precision == "native":
-        options["row"] = _row("forward", q, v, mask)
+        options["row"] = chosen_row("forward", mask, q, k, v)
         launches = forward_launches(q, k, v, out, lse, mask, **options)
     else:
-        options["row"] = _row(call.precision, q, v, mask)
+        options["row"] = chosen_row(call.precision, mask, q, k, v)
         codes, launches = quantize_launches(
             q, k, v, mask, scale=call.scale, precision=call.precision,
             options=call.quantization or QuantizationOptions(),
@@ -162,7 +162,8 @@ def _backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     saved = Saved(q, k, v, call.out, call.lse, call.grad_out, call.grad_lse)
     launches = backward_launches(
         saved, (dq, dk, dv), mask, scale=call.scale, is_causal=call.is_causal,
-        dq_row=_row("dq", q, v, mask), dkv_row=_row("dkv", q, v, mask),
+        dq_row=chosen_row("dq", mask, q, k, v, call.grad_out),
+        dkv_row=chosen_row("dkv", mask, q, k, v, call.grad_out),
     )  # fmt: skip
     run_launches(launches, q.device)
     return dq, dk, dv
@@ -200,11 +201,22 @@ def _sides(
     )
 
 
-def _row(kernel: str, q: Tensor, v: Tensor, mask: BlockMask | None) -> LaunchRow:
-    arch = device_info(q.device).arch
-    grain = None if mask is None else min(mask.q_block_size, mask.kv_block_size)
-    itemsize = 1 if kernel in QUANTIZED_PRECISIONS else q.element_size()
-    return launch_row(arch, kernel, max(q.shape[3], v.shape[3]), itemsize, grain)
+def chosen_row(
+    kernel: str, mask: BlockMask | None, *tensors: Tensor, arch: str | None = None
+) -> LaunchRow:
+    """Launch options of a kernel that reads the [B, H, S, D] ``tensors``; arch: default theirs."""
+    if kernel in QUANTIZED_PRECISIONS:
+        itemsize, vectors = 1, True  # the codes are ours
+    else:
+        itemsize, vectors = tensors[0].element_size(), reads_vectors(*tensors)
+    return launch_row(
+        arch or device_info(tensors[0].device).arch,
+        kernel,
+        max(x.shape[3] for x in tensors),
+        itemsize,
+        None if mask is None else min(mask.q_block_size, mask.kv_block_size),
+        vectors=vectors,
+    )
 
 
 register(

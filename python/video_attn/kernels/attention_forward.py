@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import triton
@@ -11,41 +10,25 @@ from torch import Tensor
 
 from ..quantize import TILE
 from .codes import Codes, code_args
-from .launch import Launch, Lists, Side, head_args, problem_args, side_args
+from .launch import Launch, Lists, Side, columns, dim_args, head_args, problem_args, side_args
 from .launch_tables import LaunchRow
-from .quantized_step import (
-    add_quantized_values,
-    key_scales,
-    load_channels,
-    online_softmax_scaled,
-    quantized_scores,
-    query_factors,
-)
+from .quantized_step import quantized_step, query_factors
 from .step_lists import plan_steps
 from .tiles import (
-    causal_steps,
+    add_product,
+    causal_key_steps,
     head_rows,
     listed_steps,
     load_tile,
     own_tile,
+    product,
     program_tile,
-    step_at,
-    step_rows,
+    seen_keys,
+    sized_jit,
     store_tile,
     tile_rows,
+    walk,
 )
-
-
-@triton.jit
-def _scores(b_q, b_k):
-    """q k^T of one step, not yet scaled, fp32 [BM, BN]."""
-    return tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-
-
-@triton.jit
-def _add_values(b_acc, b_p, b_v):
-    """acc + p v of one step, fp32 [BM, BDV]."""
-    return tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
 
 
 @triton.jit
@@ -64,6 +47,23 @@ def _online_softmax(b_s, b_m, b_l, scale_log2, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constexpr):
+    """Folds a step of keys into (maximum, sum, acc)."""
+    b_m, b_l, b_acc = state
+    start_n, o_n, m_n = rows
+    b_q, p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, scale_log2 = given
+    VEC: tl.constexpr = OPTIONS[0]
+    IS_CAUSAL: tl.constexpr = OPTIONS[1]
+    b_k = load_tile(p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED)  # [BN, BD]
+    b_s = product(b_q, b_k)  # [BM, BN], not yet scaled
+    if MASKED:
+        b_s = tl.where(seen_keys(start_n, o_n, m_n, last_key, IS_CAUSAL), b_s, float("-inf"))
+    b_p, b_m, b_l, b_alpha = _online_softmax(b_s, b_m, b_l, scale_log2, MASKED)
+    b_v = load_tile(p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED)  # [BN, BDV]
+    return b_m, b_l, add_product(b_acc * b_alpha[:, None], b_p, b_v)
+
+
+@sized_jit
 def attention_fwd_kernel(
     q, k, v, out, lse, full, counts, lists, q_lens, kv_lens,
     q_scale, k_scale, v_scale, v_mean, lse_shift,
@@ -71,37 +71,32 @@ def attention_fwd_kernel(
     stride_v_b, stride_v_h, stride_v_s, stride_out_b, stride_out_h, stride_out_s,
     stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
     stride_q_lens_b, stride_kv_lens_b,
-    HQ, q_len, kv_len, n_tiles, n_q_groups, n_k_groups, scale, scale_log2,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    HQ, D, DV, DV_OUT, q_len, kv_len, n_tiles, n_q_groups, n_k_groups, scale, scale_log2,
+    G: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
     QUANTIZED: tl.constexpr, Q_GROUPS: tl.constexpr, K_GROUPS: tl.constexpr,
     Q_SCALE_SLOT: tl.constexpr, K_SCALE_SLOT: tl.constexpr,
-    P_EXPONENT: tl.constexpr, FP16_SUMS: tl.constexpr, DV_OUT: tl.constexpr,
+    P_EXPONENT: tl.constexpr, FP16_SUMS: tl.constexpr,
     VEC: tl.constexpr, VEC_OUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j, lse_i = log sum_j exp(s_ij), s = scale q k^T.
 
     One program per query tile; online softmax in base 2. QUANTIZED: q, k, v are codes with scales,
-    see ``codes.py``, D and DV are their padded dims; the weights are rounded as v is.
+    see ``codes.py``, of padded dims; the weights are rounded as v is.
     """
     i_tile, i_b, i_h = program_tile(n_tiles, HQ)
     p_q_lens = q_lens if q_lens is None else q_lens + i_b * stride_q_lens_b
     p_kv_lens = kv_lens if kv_lens is None else kv_lens + i_b * stride_kv_lens_b
     i_slot, start, n_rows, n_valid = own_tile(i_tile, q_len, p_q_lens, Q_SLOT, BM)
     p_list = lists
-    n_listed = 0
     if MODE == "dense":
-        n_full, n_steps = causal_steps(start, n_rows, q_len, kv_len, BN, IS_CAUSAL)
+        steps = causal_key_steps(start, n_rows, q_len, kv_len, BN, IS_CAUSAL)
     else:
-        p_list, n_listed, n_full, n_steps = listed_steps(
-            full, counts, lists, i_b, i_h, i_slot, kv_len, p_kv_lens,
-            stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
-            KV_SLOT, BN, MODE,
-        )  # fmt: skip
-    if n_valid <= 0:
-        n_full = 0
-        n_steps = 0
+        i_list = i_b * stride_counts_b + i_h * stride_counts_h + i_slot
+        p_list += i_b * stride_lists_b + i_h * stride_lists_h
+        p_list += i_slot.to(tl.int64) * stride_lists_r
+        steps = listed_steps(full, counts, i_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE)
 
     o_m = tile_rows(BM, WIDE)
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
@@ -115,6 +110,8 @@ def attention_fwd_kernel(
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BDV], tl.float32)
+    state = (b_m, b_l, b_acc)
+    given = (b_q, p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, scale_log2)
     if QUANTIZED:
         i_head = i_b * (HQ // G) + i_h // G
         b_factor = query_factors(
@@ -122,52 +119,16 @@ def attention_fwd_kernel(
             Q_SCALE_SLOT, Q_GROUPS,
         )  # fmt: skip
         p_k_scale = k_scale + i_head * n_k_groups
-
-    for MASKED in tl.static_range(1 + HAS_PARTIAL):  # the full steps, then the others
-        i_begin, i_end = 0, n_full
-        if MASKED:
-            i_begin, i_end = n_full, n_steps
-        i_step, n_valid_n = step_at(
-            i_begin, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
-        )
-        for i in range(i_begin, i_end):
-            start_n, o_n, m_n = step_rows(
-                i_step, n_valid_n, p_list, n_listed, kv_len, p_kv_lens,
-                KV_SLOT, BN, MODE, WIDE, MASKED,
-            )  # fmt: skip
-            i_step, n_valid_n = step_at(
-                i + 1, i_end, p_list, 0, 0, n_full, kv_len, p_kv_lens, KV_SLOT, BN, MODE, MASKED
-            )
-            b_k = load_tile(  # [BN, BD]
-                p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED
-            )
-            m_s = m_n[None, :]
-            if MASKED and IS_CAUSAL:
-                m_s = m_s & ((start_n + o_n).to(tl.int32)[None, :] <= last_key[:, None])
-            if QUANTIZED:
-                b_s, b_row_factor = quantized_scores(
-                    b_q, b_k, b_factor,
-                    key_scales(p_k_scale, start_n, o_n, m_n, K_SCALE_SLOT, K_GROUPS, MODE, MASKED),
-                )  # fmt: skip
-                b_p, b_m, b_l, b_alpha = online_softmax_scaled(
-                    b_s, b_row_factor, m_s, b_m, b_l, P_EXPONENT, MASKED
-                )
-            else:
-                b_s = _scores(b_q, b_k)
-                if MASKED:
-                    b_s = tl.where(m_s, b_s, float("-inf"))
-                b_p, b_m, b_l, b_alpha = _online_softmax(b_s, b_m, b_l, scale_log2, MASKED)
-            if QUANTIZED and v.dtype.element_ty != tl.float16:
-                b_v = load_channels(p_v, start_n, o_n, m_n, o_dv, stride_v_s, VEC, MASKED)
-            else:
-                b_v = load_tile(  # [BN, BDV]
-                    p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED
-                )
-            b_acc = b_acc * b_alpha[:, None]
-            if QUANTIZED:
-                b_acc = add_quantized_values(b_acc, b_p, b_v, FP16_SUMS)
-            else:
-                b_acc = _add_values(b_acc, b_p, b_v)
+        b_m, b_l, b_acc = walk(
+            quantized_step, state, (given, b_factor, p_k_scale),
+            (VEC, IS_CAUSAL, K_SCALE_SLOT, K_GROUPS, MODE, P_EXPONENT, FP16_SUMS),
+            steps, n_valid, p_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
+        )  # fmt: skip
+    else:
+        b_m, b_l, b_acc = walk(
+            _step, state, given, (VEC, IS_CAUSAL),
+            steps, n_valid, p_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
+        )  # fmt: skip
 
     # A row that saw nothing, or is not valid, has sum 0. NaN is not 0 and stays.
     m_seen = m_m & (b_l != 0.0)
@@ -207,7 +168,8 @@ def attention_forward(
 
     ``lists`` holds, per query slot, the key slots it sees; None for dense attention.
     """
-    args = head_args(q=q, k=k, v=v, out=out) | problem_args(q, k, v, scale, is_causal)
+    args = head_args(q=q, k=k, v=v, out=out) | problem_args(q, k, scale, is_causal)
+    args |= dim_args(q.shape[3], v.shape[3], args["VEC"])
     args |= {"VEC_OUT": args["VEC"], "DV_OUT": args["DV"], **code_args(None, q_side, kv_side)}
     return _launches(args, out, lse, lists, q_side, kv_side, row)
 
@@ -228,9 +190,10 @@ def quantized_attention_forward(
     if codes.options.pv_accumulation != "fp32" and row.step > TILE:
         row = row._replace(step=TILE)  # sums of more products could exceed fp16
     args = head_args(out=out)
-    args |= {"VEC_OUT": args["VEC"], "DV_OUT": out.shape[3]}
-    args |= head_args(q=codes.q, k=codes.k, v=codes.v)
-    args |= problem_args(codes.q, codes.k, codes.v_scale[:, :, None], scale, is_causal)
+    dim, dim_v = codes.q.shape[3], codes.v_scale.shape[2]
+    args |= {"VEC_OUT": args["VEC"], "DV_OUT": columns(out.shape[3], dim_v, args["VEC"])}
+    args |= head_args(q=codes.q, k=codes.k, v=codes.v) | dim_args(dim, dim_v, args["VEC"])
+    args |= problem_args(codes.q, codes.k, scale, is_causal)
     args |= code_args(codes, q_side, kv_side)
     return _launches(args, out, lse, lists, q_side, kv_side, row)
 
@@ -245,6 +208,6 @@ def _launches(
     row: LaunchRow,
 ) -> list[Launch]:
     steps = plan_steps(lists, q_side, kv_side, args["IS_CAUSAL"], row)
-    args |= {"lse": lse, "HQ": out.shape[1], "scale_log2": args["scale"] * math.log2(math.e)}
+    args |= {"lse": lse, "HQ": out.shape[1]}
     args |= side_args("q", steps.own) | side_args("kv", steps.other)
     return steps.launches(attention_fwd_kernel, out.shape[0] * out.shape[1], args)

@@ -7,19 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Side, head_args, lens_args, named_strides, padded
-from .tiles import head_rows, load_tile, own_tile, store_tile
+from .launch import Launch, Side, columns, head_args, lens_args, named_strides, padded
+from .tiles import head_rows, load_tile, own_tile, sized_jit, store_tile
 
 _MEAN_TILE = 4096  # numbers in registers at a time
 _SCORES = 2048  # of a row in registers at a time
 
 
-@triton.jit
+@sized_jit
 def block_mean_kernel(
     x, mean, lens,
     stride_x_b, stride_x_h, stride_x_s, stride_mean_b, stride_mean_h, stride_mean_s,
-    stride_lens_b, H, N, length,
-    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    stride_lens_b, H, N, D, length,
+    SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     ACC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """mean_n = sum of the valid rows of slot n / their number, 0 where there is none."""
@@ -36,15 +36,16 @@ def block_mean_kernel(
         b_sum += load_tile(p_x, start + i, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
     b_mean = tl.sum(b_sum, 0) / tl.maximum(n_valid, 1)
     p_mean += i_n * stride_mean_s * VEC
-    tl.store(p_mean + o_d, b_mean.to(mean.dtype.element_ty), mask=o_d < D)
+    m_d = o_d < (BD if D is None else D * VEC)
+    tl.store(p_mean + o_d, b_mean.to(mean.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@sized_jit
 def block_mean_bwd_kernel(
     grad, dx, lens,
     stride_grad_b, stride_grad_h, stride_grad_s, stride_dx_b, stride_dx_h, stride_dx_s,
-    stride_lens_b, H, N, length,
-    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    stride_lens_b, H, N, D, length,
+    SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     ACC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """dx = grad of the slot's mean / number of valid rows; 0 in rows that are not valid."""
@@ -55,7 +56,8 @@ def block_mean_bwd_kernel(
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
     p_grad = head_rows(grad, i_b, i_h, stride_grad_b, stride_grad_h, VEC)
     p_grad += i_n * stride_grad_s * VEC
-    b_grad = tl.load(p_grad + o_d, mask=o_d < D, other=0.0).to(ACC)  # [BD]
+    m_d = o_d < (BD if D is None else D * VEC)
+    b_grad = tl.load(p_grad + o_d, mask=m_d, other=0.0).to(ACC)  # [BD]
     b_dx = b_grad / tl.maximum(n_valid, 1)
     p_dx = head_rows(dx, i_b, i_h, stride_dx_b, stride_dx_h, VEC)
     for i in range(0, n_rows, BM):
@@ -81,7 +83,7 @@ def _keys(p_row, p_lens, o, n_keys, LOW_BITS: tl.constexpr):
     return tl.where(m, b_key >> LOW_BITS, 0)
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@sized_jit
 def select_top_k_kernel(
     scores, indices, lens,
     stride_scores_b, stride_scores_h, stride_scores_s, stride_lens_b,
@@ -142,9 +144,10 @@ def block_mean_backward(grad: Tensor, dx: Tensor, side: Side) -> Launch:
 def _mean_launch(kernel: object, args: dict, mean: Tensor, side: Side) -> Launch:
     batch, heads, slots, head_dim = mean.shape
     acc = tl.float64 if mean.dtype == torch.float64 else tl.float32
-    args |= {"H": heads, "N": slots, "length": side.length, "SLOT": side.slot, "D": head_dim}
-    rows = max(1, min(64, _MEAN_TILE // padded(head_dim)))
-    args |= lens_args("lens", side.lens) | {"BD": padded(head_dim), "BM": rows, "ACC": acc}
+    args |= {"H": heads, "N": slots, "length": side.length, "SLOT": side.slot}
+    dim = padded(head_dim)
+    args |= {"D": columns(head_dim, dim, args["VEC"]), "BD": dim, "ACC": acc}
+    args |= lens_args("lens", side.lens) | {"BM": max(1, min(64, _MEAN_TILE // dim))}
     return Launch(kernel, batch * heads * slots, args, {"num_warps": 4, "num_stages": 2})
 
 

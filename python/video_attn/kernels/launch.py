@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def named_strides(name: str, x: Tensor | None, axes: str, unit: int = 1) -> dict
 
 
 def head_args(**tensors: Tensor) -> dict[str, Any]:
-    """Kernel arguments of [B, H, S, D] tensors, and in how many numbers their strides count."""
+    """Kernel arguments of [B, H, S, D] tensors, and in how many numbers VEC they are counted."""
     vec = min(vector_length(x) for x in tensors.values())
     args: dict[str, Any] = {"VEC": vec}
     for name, x in tensors.items():
@@ -106,12 +107,25 @@ def head_args(**tensors: Tensor) -> dict[str, Any]:
 
 
 def vector_length(x: Tensor) -> int:
-    """The largest vector of up to 16 bytes, in numbers, to which the rows of ``x`` are aligned."""
+    """The largest vector of up to 16 bytes, in numbers, of which rows of ``x`` and gaps consist."""
     vec = 16 // x.element_size()
-    strides = [x.stride(i) for i in range(3) if x.shape[i] > 1]
-    while any(stride % vec for stride in strides):
+    sizes = [x.shape[3], *(x.stride(i) for i in range(3) if x.shape[i] > 1)]
+    while any(size % vec for size in sizes):
         vec //= 2
     return vec
+
+
+def reads_vectors(*tensors: Tensor) -> bool:
+    """Whether Triton copies rows of all these to shared memory without registers in between.
+
+    It does so with at least 4 bytes at a time, and trusts an address only if 16 divides it.
+    """
+    return all(x.data_ptr() % 16 == 0 and vector_length(x) * x.element_size() >= 4 for x in tensors)
+
+
+def columns(size: int, padded_size: int, vec: int) -> int | None:
+    """A head dim as kernels take it: in ``vec`` numbers; None where it fills its padded size."""
+    return None if size == padded_size else size // vec
 
 
 def lens_args(name: str, lens: Tensor | None) -> dict[str, Any]:
@@ -127,12 +141,18 @@ def side_args(name: str, side: Side) -> dict[str, Any]:
     return args | lens_args(f"{name}_lens", side.lens)
 
 
-def problem_args(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> dict[str, Any]:
+def dim_args(head_dim: int, head_dim_v: int, vec: int) -> dict[str, Any]:
+    """Kernel arguments of head dims."""
+    dim, dim_v = padded(head_dim), padded(head_dim_v)
+    args: dict[str, Any] = {"BD": dim, "BDV": dim_v}
+    return args | {"D": columns(head_dim, dim, vec), "DV": columns(head_dim_v, dim_v, vec)}
+
+
+def problem_args(q: Tensor, k: Tensor, scale: float, is_causal: bool) -> dict[str, Any]:
     """Kernel arguments that forward, dq and dkv have in common."""
-    args: dict[str, Any] = {"D": q.shape[3], "DV": v.shape[3]}
-    args |= {"BD": padded(q.shape[3]), "BDV": padded(v.shape[3])}
+    args: dict[str, Any] = {}
     args |= {"G": q.shape[1] // k.shape[1], "IS_CAUSAL": is_causal}
-    return args | {"scale": scale}
+    return args | {"scale": scale, "scale_log2": scale * math.log2(math.e)}
 
 
 def wide_rows(rows: int, args: Mapping[str, Any]) -> bool:

@@ -107,7 +107,13 @@ def unsupported_precision(arch: str, precision: str) -> str | None:
 
 
 def launch_row(
-    arch: str, kernel: str, head_dim: int, itemsize: int, grain: int | None
+    arch: str,
+    kernel: str,
+    head_dim: int,
+    itemsize: int,
+    grain: int | None,
+    *,
+    vectors: bool = True,
 ) -> LaunchRow:
     """The options of a launch.
 
@@ -116,7 +122,11 @@ def launch_row(
         kernel: one of ``KERNELS`` or ``CODE_KERNELS``. head_dim: the larger of D and DV.
         itemsize: bytes of a number of Q and K.
         grain: tokens of the shorter slots of the mask; None without a mask.
+        vectors: whether the tensors are read in vectors, see ``launch.reads_vectors``.
     """
     bucket = next(size for size in HEAD_DIMS if head_dim <= size)
     fine, coarse = TABLES[family(arch) or "interpreter"][kernel, itemsize, bucket]
-    return fine if grain is not None and grain < GRAINS[1] else coarse
+    row = fine if grain is not None and grain < GRAINS[1] else coarse
+    if not vectors and itemsize == 2 and family(arch) in nvidia.DESCRIPTORS:
+        return row._replace(own=min(row.own, 32), step=min(row.step, 32), num_warps=4)
+    return row

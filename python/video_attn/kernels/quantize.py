@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..quantize import TILE, v_limit
 from .codes import Codes, code_limit, padded_codes
-from .launch import Launch, Side, lens_args, named_strides, vector_length, wide_rows
+from .launch import Launch, Side, columns, lens_args, named_strides, vector_length, wide_rows
 from .quantize_parts import (
     encode,
     group_amax,
@@ -25,7 +25,7 @@ from .quantize_parts import (
     power_of_two_and_inverse,
     scale_and_inverse,
 )
-from .tiles import head_rows, load_tile, own_tile, store_tile, tile_rows
+from .tiles import head_rows, load_tile, own_tile, sized_jit, store_tile, tile_rows
 
 _CHUNKS = 32  # of statistics, per head, at most
 _PROGRAM_TILES = 4  # that a program of the second kernels quantizes
@@ -34,12 +34,12 @@ _STATISTICS_OPTIONS = {"num_warps": 8, "num_stages": 1}
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
-@triton.jit
+@sized_jit
 def channel_statistics_kernel(
     x, partial, counts, lens,
     stride_x_b, stride_x_h, stride_x_s, stride_lens_b,
-    H, length, n_tiles, n_chunks, CHUNK,
-    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    H, D, length, n_tiles, n_chunks, CHUNK,
+    SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of CHUNK tiles: sum, largest, smallest and amax of every channel, and how many tokens."""
@@ -104,13 +104,13 @@ def _channel_amax(
     return b_amax
 
 
-@triton.jit
+@sized_jit
 def quantize_tokens_kernel(
     x, codes, scales, partial, k_partial, k_counts, lse_shift, lens,
     stride_x_b, stride_x_h, stride_x_s, stride_codes_b, stride_codes_h, stride_codes_s,
     stride_lens_b,
-    H, length, n_tiles, n_programs, n_groups, n_chunks, n_k_chunks, scale,
-    G: tl.constexpr, SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    H, D, length, n_tiles, n_programs, n_groups, n_chunks, n_k_chunks, scale,
+    G: tl.constexpr, SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     GROUPS: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr, CHUNKS: tl.constexpr,
     PROGRAM_TILES: tl.constexpr, VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -158,17 +158,17 @@ def quantize_tokens_kernel(
                 b_inverse_row = tl.broadcast_to(b_inverse, [BM])
             b_code = encode(b_x * b_inverse_row[:, None], codes.dtype.element_ty, LIMIT)
             store_tile(
-                p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, BD, VEC_CODES
+                p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES
             )
 
 
-@triton.jit
+@sized_jit
 def quantize_channels_kernel(
     x, codes, scales, means, partial, counts, lens,
     stride_x_b, stride_x_h, stride_x_s, stride_codes_b, stride_codes_h, stride_codes_s,
     stride_lens_b,
-    H, length, n_tiles, n_programs, n_chunks,
-    SLOT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    H, D, length, n_tiles, n_programs, n_chunks,
+    SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     LIMIT: tl.constexpr, PER_HEAD: tl.constexpr, CHUNKS: tl.constexpr,
     PROGRAM_TILES: tl.constexpr, VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +207,7 @@ def quantize_channels_kernel(
             b_code = encode(b_x * b_inverse[None, :], codes.dtype.element_ty, LIMIT)
             if codes.dtype.element_ty == tl.float16:
                 store_tile(
-                    p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, BD, VEC_CODES
+                    p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES
                 )
             else:
                 p_tile = p_codes + o_d.to(tl.int64)[:, None] * (stride_codes_s * VEC_CODES)
@@ -262,7 +262,8 @@ def _statistics(x: Tensor, side: Side) -> _Statistics:
     n_chunks = -(-tiles // chunk)
     partial = torch.empty(heads, n_chunks, _STATISTICS, dim, dtype=torch.float32, device=x.device)
     counts = torch.empty(heads, n_chunks, dtype=torch.int32, device=x.device)
-    args = _tensor_args("x", x) | _side_args(side) | {"BD": dim, "D": x.shape[3]}
+    args = _tensor_args("x", x) | _side_args(side)
+    args |= {"BD": dim, "D": columns(x.shape[3], dim, args["VEC"])}
     args |= {"partial": partial, "counts": counts, "H": x.shape[1]}
     args |= {"n_chunks": n_chunks, "CHUNK": chunk, "WIDE": wide_rows(TILE, args)}
     launch = Launch(channel_statistics_kernel, heads * n_chunks, args, _STATISTICS_OPTIONS)
@@ -274,7 +275,9 @@ def _launch_args(
 ) -> dict[str, Any]:
     """Arguments that both quantizers have."""
     args = _tensor_args("x", x) | _tensor_args("codes", codes, "_CODES") | _side_args(side)
-    args |= {"D": x.shape[3], "BD": padded_codes(x.shape[3]), "H": x.shape[1], "scales": scales}
+    dim = padded_codes(x.shape[3])
+    args |= {"D": columns(x.shape[3], dim, args["VEC"]), "BD": dim}
+    args |= {"H": x.shape[1], "scales": scales}
     args |= {"partial": statistics.partial, "n_chunks": statistics.n_chunks, "CHUNKS": _CHUNKS}
     programs = -(-side.tiles(TILE) // _PROGRAM_TILES)
     args |= {"n_programs": programs, "PROGRAM_TILES": _PROGRAM_TILES}

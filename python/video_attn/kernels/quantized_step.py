@@ -4,10 +4,43 @@ import triton
 import triton.language as tl
 
 from .quantize_parts import TILE, scale_group, to_fp8
+from .tiles import load_tile, seen_keys
 
 # Sums of FP8 products inside the tensor core of sm_90 keep about 14 bits. After so many products
 # they are added to fp32 numbers; other chips sum in fp32 anyway.
 _FP8_RUN = tl.constexpr(128)
+
+
+@triton.jit
+def quantized_step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constexpr):
+    """Folds a step of codes into (maximum, sum, acc); ``given``: the forward kernel's, and scales.
+
+    Maxima are of base-2 scores.
+    """
+    b_m, b_l, b_acc = state
+    start_n, o_n, m_n = rows
+    plain, b_factor, p_k_scale = given
+    b_q, p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, _ = plain
+    VEC: tl.constexpr = OPTIONS[0]
+    IS_CAUSAL: tl.constexpr = OPTIONS[1]
+    K_SCALE_SLOT: tl.constexpr = OPTIONS[2]
+    K_GROUPS: tl.constexpr = OPTIONS[3]
+    MODE: tl.constexpr = OPTIONS[4]
+    P_EXPONENT: tl.constexpr = OPTIONS[5]
+    FP16_SUMS: tl.constexpr = OPTIONS[6]
+    b_k = load_tile(p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED)  # [BN, BD]
+    b_k_scale = key_scales(p_k_scale, start_n, o_n, m_n, K_SCALE_SLOT, K_GROUPS, MODE, MASKED)
+    b_s, b_row_factor = quantized_scores(b_q, b_k, b_factor, b_k_scale)
+    m_s = seen_keys(start_n, o_n, m_n, last_key, MASKED and IS_CAUSAL)
+    b_p, b_m, b_l, b_alpha = online_softmax_scaled(
+        b_s, b_row_factor, m_s, b_m, b_l, P_EXPONENT, MASKED
+    )
+    b_acc = b_acc * b_alpha[:, None]
+    if p_v.dtype.element_ty == tl.float16:
+        b_v = load_tile(p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED)  # [BN, BDV]
+    else:
+        b_v = load_channels(p_v, start_n, o_n, m_n, o_dv, stride_v_s, VEC, MASKED)  # [BDV, BN]
+    return b_m, b_l, add_quantized_values(b_acc, b_p, b_v, FP16_SUMS)
 
 
 @triton.jit

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .launch import Launch, Lists, Side, lens_args, named_strides, wide_rows
 from .launch_tables import LaunchRow
+from .tiles import sized_jit
 
 _CHUNK = 128
 
 
-@triton.jit
+@sized_jit
 def step_lists_kernel(
     counts, indices, lens, full, n_steps, steps,
     stride_counts_b, stride_counts_h,
