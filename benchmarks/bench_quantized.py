@@ -88,7 +88,7 @@ def _triton_codes(case: Case, precision: str) -> Run:
     out, lse = call.empty_results()
     attend = triton.quantized_launches(
         codes, out, lse, mask, kv_len=k.shape[2], scale=call.scale, is_causal=False,
-        row=triton._row(precision, q, v, mask),
+        row=triton.chosen_row(precision, mask, q, k, v),
     )  # fmt: skip
     run_launches(before, q.device)
 
