@@ -235,3 +235,35 @@ def test_the_command_line_imports_only_what_it_runs() -> None:
     help_ = "import contextlib\nwith contextlib.suppress(SystemExit): c.main(['--help'])"
     assert modules_after(plain, f"exec({help_!r})") & HEAVY == set()
     assert modules_after(plain, "c.main(['info', '--json'])") & {"matplotlib", "av", "PIL"} == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "package"),
+    [
+        (["check", "--quick"], "rich", "rich"),
+        (["plot", "sta", "--out", "sta.gif"], "matplotlib", "matplotlib"),
+    ],
+)  # fmt: skip
+def test_what_the_extra_brings_is_named(
+    words: list[str], module: str, package: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Without the extra [cli] a command says which package it lacks; info works all the same."""
+    monkeypatch.chdir(tmp_path)
+    ours = [name for name in sys.modules if name.startswith("video_attn.tools.")]
+    for name in [*ours, *(n for n in sys.modules if n.partition(".")[0] == module)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert f"video-attn {words[0]} needs {package}" in error and "video-attn[cli]" in error
+    assert cli.main(["info", "--json"]) == 0
+
+
+def test_the_extra_holds_what_the_command_line_imports() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extra = re.search(r"^cli = \[(.*)\]$", project, re.MULTILINE)
+    assert extra is not None
+    assert set(re.findall(r'"(\w+)', extra[1])) == set(cli.EXTRA_CLI.values())
+    required = project.partition("dependencies = [")[2].partition("]")[0]
+    assert not any(f'"{package}' in required for package in cli.EXTRA_CLI.values())

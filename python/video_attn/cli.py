@@ -38,6 +38,10 @@ COMMANDS = {
 }
 
 
+# Modules of the extra [cli] -> packages.
+EXTRA_CLI = {"av": "av", "matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich"}
+
+
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser, with the options of the ``chosen`` command only: the others are not imported."""
     parser = argparse.ArgumentParser(
@@ -69,7 +73,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     raises SystemExit), 130 an interrupt from the keyboard.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        return _run(argv, chosen)
+    except ModuleNotFoundError as error:
+        package = EXTRA_CLI.get(str(error.name).partition(".")[0])
+        if package is None:
+            raise
+        print(
+            f"video-attn {chosen} needs {package}, which is not installed: "
+            "pip install 'video-attn[cli]'",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(argv: list[str], chosen: str | None) -> int:
+    args = _parser(chosen).parse_args(argv)
     try:
         return cast("Callable[[argparse.Namespace], int]", args.run)(args)
     except UsageError as error:
