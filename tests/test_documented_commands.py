@@ -110,17 +110,24 @@ def run_shell(words: list[str], folder: Path) -> int:
     python = bin_ / "python3"
     python.write_text(
         f"#!{sys.executable}\nimport json, sys\n"
-        f"json.dump(sys.argv[1:], open({str(noted)!r}, 'w'))\n"
+        f"print(json.dumps(sys.argv[1:]), file=open({str(noted)!r}, 'a'))\n"
     )
     python.chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}"}
     while "=" in words[0]:
         key, _, value = words.pop(0).partition("=")
         environment[key] = value
+    noted.write_text("")
     subprocess.run(words, env=environment, check=True)
-    module, *rest = json.loads(noted.read_text())[1:]
-    assert module == "video_attn.cli"
-    return cli.main(rest)
+    codes = [run_noted(json.loads(line)) for line in noted.read_text().splitlines()]
+    return max(codes)
+
+
+def run_noted(words: list[str]) -> int:
+    if words[0] != "-m":
+        return run_python(words)
+    assert words[1] == "video_attn.cli"
+    return cli.main(words[2:])
 
 
 def test_there_is_a_script_for_every_line() -> None:
@@ -154,6 +161,19 @@ def test_captures(folder: Path) -> None:
     metadata = torch.load(folder / "captured_inputs" / "sagev1_metadata.pt", weights_only=True)
     assert metadata["total_calls"] == metadata["saved_count"] == 6
     assert {path.suffix for path in find_captures(folder / "captured_inputs")} == {".pt"}
+
+
+def test_the_benchmark_for_a_gpu(folder: Path, tmp_path: Path) -> None:
+    """Small, and on a CPU: it leaves both tables and the picture."""
+    (folder / "benchmarks").mkdir()
+    shutil.copy2(ROOT / "benchmarks" / "kernel_bench_gpu.sh", folder / "benchmarks")
+    words = ["bash", "benchmarks/kernel_bench_gpu.sh", str(tmp_path), *QUICK.split()]
+    assert run_shell([*words, "--scale", "0.001"], folder) == 0
+    for name, cases in (("bench_quantized_attention", 4), ("cogvideox_2b", 1)):
+        lines = (tmp_path / f"{name}.csv").read_text().splitlines()
+        assert len(lines) == 1 + cases * len(ATTENTION_TYPES)
+        assert all(",ok," in line for line in lines[1:])
+    assert (tmp_path / "bench_quantized_attention.png").is_file()
 
 
 def test_tables(folder: Path) -> None:

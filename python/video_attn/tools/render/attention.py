@@ -142,7 +142,7 @@ class ModelAttention:
         self.sparse_calls += 1
         call.refuse_more(attn_mask=not family.masks_text)
         if "sparse" not in self.backends:
-            self.backends["sparse"] = why_not(self._problem(call, pattern, tokens))
+            self.backends["sparse"] = why_not(self._problem(call, pattern))
         precision, quantization = parse_recipe(self.kind.precision)
         return pattern.attend(
             call.query, call.key, call.value, tokens, gate=call.gate, scale=call.scale,
@@ -166,13 +166,13 @@ class ModelAttention:
         assert isinstance(out, Tensor)
         return out
 
-    def _problem(self, call: AttentionCall, pattern: Any, tokens: VideoTokens) -> Problem:
+    def _problem(self, call: AttentionCall, pattern: Any) -> Problem:
         precision, quantization = parse_recipe(self.kind.precision)
         problem = problem_of(
             "forward", call.query, call.key, call.value, None,
             precision=precision, quantization=quantization,
         )  # fmt: skip
-        size = math.prod(pattern.tile) if pattern.tile else pattern.block_size
+        size = pattern.block_size if isinstance(pattern, Radial) else math.prod(pattern.tile)
         return replace(problem, q_block_size=size, kv_block_size=size)
 
     def undo(self) -> None:
