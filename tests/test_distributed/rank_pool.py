@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,9 +22,9 @@ class RankPool:
     """``RANKS`` processes with a gloo world, and in it the group ``PAIR``."""
 
     def __init__(self) -> None:
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed.tensor", "video_attn.distributed"])
         with socket.socket() as probe:
@@ -39,8 +40,11 @@ class RankPool:
             self._ends.append(here)
             self._processes.append(process)
 
-    def run(self, size: int, case: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """``case`` ("module:function") on ``size`` ranks at once; what each returned.
+    def run(
+        self, size: int, case: str, *args: Any, gone: Sequence[int] = (), **kwargs: Any
+    ) -> list[Any]:
+        """``case`` ("module:function") on ``size`` ranks at once; what each returned; of those
+        that are ``gone`` afterwards, None.
 
         Raises:
             AssertionError: with the traceback of the first rank that failed.
@@ -49,11 +53,14 @@ class RankPool:
         assert len(ranks) == size
         for rank in ranks:
             self._ends[rank].send((size, case, args, kwargs))
-        answers = [self._answer(rank, case) for rank in ranks]
+        answers = [
+            (None, None) if place in gone else self._answer(rank, case)
+            for place, rank in enumerate(ranks)
+        ]
         failures = [f"rank {r}: {f}" for r, (_, f) in enumerate(answers) if f is not None]
         if failures:  # the others may be anywhere: the next case starts with new processes
             self.close()
-            self._start()
+            self.start()
         assert not failures, "\n".join(failures)
         return [value for value, _ in answers]
 
@@ -64,7 +71,8 @@ class RankPool:
 
     def close(self) -> None:
         for end in self._ends:
-            end.send(None)
+            with suppress(OSError):  # it is gone already
+                end.send(None)
         for process in self._processes:
             process.join(1)
             process.kill()

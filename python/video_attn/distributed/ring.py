@@ -211,7 +211,8 @@ def _unpack_keys(
     slot = call.kv_slots[(call.team.rank + step.shift) % call.team.size]
     parts = _split(received, step.receives, slot, k, v)
     keys, values = (
-        _spread(part, step.receives, slot, x) for part, x in zip(parts, (k, v), strict=True)
+        _spread(part, step.receives, slot, x, call.options.precision)
+        for part, x in zip(parts, (k, v), strict=True)
     )
     return keys, values
 
@@ -290,14 +291,15 @@ def _split(received: Tensor, parcel: Parcel, slot: int, k: Tensor, v: Tensor) ->
     return [part.view(*lead, slot, x.shape[3]) for part, x in zip(parts, (k, v), strict=True)]
 
 
-def _spread(part: Tensor, parcel: Parcel, slot: int, like: Tensor) -> Tensor:
+def _spread(part: Tensor, parcel: Parcel, slot: int, like: Tensor, precision: str) -> Tensor:
+    """[B, Hkv, U * slot, D] from what a parcel held."""
     if parcel.entries is None:
         return part.flatten(2, 3)
     batch, heads, _, channels = like.shape
     columns = parcel.columns.numel()
-    blocks = torch.empty(
-        batch, heads, columns, slot, channels, dtype=part.dtype, device=part.device
-    )
+    # Unlisted blocks are never read, but quantizers look at all keys.
+    allocate = torch.empty if precision == "native" else torch.zeros
+    blocks = allocate(batch, heads, columns, slot, channels, dtype=part.dtype, device=part.device)
     blocks[tuple(parcel.entries)] = part
     return blocks.flatten(2, 3)
 

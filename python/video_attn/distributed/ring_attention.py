@@ -69,9 +69,10 @@ def ring_attention(
     placements: tuple[Placement, Placement],
     heads: Heads,
     options: Options,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the tokens of this rank; q, k, v [B, H, held, D] with the query heads
-    ``heads`` of the mask.
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse if asked for) of the tokens of this rank; q, k, v [B, H, held, D] with the query
+    heads ``heads`` of the mask.
     """
     if job.mask is None:
         return _dense(job, q, k, v, team, placements, options)
@@ -88,8 +89,10 @@ def ring_attention(
         to_blocks(x, r, team, traffic) for x, r in ((q, q_route), (k, kv_route), (v, kv_route))
     )
     out, lse = Ring.apply(call, q, k, v)
-    lse = to_tokens(lse[..., None], q_route, team, traffic)[..., 0]
-    return to_tokens(out, q_route, team, traffic), lse
+    out = to_tokens(out, q_route, team, traffic)
+    if not return_lse:
+        return out, None
+    return out, to_tokens(lse[..., None], q_route, team, traffic)[..., 0]
 
 
 def _dense(

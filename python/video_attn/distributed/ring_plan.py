@@ -17,19 +17,30 @@ from ..block_mask import BlockMask
 from .placement import Placement
 
 WIDE_SHARE = 0.5  # rows that list more than this share of all key blocks may be wide
+MOST_OWNED = 1.05  # times the tokens that any rank holds
 
 
 def owners_of_blocks(placement: Placement, block_size: int) -> Tensor:
-    """int64 [blocks]: the rank that holds most of each block, of equals the first; copies count for
-    their first holder. Blocks of padding alone go to the owner of the block before them.
+    """int64 [blocks]: the rank that owns each block.
+
+    It is the rank that holds most of it, of equals the first; copies count for their first holder.
+    Where that would give a rank many more tokens than any holds (tiles of a video in raster order,
+    of which every rank holds a slice), the blocks are dealt in their order instead, to each rank as
+    many tokens as it holds. Blocks of padding alone go to the owner of the block before them.
     """
     blocks = -(-placement.length // block_size)
     held = torch.zeros(len(placement.slots), blocks, dtype=torch.int64)
     for rank in range(len(placement.slots)):
         block = placement.source_slots(rank) // block_size
         held[rank].index_add_(0, block, torch.ones_like(block))
+    tokens, lengths = held.sum(0), held.sum(1)
     owner = held.argmax(0)
-    for empty in (held.sum(0) == 0).nonzero().flatten().tolist():
+    owned = torch.zeros_like(lengths).index_add_(0, owner, tokens)
+    if int(owned.max()) > MOST_OWNED * int(lengths.max()):
+        middles = tokens.cumsum(0) - tokens // 2
+        owner = torch.searchsorted(lengths.cumsum(0), middles, right=True)
+        owner = owner.clamp_(max=len(placement.slots) - 1)
+    for empty in (tokens == 0).nonzero().flatten().tolist():
         owner[empty] = owner[empty - 1] if empty else 0
     return owner
 

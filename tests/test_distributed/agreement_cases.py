@@ -1,0 +1,78 @@
+"""What ranks do when something is wrong on one of them; run by the pool."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from video_attn import BlockMask
+from video_attn.distributed import PeerError, Shards, sequence_parallel_attention
+
+
+def inputs(tokens: int = 8, heads: int = 2, dtype: torch.dtype = torch.float32) -> list[Any]:
+    return [torch.randn(1, heads, tokens, 8, dtype=dtype) for _ in range(3)]
+
+
+def message_of(group: Any, *arguments: Any, **options: Any) -> str:
+    """The type and text of the error of a call."""
+    try:
+        sequence_parallel_attention(*arguments, group=group, timeout=5, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def different(group: Any, what: str, kind: str) -> str:
+    """Rank 1 calls otherwise than the others."""
+    odd = dist.get_rank(group) == 1
+    options: dict[str, Any] = {"kind": kind}
+    if what == "tokens":
+        return message_of(group, *inputs(9 if odd else 8), **options)
+    if what == "heads":
+        return message_of(group, *inputs(heads=4 if odd else 2), **options)
+    if what == "dtype":
+        return message_of(group, *inputs(dtype=torch.float64 if odd else torch.float32), **options)
+    if what == "scale":
+        return message_of(group, *inputs(), scale=0.5 if odd else None, **options)
+    if what == "shards":
+        ranks = dist.get_world_size(group)
+        lengths = [8] * ranks
+        given = Shards.of_lengths(lengths) if odd else None
+        return message_of(group, *inputs(), shards=given, **options)
+    if what == "grad":
+        q, k, v = inputs()
+        return message_of(group, q.requires_grad_(odd), k, v, **options)
+    assert what == "mask"
+    length = 8 * dist.get_world_size(group)
+    keep = torch.ones(1, 1, length // 4, length // 4, dtype=torch.bool)
+    keep[..., 0] = not odd
+    mask = BlockMask.from_dense(keep, 4, 4)
+    return message_of(group, *inputs(), mask, **options)
+
+
+def wrong_on_one(group: Any, kind: str) -> str:
+    odd = dist.get_rank(group) == 1
+    return message_of(group, *inputs(), scale=-1.0 if odd else None, kind=kind)
+
+
+def late(group: Any) -> str:
+    """Rank 1 does not come."""
+    if dist.get_rank(group) == 1:
+        time.sleep(2)
+        return ""
+    try:
+        sequence_parallel_attention(*inputs(), group=group, timeout=0.5)
+    except PeerError as error:
+        return str(error)
+    return "no error"
+
+
+def dies(group: Any) -> str:
+    """Rank 1 is gone."""
+    if dist.get_rank(group) == 1:
+        os._exit(1)
+    return message_of(group, *inputs())
