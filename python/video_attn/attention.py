@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Mapping
+from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,29 @@ from .registry import PRECISIONS, check_backend_name, context_backend
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Options(TypedDict, total=False):
+    """The options of :func:`attention` that the functions over patterns hand on to it."""
+
+    scale: float | None
+    precision: str
+    backend: str | None
+    deterministic: bool
+    quantization: QuantizationOptions | None
+
+
+OPTION_NAMES = ("scale", "precision", "backend", "deterministic", "quantization")
+
+
+def check_options(function: str, options: Mapping[str, object]) -> None:
+    """
+    Raises:
+        TypeError: ``options`` of ``function`` has a name that is not in ``Options``.
+    """
+    for name in options:
+        if name not in OPTION_NAMES:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 @overload

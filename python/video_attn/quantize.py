@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_bool
+
 TILE = 64  # tokens: one step over the keys, and the unit of the scale groups
 QUANTIZED_PRECISIONS = ("sage_fp16", "sage_fp8", "fp8")
 GRANULARITIES = ("per_head", "per_block", "per_warp", "per_thread")
@@ -79,8 +81,7 @@ class QuantizationOptions:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         for name in ("smooth_k", "smooth_q", "hadamard", "smooth_v"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
 
 
 # Read once, here: torch.compile does not trace dataclasses.fields.

@@ -3,7 +3,13 @@
 from video_attn.functional import (
     block_sparse_attn,
     block_sparse_attn_from_indices,
+    block_sparse_attn_varlen,
     video_sparse_attn,
 )
 
-__all__ = ["block_sparse_attn", "block_sparse_attn_from_indices", "video_sparse_attn"]
+__all__ = [
+    "block_sparse_attn",
+    "block_sparse_attn_from_indices",
+    "block_sparse_attn_varlen",
+    "video_sparse_attn",
+]

@@ -6,6 +6,11 @@
 ``named_attention``.
 """
 
+from .block_sparse import (
+    block_sparse_attn,
+    block_sparse_attn_from_indices,
+    block_sparse_attn_varlen,
+)
 from .named_attention import named_attention
 from .patterns import Dense, Radial, SlidingTile, VideoSparse
 from .radial_attention import radial
@@ -19,7 +24,7 @@ from .sage_kernels import (
 from .sta import sliding_tile, sliding_tile_attention
 from .video_tokens import VideoTokens
 from .vsa import video_sparse
-from .vsa_padded import block_sparse_attn, block_sparse_attn_from_indices, video_sparse_attn
+from .vsa_padded import video_sparse_attn
 
 __all__ = [
     "Dense",
@@ -29,6 +34,7 @@ __all__ = [
     "VideoTokens",
     "block_sparse_attn",
     "block_sparse_attn_from_indices",
+    "block_sparse_attn_varlen",
     "named_attention",
     "radial",
     "sageattn",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..attention import as_bhsd, attention, check_scale, check_shapes
 from ..attention_types import TORCH_SDPA, AttentionType, resolve_attention_type
 from ..block_mask import BlockMask
+from ..checks import check_bool
 from ..compiler import constant_result
 from ..device import is_here
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
@@ -115,8 +116,7 @@ def _torch_sdpa(
         raise ValueError("mask must be None with attention_type 'sdpa': torch's attention is dense")
     if return_lse:
         raise ValueError("return_lse must be False with attention_type 'sdpa': torch keeps it")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    check_bool("is_causal", is_causal)
     q, k, v = as_bhsd(layout, q=q, k=k, v=v)
     check_shapes(q, k, v)
     scale = check_scale(scale, q.shape[3])

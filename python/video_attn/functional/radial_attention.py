@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..attention import attention
+from ..attention import Options, attention, check_options
 from ..checks import wants_gradient
 from ..patterns.radial import RadialRule, radial_mask
 from ..patterns.scene import Scenes
 from ..patterns.valid_text import TextLength, check_text_length
-from ..quantize import QuantizationOptions
 from .video import video_layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def radial(
@@ -27,11 +30,7 @@ def radial(
     text_length: TextLength = None,
     text_first: bool = False,
     layout: str = "bhsd",
-    scale: float | None = None,
-    precision: str = "native",
-    backend: str | None = None,
-    deterministic: bool = False,
-    quantization: QuantizationOptions | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Radial attention over a video in raster order, with or without text in the sequence.
 
@@ -60,6 +59,7 @@ def radial(
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
         RuntimeError: no backend can serve; the message says why for each.
     """
+    check_options("radial", options)
     video = video_layout(q, k, v, grid, (1, 1, 1), text_first, layout)
     mask = radial_mask(
         video,
@@ -71,6 +71,5 @@ def radial(
         transposed=wants_gradient(q, k, v),
     )
     return attention(
-        q, k, v, mask, layout=layout, scale=scale, precision=precision, backend=backend,
-        deterministic=deterministic, quantization=quantization,
+        q, k, v, mask, layout=layout, **options,
     )  # fmt: skip

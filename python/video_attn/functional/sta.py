@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..attention import attention
+from ..attention import Options, attention, check_options
 from ..block_mask import BlockMask
-from ..checks import wants_gradient
+from ..checks import as_int, check_bool, wants_gradient
 from ..layout import Triple, VideoLayout
 from ..patterns.sliding_tile import Windows, check_windows, sliding_tile_mask
 from ..patterns.valid_text import TextLength, check_text_length
-from ..quantize import QuantizationOptions
 from .video import TOKEN_DIM, video_layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 STA_TILE: Triple = (6, 8, 8)
 
@@ -29,11 +33,7 @@ def sliding_tile(
     text_length: TextLength = None,
     text_first: bool = False,
     layout: str = "bhsd",
-    scale: float | None = None,
-    precision: str = "native",
-    backend: str | None = None,
-    deterministic: bool = False,
-    quantization: QuantizationOptions | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Sliding tile attention over a video in raster order, with or without text in the sequence.
 
@@ -68,13 +68,13 @@ def sliding_tile(
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
         RuntimeError: no backend can serve; the message says why for each.
     """
+    check_options("sliding_tile", options)
     video = video_layout(q, k, v, grid, tile, text_first, layout)
     dim = TOKEN_DIM[layout]
     mask = _mask((q, k, v), dim, video, window, text_length, "window")
     q, k, v = (video.to_tiles(x, dim) for x in (q, k, v))
     out = attention(
-        q, k, v, mask, layout=layout, scale=scale, precision=precision, backend=backend,
-        deterministic=deterministic, quantization=quantization,
+        q, k, v, mask, layout=layout, **options,
     )  # fmt: skip
     return video.from_tiles(out, dim)
 
@@ -89,11 +89,9 @@ def sliding_tile_attention(
     seq_shape: str | Sequence[int] = "30x48x80",
     *,
     tile_size: Sequence[int] = STA_TILE,
-    scale: float | None = None,
-    precision: str = "native",
-    backend: str | None = None,
-    deterministic: bool = False,
-    quantization: QuantizationOptions | None = None,
+    layout: str = "bhsd",
+    dit_seq_shape: str | Sequence[int] | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Sliding tile attention over q, k, v that are in tile order already: the ``st_attn`` function.
 
@@ -110,6 +108,8 @@ def sliding_tile_attention(
         has_text: False says that the sequence is the video alone; ``text_length`` must then be 0.
         seq_shape: tokens (T, H, W) of the video, as three ints or "TxHxW"; any sizes.
         tile_size: tokens (t, h, w) of a tile.
+        layout: "bhsd", or "bshd" for q, k, v and output [B, S, H, D].
+        dit_seq_shape: the old name of ``seq_shape``; deprecated.
         scale, precision, backend, deterministic, quantization: as in
             :func:`video_attn.attention`.
 
@@ -120,19 +120,19 @@ def sliding_tile_attention(
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
         RuntimeError: no backend can serve; the message says why for each.
     """
-    if not isinstance(has_text, bool):
-        raise TypeError(f"has_text must be True or False, got {has_text!r}")
+    check_bool("has_text", has_text)
+    check_options("sliding_tile_attention", options)
+    if dit_seq_shape is not None:
+        warnings.warn("dit_seq_shape is called seq_shape now", DeprecationWarning, stacklevel=2)
+        seq_shape = dit_seq_shape
     names = ("seq_shape", "tile_size")
-    video = video_layout(q, k, v, seq_shape, tile_size, False, "bhsd", names)
+    video = video_layout(q, k, v, seq_shape, tile_size, False, layout, names)
+    dim = TOKEN_DIM[layout]
     if not has_text:
-        _check_no_text(video, text_length, q.shape[2])
-    mask = _mask((q, k, v), 2, video, window_size, text_length, "window_size")
-    q, k, v = (video.pad_tiles(x, 2) for x in (q, k, v))
-    out = attention(
-        q, k, v, mask, scale=scale, precision=precision, backend=backend,
-        deterministic=deterministic, quantization=quantization,
-    )  # fmt: skip
-    return video.unpad_tiles(out, 2)
+        _check_no_text(video, text_length, q.shape[dim])
+    mask = _mask((q, k, v), dim, video, window_size, text_length, "window_size")
+    q, k, v = (video.pad_tiles(x, dim) for x in (q, k, v))
+    return video.unpad_tiles(attention(q, k, v, mask, layout=layout, **options), dim)
 
 
 def _mask(
@@ -154,7 +154,7 @@ def _mask(
 
 
 def _check_no_text(video: VideoLayout, text_length: TextLength, tokens: int) -> None:
-    if isinstance(text_length, bool) or not isinstance(text_length, int) or text_length != 0:
+    if as_int(text_length) != 0:
         raise ValueError(f"text_length must be 0 when has_text is False, got {text_length!r}")
     if video.text_length > 0:
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..attention import as_bhsd, check_shapes
+from ..checks import check_bool
 from ..layout import VideoLayout, as_triple
 
 TOKEN_DIM = {"bhsd": 2, "bshd": 1}
@@ -29,8 +30,7 @@ def video_layout(
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k must have the tokens of q, {q.shape[2]}, got {k.shape[2]}")
     grid, tile = as_triple(grid, names[0]), as_triple(tile, names[1])
-    if not isinstance(text_first, bool):
-        raise TypeError(f"text_first must be True or False, got {text_first!r}")
+    check_bool("text_first", text_first)
     text = q.shape[2] - math.prod(grid)
     if text < 0:
         raise ValueError(

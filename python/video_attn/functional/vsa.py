@@ -2,8 +2,10 @@
 
 Definition. With q_m, k_m, v_m the means over the valid tokens of each tile:
 
-- scores = scale * q_m k_m^T, in fp32 from means in the dtype of q (the public kernel rounds the
-  scores to bf16 as well, so its choice can differ where scores are nearly equal);
+- scores = scale * q_m k_m^T, in fp32 from means in the dtype of q. The public kernel ranks tiles by
+  scores rounded to bf16, and so may choose others where scores are nearly equal (one row in eight
+  at 312 tiles and top 32); ``score_dtype=torch.bfloat16`` ranks as it does, for models that were
+  trained with it. The coarse branch has the scores as they are in either case;
 - coarse = softmax(scores) v_m: each tile weighs equally, whatever its number of valid tokens;
 - sparse = exact attention over the tokens of the k tiles with the highest scores;
 - out = sparse + gate * coarse, the coarse value of a tile being added to all its tokens.
@@ -18,12 +20,12 @@ import contextlib
 import math
 import operator
 from collections.abc import Sequence
-from typing import Literal, cast, overload
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from ..attention import attention, check_scale
+from ..attention import Options, attention, check_options, check_scale
 from ..block_mask import BlockMask
 from ..block_ops import block_mean, select_top_k
 from ..checks import check_bool, check_int, check_number, may_be_overwritten
@@ -35,8 +37,10 @@ from ..patterns.valid_text import (
     listed_text_blocks,
 )
 from ..patterns.video_sparse import kept_blocks, selected_tiles_mask
-from ..quantize import QuantizationOptions
 from .video import TOKEN_DIM, video_layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Gate = Tensor | float | None
 VSA_TILE: Triple = (4, 4, 4)
@@ -47,18 +51,16 @@ def video_sparse(
     q: Tensor, k: Tensor, v: Tensor, grid: str | Sequence[int], *, top_k: int | None = ...,
     top_k_ratio: float | None = ..., gate: Gate = ..., tile: Sequence[int] = ...,
     text_length: TextLength = ..., text_first: bool = ..., layout: str = ...,
-    scale: float | None = ..., precision: str = ..., backend: str | None = ...,
-    deterministic: bool = ..., quantization: QuantizationOptions | None = ...,
-    return_mask: Literal[False] = ...,
+    score_dtype: torch.dtype | None = ..., return_mask: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def video_sparse(
     q: Tensor, k: Tensor, v: Tensor, grid: str | Sequence[int], *, top_k: int | None = ...,
     top_k_ratio: float | None = ..., gate: Gate = ..., tile: Sequence[int] = ...,
     text_length: TextLength = ..., text_first: bool = ..., layout: str = ...,
-    scale: float | None = ..., precision: str = ..., backend: str | None = ...,
-    deterministic: bool = ..., quantization: QuantizationOptions | None = ...,
-    return_mask: Literal[True],
+    score_dtype: torch.dtype | None = ..., return_mask: Literal[True],
+    **options: Unpack[Options],
 ) -> tuple[Tensor, BlockMask]: ...  # fmt: skip
 def video_sparse(
     q: Tensor,
@@ -73,12 +75,9 @@ def video_sparse(
     text_length: TextLength = None,
     text_first: bool = False,
     layout: str = "bhsd",
-    scale: float | None = None,
-    precision: str = "native",
-    backend: str | None = None,
-    deterministic: bool = False,
-    quantization: QuantizationOptions | None = None,
+    score_dtype: torch.dtype | None = None,
     return_mask: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, BlockMask]:
     """Video sparse attention over a video in raster order, with or without text in the sequence.
 
@@ -107,6 +106,9 @@ def video_sparse(
         scale, precision, backend, deterministic, quantization: as in
             :func:`video_attn.attention`; ``scale`` holds for both branches, ``precision`` for the
             sparse one.
+        score_dtype: torch.bfloat16 or torch.float16: tiles are ranked by scores rounded to it, from
+            means rounded to it, with ties to the lower index; torch.bfloat16 is how public models
+            were trained. Default: by the scores in fp32.
         return_mask: also return the :class:`BlockMask` of the sparse branch, for its density or to
             attend again.
 
@@ -117,12 +119,14 @@ def video_sparse(
         TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
         RuntimeError: no backend can serve; the message says why for each.
     """
+    check_options("video_sparse", options)
     video = video_layout(q, k, v, grid, tile, text_first, layout)
     top_k = _check_top_k(top_k, top_k_ratio, video.num_tiles)
     gate = check_gate(gate, (*q.shape[:3], v.shape[3]), q)
     check_bool("return_mask", return_mask)
+    check_score_dtype(score_dtype)
     valid = check_text_length(text_length, video, q.shape[0])
-    scale = check_scale(scale, q.shape[3])
+    options["scale"] = scale = check_scale(options.get("scale"), q.shape[3])
     q, k, v = (_to_tiles(x, video, layout) for x in (q, k, v))
     if isinstance(gate, Tensor):
         gate = _to_tiles(gate, video, layout)
@@ -131,15 +135,13 @@ def video_sparse(
     length = video.num_tiles * video.tile_volume
     selected, coarse = compress_and_select(
         q[:, :, :length], k[:, :, :length], v[:, :, :length], tile_lens, tile_lens,
-        block_size=video.tile_volume, top_k=top_k, scale=scale, gate=gate, backend=backend,
+        block_size=video.tile_volume, top_k=top_k, scale=scale, gate=gate,
+        backend=options.get("backend"), score_dtype=score_dtype,
     )  # fmt: skip
     mask = selected_tiles_mask(
         selected, video, text_blocks=listed_text_blocks(valid, video), block_lens=lens
     )
-    out = attention(
-        q, k, v, mask, scale=scale, precision=precision, backend=backend,
-        deterministic=deterministic, quantization=quantization,
-    )  # fmt: skip
+    out = attention(q, k, v, mask, **options)
     if coarse is not None:
         out = add_coarse(out, coarse, gate, video.tile_volume)
     out = out.transpose(1, 2) if layout == "bshd" else out
@@ -166,6 +168,7 @@ def compress_and_select(
     scale: float,
     gate: Gate,
     backend: str | None = None,
+    score_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(selected int32 [B, Hq, Nq, top_k], coarse [B, Hq, Nq, Dv] or None where the gate is 0).
 
@@ -180,7 +183,10 @@ def compress_and_select(
         q_mean = block_mean(q, q_lens, block_size, backend=backend)
         k_mean = block_mean(k, kv_lens, block_size, backend=backend)
         scores = _scores(q_mean, k_mean, scale)
-        selected = select_top_k(scores.detach(), top_k, kv_lens, backend=backend)
+        ranked = scores.detach()
+        if score_dtype is not None:
+            ranked = _rounded_scores(q_mean.detach(), k_mean.detach(), scale, score_dtype)
+        selected = select_top_k(ranked, top_k, kv_lens, backend=backend)
         if no_coarse:
             return selected, None
         if kv_lens is not None:  # an empty tile is not there; finite, for there may be no other
@@ -272,6 +278,23 @@ def check_count(top_k: object, blocks: int, name: str) -> int:
 def _scores(q_mean: Tensor, k_mean: Tensor, scale: float) -> Tensor:
     wide = torch.float64 if q_mean.dtype == torch.float64 else torch.float32
     return _per_kv_head(q_mean.to(wide) * scale, k_mean.mT)
+
+
+def _rounded_scores(q_mean: Tensor, k_mean: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Scores as a model in ``dtype`` makes them: each step in fp32, rounded to ``dtype``."""
+    products = _per_kv_head(q_mean.to(dtype).float(), k_mean.to(dtype).float().mT).to(dtype)
+    return (products.float() * scale).to(dtype)
+
+
+def check_score_dtype(score_dtype: object) -> None:
+    """
+    Raises:
+        TypeError: it is neither None nor a dtype of half precision.
+    """
+    if score_dtype not in (None, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"score_dtype must be None, torch.bfloat16 or torch.float16, got {score_dtype!r}"
+        )
 
 
 def _per_kv_head(left: Tensor, right: Tensor) -> Tensor:

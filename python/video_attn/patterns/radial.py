@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask, dense_from_lists, lists_from_dense
+from ..checks import check_int, check_positive_number
 from ..layout import VideoLayout
 from ..static_cache import canonical_device, static_cache
 from .scene import Scenes
@@ -73,12 +75,13 @@ class RadialRule:
     pooling: str = "majority"
 
     def __post_init__(self) -> None:
-        _check_number("decay_factor", self.decay_factor, math.inf)
-        _check_number("neighbor_fraction", self.neighbor_fraction, 1.0)
-        if self.min_window is not None:
-            _check_int("min_window", self.min_window, 0)
-        _check_int("split_width", self.split_width, 0)
-        _check_int("sink_frames", self.sink_frames, 0)
+        for name, largest in (("decay_factor", math.inf), ("neighbor_fraction", 1.0)):
+            number = check_positive_number(name, getattr(self, name), largest)
+            object.__setattr__(self, name, number)
+        for name in ("min_window", "split_width", "sink_frames"):
+            value = getattr(self, name)
+            if name != "min_window" or value is not None:
+                object.__setattr__(self, name, check_int(name, value, 0))
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {self.pooling!r}")
 
@@ -158,7 +161,7 @@ def radial_mask(
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     if scenes is not None and not isinstance(scenes, Scenes):
         raise TypeError(f"scenes must be a Scenes or None, got {type(scenes).__name__}")
-    _check_int("block_size", block_size, 1)
+    block_size = index(check_int("block_size", block_size, 1))
     scenes_key = None if scenes is None else scenes.key
     key = (layout.key, rule.key, scenes_key, block_size, canonical_device(device))
     length = layout.sequence_length
@@ -182,9 +185,9 @@ def frame_windows(
         else -1
         for d in range(frames)
     ]
-    index = torch.arange(frames, device="cpu")
+    frame = torch.arange(frames, device="cpu")
     windows = torch.tensor(by_distance, dtype=torch.int32, device="cpu")
-    windows = windows[(index[:, None] - index).abs()]
+    windows = windows[(frame[:, None] - frame).abs()]
     windows[:, : rule.sink_frames] = tokens
     return windows if scenes is None else scenes.restrict(windows, tokens, rule.sink_frames)
 
@@ -352,18 +355,3 @@ def _video_start(layout: VideoLayout) -> int:
 def _halved(tokens_per_frame: int, distance: int) -> float:
     """2**bl(s) / 2**bl(distance): a power of two above s, halved at distances 1, 2, 4, 8, ..."""
     return 2.0 ** (tokens_per_frame.bit_length() - distance.bit_length())
-
-
-def _check_number(name: str, value: object, largest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (0 < value <= largest and math.isfinite(value)):
-        limit = "a finite number > 0" if largest == math.inf else f"in (0, {largest:g}]"
-        raise ValueError(f"{name} must be {limit}, got {value}")
-
-
-def _check_int(name: str, value: object, smallest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < smallest:
-        raise ValueError(f"{name} must be >= {smallest}, got {value}")

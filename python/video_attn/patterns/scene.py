@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..checks import as_int, check_bool, check_int
 
 Matrix = tuple[tuple[bool, ...], ...]
 Adjacency = str | Callable[[int, int], bool] | Tensor | Sequence[Sequence[bool]]
@@ -75,16 +78,13 @@ class Scenes:
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
         for name in ("scene_sink", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
         for name, minimum in (
             ("temporal_compression", 1),
             ("temporal_patch", 1),
             ("padding_latents", 0),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name} must be an int >= {minimum}, got {value!r}")
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum))
         if self.padding_latents >= self.temporal_patch:
             raise ValueError(
                 f"padding_latents must be less than temporal_patch {self.temporal_patch}, "
@@ -121,11 +121,11 @@ class Scenes:
         ends = torch.tensor([*self.boundaries[1:-1], int(spans[-1, 1])], device="cpu")
         member = (spans[:, :1] < ends) & (spans[:, 1:] > starts)
         if self.straddle != "both":
-            index = torch.arange(self.num_scenes, device="cpu")
-            scene = index.where(member, self.num_scenes).amin(1)
+            numbers = torch.arange(self.num_scenes, device="cpu")
+            scene = numbers.where(member, self.num_scenes).amin(1)
             if self.straddle == "later":
-                scene = index.where(member, -1).amax(1)
-            member = scene[:, None] == index
+                scene = numbers.where(member, -1).amax(1)
+            member = scene[:, None] == numbers
         for scene_index in (~member.any(0)).nonzero().flatten().tolist():
             first, end = self.boundaries[scene_index : scene_index + 2]
             raise ValueError(
@@ -191,10 +191,13 @@ class Scenes:
 
 
 def _as_boundaries(value: Sequence[int]) -> tuple[int, ...]:
+    if type(value).__module__ == "numpy":
+        value = list(value)
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"boundaries must be a sequence of ints, got {value!r}")
-    if not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+    if any(as_int(x) is None for x in value):
         raise TypeError(f"boundaries must be ints, got {list(value)!r}")
+    value = [index(x) for x in value]
     rising = all(a < b for a, b in pairwise(value))
     if len(value) < 2 or value[0] != 0 or not rising:
         raise ValueError(

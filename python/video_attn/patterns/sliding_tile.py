@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask, dense_from_lists, lists_from_dense
+from ..checks import as_int
 from ..layout import LayoutKey, Triple, VideoLayout, as_triple
 from ..static_cache import canonical_device, static_cache
 from .valid_text import TextLength, block_lens, check_text_length, listed_text_blocks
@@ -66,7 +67,9 @@ def check_windows(
     Raises:
         TypeError, ValueError: not three integers >= 1, or not one per head.
     """
-    if not isinstance(windows, Sequence) or (windows and isinstance(windows[0], (int, str))):
+    if type(windows).__module__ == "numpy":
+        windows = list(cast(Sequence[int], windows))
+    if not isinstance(windows, Sequence) or (windows and _is_number(windows[0])):
         return (as_triple(cast("str | int | Sequence[int]", windows), name),)
     if len(windows) == 0 or (heads is not None and len(windows) != heads):
         number = "" if heads is None else f" ({heads})"
@@ -75,6 +78,10 @@ def check_windows(
             f"got {len(windows)} of them"
         )
     return tuple([as_triple(cast(Sequence[int], window), name) for window in windows])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, str) or as_int(value) is not None
 
 
 @static_cache

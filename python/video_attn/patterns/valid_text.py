@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import as_int
 from ..layout import LayoutKey, VideoLayout
 from ..static_cache import static_cache
 
@@ -32,14 +33,16 @@ def check_text_length(
     if isinstance(text_length, Tensor):
         _check_tensor(text_length, batch)
         return text_length
-    single = isinstance(text_length, int)
-    values = (text_length,) if isinstance(text_length, int) else text_length
+    single = as_int(text_length) is not None
+    values: object = (text_length,) if single else text_length
+    if type(values).__module__ == "numpy":
+        values = list(values)  # type: ignore[call-overload]
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(
             f"text_length must be an int, a sequence of ints or a Tensor [B], got {text_length!r}"
         )
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
+        if as_int(value) is None:
             raise TypeError(f"text_length must hold ints, got {text_length!r}")
         if not 0 <= value <= layout.text_length:
             raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..checks import check_number
 from ..compiler import constant_result
 from ..layout import VideoLayout
 
@@ -31,8 +32,8 @@ def kept_blocks(ratio: float, num_blocks: int) -> int:
     Raises:
         TypeError: ``ratio`` is not a number. ValueError: it is not in (0, 1], or no blocks.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Fraction)):
-        raise TypeError(f"top_k_ratio must be a number, got {ratio!r}")
+    if not isinstance(ratio, Fraction):
+        ratio = check_number("top_k_ratio", ratio)
     if not 0 < ratio <= 1:
         raise ValueError(f"top_k_ratio must be in (0, 1]: the share of key tiles kept; got {ratio}")
     if num_blocks < 1:
