@@ -208,7 +208,7 @@ ROWS = {
     "padded_topk_twice": (
         lambda: padded(2, 8, topk=2), TypeError, "two values for argument 'topk'",
     ),
-    "padded_unknown": (lambda: padded(2, 8, scale=1.0), TypeError, "keyword argument 'scale'"),
+    "padded_unknown": (lambda: padded(2, 8, heads=1), TypeError, "keyword argument 'heads'"),
     "padded_too_many": (lambda: padded(2, 8, None, 1), TypeError, "at most 7 positional"),
     "padded_too_many_sizes": (
         lambda: padded(ints(8), 2, 8, None, 1), TypeError, "at most 8 positional",
@@ -256,7 +256,7 @@ ROWS = {
     # vsa.block_sparse_attn and the list form
     "map_type": (lambda: mapped([[True]]), TypeError, "block_map must be a bool tensor"),
     "map_dtype": (lambda: mapped(MAP.int()), TypeError, "block_map must be a bool tensor"),
-    "map_dims": (lambda: mapped(MAP[0]), ValueError, "block_map must be [B|1, H|1, Nq, Nk]"),
+    "map_dims": (lambda: mapped(MAP[0, 0]), ValueError, "block_map must be [B|1, H|1, Nq, Nk]"),
     "map_empty": (lambda: mapped(MAP[..., :0]), ValueError, "block_map must be"),
     "map_rows": (lambda: mapped(MAP[:, :, :7]), ValueError, "q must have a multiple of 7 tokens"),
     "map_columns": (lambda: mapped(MAP[..., :7]), ValueError, "k must have a multiple of 7 tokens"),
@@ -274,7 +274,7 @@ ROWS = {
     ),
     "list_counts_shape": (
         lambda: listed(ints(2, 3, 8, 2), ints(2, 3, 7)),
-        ValueError, "q2k_num must be [B|1, H|1, Nq]",
+        ValueError, "q2k_num must have the shape of q2k_idx",
     ),
     "list_out_of_range": (
         lambda: listed(ints(2, 3, 8, 1, value=8), ints(2, 3, 8, value=1)),

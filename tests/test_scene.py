@@ -194,8 +194,8 @@ def test_boundaries_before_the_end_and_strict() -> None:
     ({"sink": True}, ValueError, "sink must be one of obey, exempt"),
     ({"scene_sink": 1}, TypeError, "scene_sink must be True or False"),
     ({"strict": None}, TypeError, "strict"),
-    ({"temporal_compression": 0}, ValueError, "temporal_compression must be an int >= 1"),
-    ({"temporal_patch": 1.0}, ValueError, "temporal_patch"),
+    ({"temporal_compression": 0}, ValueError, "temporal_compression must be >= 1"),
+    ({"temporal_patch": 1.0}, TypeError, "temporal_patch must be an int"),
     ({"padding_latents": 1}, ValueError, "padding_latents must be less than temporal_patch 1"),
 ])  # fmt: skip
 def test_wrong_scenes_are_refused(change: dict, error: type[Exception], words: str) -> None:

@@ -190,7 +190,7 @@ def test_host_never_reads_the_device(function, kind, monkeypatch):
 
     Values of block sizes are checked on a CPU only; here they count as being on a GPU.
     """
-    monkeypatch.setattr(vsa_padded, "_values_can_be_read", lambda x: False)
+    monkeypatch.setattr(vsa_padded, "values_can_be_read", lambda x: False)
     grid = (3, 5, 4)  # of no other test: the tables are first built under the mode, and then used
     real = torch.randn(2, 3, 60 + 6, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):

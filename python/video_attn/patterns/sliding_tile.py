@@ -81,7 +81,7 @@ def check_windows(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, str) or as_int(value) is not None
+    return isinstance(value, (int, str)) or as_int(value) is not None
 
 
 @static_cache

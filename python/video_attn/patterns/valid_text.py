@@ -33,7 +33,7 @@ def check_text_length(
     if isinstance(text_length, Tensor):
         _check_tensor(text_length, batch)
         return text_length
-    single = as_int(text_length) is not None
+    single = isinstance(text_length, int) or as_int(text_length) is not None
     values: object = (text_length,) if single else text_length
     if type(values).__module__ == "numpy":
         values = list(values)  # type: ignore[call-overload]
