@@ -85,9 +85,9 @@ def time_parts(options: argparse.Namespace, case: Case) -> dict[str, Timing]:
         from fastvideo_kernel.ops import video_sparse_attn as theirs
 
         parts["fastvideo_kernel.ops.video_sparse_attn, forward"] = lambda: theirs(
-            q, k, v, full, full, top_k, size
+            q, k, v, full, full, top_k, (4, 4, 4)
         )
-    return time_interleaved(parts, device=options.device, repeats=options.repeats)
+    return time_interleaved(parts, device=options.device, repeats=options.repeats, seconds=2.0)
 
 
 def print_original_lines(case: Case, results: list[Result]) -> None:

@@ -193,3 +193,24 @@ def test_documented_scripts_need_no_option():
     assert sys.modules["bench_dense"].parse([]).output == record_path(
         "dense", "cuda" if torch.cuda.is_available() else "cpu"
     )
+
+
+def test_an_old_run_takes_in_no_other_peer(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU, and never one of ours: the run must end, and what is left out is said."""
+    cases, measure, peers = load("cases"), load("measure"), load("peers")
+    case = cases.make_dense_case(64, 1, 16, "float32", "cpu")
+    everybody = providers_of(peers, ours=attention, theirs=attention)
+    assert all(r.timing for r in measure.time_case(case, everybody, 1, False))
+    monkeypatch.setattr(measure, "elapsed", lambda: 1e9)
+    assert all(r.timing for r in measure.time_case(case, everybody, 1, False))  # a CPU has time
+
+    class OnGpu(cases.Case):
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(measure, "time_interleaved", lambda runs, **_: {
+        name: Timing((float(run() is None) + 1,)) for name, run in runs.items()
+    })  # fmt: skip
+    on_gpu = OnGpu(case.tensors, case.grad, case.mask, case.problem)
+    rows = {r.provider: r for r in measure.time_case(on_gpu, everybody, 1, False)}
+    assert rows["ours"].timing is not None and rows["theirs"].timing is None
+    assert rows["theirs"].failure.startswith("left out")

@@ -8,7 +8,7 @@ run (:func:`time_interleaved`), prints a table and writes one JSON record
 from __future__ import annotations
 
 from .check import WrongResultError, relative_error, require_correct
-from .progress import say
+from .progress import elapsed, say
 from .record import (
     Record,
     Result,
@@ -27,6 +27,7 @@ __all__ = [
     "Timing",
     "WrongResultError",
     "commit",
+    "elapsed",
     "machine_info",
     "print_table",
     "record_path",

@@ -8,6 +8,11 @@ import time
 _START = time.perf_counter()
 
 
+def elapsed() -> float:
+    """Seconds since the benchmark began."""
+    return time.perf_counter() - _START
+
+
 def say(step: str) -> None:
     """Shows that ``step`` begins now."""
-    print(f"{time.perf_counter() - _START:7.1f} s  {step}", file=sys.stderr, flush=True)
+    print(f"{elapsed():7.1f} s  {step}", file=sys.stderr, flush=True)
