@@ -146,19 +146,8 @@ def test_psnr(example: Any) -> None:
 
 
 def test_the_documents_path_works_from_the_root() -> None:
-    words = [
-        "test_ltx2_vsa_integration.py",
-        "--video_shape",
-        "2",
-        "4",
-        "4",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
-    done = subprocess.run(
-        [sys.executable, script.name, *words], cwd=ROOT, capture_output=True, text=True
-    )
+    words = ["--video_shape", "2", "4", "4", "--device", "cpu", "--dtype", "float32"]
+    command = [sys.executable, "test_ltx2_vsa_integration.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout

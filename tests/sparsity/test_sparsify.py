@@ -213,6 +213,28 @@ def test_gates() -> None:
     assert error(module(x), defined_output(module, x, GRID, 4)) < 1e-5
 
 
+def test_scores_of_fastvideo_rank_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``score_dtype`` reaches the function that ranks, with statistics and without."""
+    from video_attn.functional import patterns
+    from video_attn.sparsity import methods
+
+    given = []
+
+    def ranked(*args: Any, **options: Any) -> Any:
+        given.append(options.get("score_dtype"))
+        return original(*args, **options)
+
+    original = patterns.video_sparse
+    monkeypatch.setattr(patterns, "video_sparse", ranked)
+    monkeypatch.setattr(methods, "video_sparse", ranked)
+    module, x = made(VideoAttention), video()
+    mtsa.sparsify(module, config("*", score_dtype="bfloat16", video_shape=GRID))
+    module(x)
+    mtsa.set_sparse_attention_attribute(module, "*", {"collect_stats": True})
+    module(x)
+    assert given == [torch.bfloat16, torch.bfloat16]
+
+
 def test_forward_attention_alone() -> None:
     """The video shape given in the call stays."""
     module = mtsa.sparsify(made(VideoAttention), config("*"))

@@ -144,6 +144,8 @@ def test_fastwan_checkpoints_keep_their_gates(prefix: str, place: str) -> None:
         gate = model.blocks[i].attn1.to_gate_compress
         assert torch.equal(gate.weight, bare[f"blocks.{i}.{place}to_gate_compress.weight"])
         assert torch.equal(gate.bias, bare[f"blocks.{i}.{place}to_gate_compress.bias"])
+        # FastVideo's kernels choose tiles by scores in bfloat16.
+        assert model.blocks[i].attn1._sparse_attention.attributes.score_dtype == "bfloat16"
     assert not torch.equal(output(model, MODELS["wan"].inputs(1)), without)
 
 

@@ -161,7 +161,7 @@ class VSAAttributeConfig(AttentionAttributes):
     top_k_ratio: float | None = None
     top_k: Annotated[StrictInt, Field(ge=1)] | None = None
     gate: Literal["auto", "none", "sum"] = "auto"
-    score_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    score_dtype: Literal["bfloat16", "float16"] | None = None
 
     @field_validator("top_k_ratio", mode="before")
     @classmethod

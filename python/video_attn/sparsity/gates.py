@@ -107,7 +107,7 @@ def load_gates(
     model: Any,
     checkpoint: Mapping[str, Tensor] | str | Path,
     *,
-    score_dtype: str | None = None,
+    score_dtype: str | None = "bfloat16",
 ) -> list[str]:
     """Takes the gates out of a checkpoint: a state dict, or a safetensors file or folder of them.
 

@@ -25,13 +25,10 @@ from .config import (
 def pattern_of(attributes: AttentionAttributes) -> Any:
     """The pattern object that attributes describe."""
     if isinstance(attributes, VSAAttributeConfig):
-        dtype = attributes.score_dtype
-        scoring = {} if dtype is None else {"score_dtype": getattr(torch, dtype)}
         return VideoSparse(
             top_k_ratio=attributes.top_k_ratio,
             top_k=attributes.top_k,
             tile=attributes.block_size_3d,
-            **scoring,
         )
     if isinstance(attributes, SlidingTileAttributeConfig):
         return SlidingTile(attributes.window, attributes.block_size_3d)
@@ -43,7 +40,12 @@ def pattern_of(attributes: AttentionAttributes) -> Any:
 def options_of(attributes: AttentionAttributes) -> dict[str, Any]:
     """The keyword arguments of ``attend`` that attributes give."""
     precision, quantization = parse_recipe(attributes.precision)
-    return {"precision": precision, "quantization": quantization, "backend": attributes.backend}
+    options: dict[str, Any] = {
+        "precision": precision, "quantization": quantization, "backend": attributes.backend,
+    }  # fmt: skip
+    if isinstance(attributes, VSAAttributeConfig) and attributes.score_dtype is not None:
+        options["score_dtype"] = getattr(torch, attributes.score_dtype)
+    return options
 
 
 def measured(
@@ -56,15 +58,13 @@ def measured(
         density = pattern.density(tokens, query.shape[1])
         return out, torch.full((), density, dtype=torch.float64, device=query.device)
     tiles = tokens.layout(pattern.tile).num_tiles
-    dtype = getattr(pattern, "score_dtype", None)
-    scoring = {} if dtype is None else {"score_dtype": dtype}
     out, mask = video_sparse(
         query, key, value, tokens.grid,
         top_k=None if pattern.top_k is None else min(pattern.top_k, tiles),
         top_k_ratio=pattern.top_k_ratio,
         gate=_whole_gate(gate, tokens) if isinstance(gate, Tensor) else (gate or 0.0),
         tile=pattern.tile, text_length=tokens.valid_text, text_first=tokens.text_first,
-        return_mask=True, **scoring, **options,
+        return_mask=True, **options,
     )  # fmt: skip
     return out, _density(mask)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from ..layout import VideoLayout
 from ..patterns.video_sparse import kept_blocks
 from .conversion import get_named_sparse_attention_modules
 from .matching import kind_of
 from .state import ModuleState
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_sparse_attention_summary(model: Any, console: Console | None = None) -> None:
@@ -23,6 +23,13 @@ def print_sparse_attention_summary(model: Any, console: Console | None = None) -
     Density is measured where ``collect_stats`` is on; otherwise it is what the pattern keeps of the
     last grid, marked with ~.
     """
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise ImportError(
+            "the summary is a table of rich: pip install 'video-attn[cli]'"
+        ) from error
     if console is None:  # a file has no width that a table must fit
         console = Console(width=None if sys.stdout.isatty() else 160)
     modules = get_named_sparse_attention_modules(model)
