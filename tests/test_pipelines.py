@@ -314,15 +314,15 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan"])
-def test_compile_of_repeated_blocks(name: str, fresh_compiler: None) -> None:
+@pytest.mark.parametrize("name, backend", [("wan", "aot_eager"), ("hunyuan", "eager")])
+def test_compile_of_repeated_blocks(name: str, backend: str, fresh_compiler: None) -> None:
     """No graph break, and one graph for dense and sparse layers of each kind of block."""
     tiny, model = MODELS[name], MODELS[name].model()
     inputs = tiny.inputs(2)
     pattern = SlidingTile((1, 1, 2), (2, 2, 2))
     with apply(model, pattern, schedule=Schedule(dense_layers=1)) as handle:
         eager = output(model, inputs)
-        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        model.compile_repeated_blocks(fullgraph=True, backend=backend)
         assert error(output(model, inputs), eager) < 1e-4
         assert counts(handle) == (2, 2)
         assert graphs() == len(model._repeated_blocks)
@@ -332,7 +332,7 @@ def test_compile_of_the_transformer_before_and_after(pipe: Any, fresh_compiler: 
     """One graph for all steps; a pipeline compiled before, and one with another schedule."""
     with apply(pipe, PATTERN, schedule=FIRST):
         eager = latents(pipe)
-    pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager", fullgraph=True)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
     with apply(pipe, PATTERN, schedule=FIRST) as handle:
         assert applied_to(pipe) is handle
         assert error(latents(pipe), eager) < 1e-4
@@ -347,7 +347,7 @@ def test_compiled_and_run_before_apply(how: str, fresh_compiler: None) -> None:
     inputs, called = tiny.inputs(1), model
     with apply(model, PATTERN):
         expected = output(model, inputs)
-    options: dict[str, Any] = {"backend": "aot_eager", "fullgraph": True}
+    options: dict[str, Any] = {"backend": "eager", "fullgraph": True}
     if how == "wrapped":
         called = torch.compile(model, **options)
     elif how == "in_place":
@@ -374,7 +374,7 @@ def test_compiled_training_breaks_its_graph_and_has_gradients(fresh_compiler: No
 
     with apply(model, PATTERN):
         expected = gradient(model)
-        assert error(gradient(torch.compile(model, backend="aot_eager")), expected) < 1e-3
+        assert error(gradient(torch.compile(model, backend="eager")), expected) < 1e-3
 
 
 def test_gradient_checkpointing_sees_the_mask_of_its_own_call() -> None:
