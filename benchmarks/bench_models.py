@@ -137,17 +137,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=5)
     add("--small", action="store_true", help="tiny models and videos, for a CPU")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, help="JSON (default benchmarks/results/models_GPU.json)")
-    return parser.parse_args(arguments)
+    add("--output", type=Path, help="JSON (default benchmarks/results/models_GPU.json)")
+    options = parser.parse_args(arguments)
+    options.output = options.output or record_path("models", options.device)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
     options = parse(arguments)
     results = [r for name in options.models for r in bench_model(options, CASES[name])]
-    path = options.out or record_path("models", options.device)
-    write_record(Record.of("models", results, options.device), path)
-    say(f"wrote {path}")
+    write_record(Record.of("bench_models", results, options.device), options.output)
+    print(f"wrote {options.output}")
     return 0
 
 

@@ -7,7 +7,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,27 +107,35 @@ class AppliedTransformer:
                 asked.attn_mask = _key_mask(state.tokens, asked.key.device)
             return asked.dense()
         asked.refuse_more(attn_mask=not self.family.masks_text)
-        tokens = state.tokens
-        if self.family.gathers_text:
-            text = asked.query.shape[2] - tokens.video_length
-            tokens = VideoTokens(tokens.grid, text)
+        tokens = self._tokens_of(asked, state)
         precision, quantization = parse_recipe(handle.precision)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int = 0) -> Tensor:
-            part = pattern.of_heads(first_head, first_head + query.shape[1])
-            return part.attend(
-                query, key, value, tokens, gate=asked.gate, scale=asked.scale,
-                precision=precision, backend=handle.backend, quantization=quantization,
-            )  # fmt: skip
-
+        options: dict[str, Any] = {
+            "gate": asked.gate, "scale": asked.scale, "precision": precision,
+            "backend": handle.backend, "quantization": quantization,
+        }  # fmt: skip
         if asked.parallel_config is None:
-            return attend(asked.query, asked.key, asked.value)
+            return pattern.attend(asked.query, asked.key, asked.value, tokens, **options)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
+            part = pattern.of_heads(first_head, first_head + query.shape[1])
+            return part.attend(query, key, value, tokens, **options)
+
         if tokens.text_length > 0:
             raise ValueError(
                 "context parallelism mixes the video and the text of the ranks, so a sequence of "
                 "both cannot be served: disable it, or undo()"
             )
         return attend_in_parallel(asked, attend)
+
+    def _tokens_of(self, asked: AttentionCall, state: CallState) -> VideoTokens:
+        """The tokens of one call of attention, on its device."""
+        tokens = state.tokens
+        if self.family.gathers_text:
+            return VideoTokens(tokens.grid, asked.query.shape[2] - tokens.video_length)
+        valid, device = tokens.valid_text, asked.query.device
+        if isinstance(valid, Tensor) and valid.device != device:  # a model over several GPUs
+            return replace(tokens, valid_text=valid.to(device))
+        return tokens
 
     def _before_forward(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """The hook: what this call knows."""
