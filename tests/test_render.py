@@ -18,13 +18,15 @@ import pytest
 import torch
 from test_wan import tiny_pipeline as tiny_wan
 from tiny_cogvideox import saved
+from tiny_models import MODELS as TINY
+from tiny_models import output
 from torch.nn import functional as F
 
 from video_attn import cli, registry
 from video_attn.attention_types import ATTENTION_TYPES
 from video_attn.functional.patterns import Dense, Radial, SlidingTile, VideoSparse
 from video_attn.tools import UsageError
-from video_attn.tools.capture import find_captures, load_capture
+from video_attn.tools.capture import CaptureWriter, Selection, find_captures, load_capture
 from video_attn.tools.render import attention, compare, session
 from video_attn.tools.render.attention import ModelAttention
 from video_attn.tools.render.command import PROMPT
@@ -184,17 +186,17 @@ def test_output_and_fps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rendered: Path) -> None:
-    """The transformer is compiled; counts and video stay what they are."""
+    """The blocks are compiled, without a break of the graph; counts and video stay."""
     asked, real = [], torch.compile
 
     def eager(function: Any, **options: Any) -> Any:
         asked.append(options)
-        return real(function, backend="eager")
+        return real(function, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", eager)
     path = tmp_path / "x.mp4"
     assert render("--compile", "--attention_type", "sagev1", "--output", str(path)) == 0
-    assert [options["mode"] for options in asked] == ["max-autotune-no-cudagraphs"]
+    assert [options["mode"] for options in asked] == ["max-autotune-no-cudagraphs"] * LAYERS
     assert record_of(path)["dense_calls"] == LAYERS * STEPS
     other = frames_of(rendered / "cogvideox-2b_sagev1.mp4").astype(int)
     assert np.abs(frames_of(path) - other).mean() < 1
@@ -312,6 +314,28 @@ def test_captures_are_those_of_the_video(rendered: Path) -> None:
         assert facts.timestep == timesteps[facts.step or 0] and facts.kernel == "sdpa"
         for got, expected in zip((capture.q, capture.k, capture.v), seen[number], strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "hunyuan15"])
+def test_padded_text(name: str, tmp_path: Path) -> None:
+    """Padding is no part of a capture, and no type attends to it; items that differ are marked."""
+    tiny = TINY[name]
+    model, scheduler = tiny.model(), SimpleNamespace(timesteps=torch.tensor([500.0]))
+    pipe = SimpleNamespace(transformer=model, scheduler=scheduler)
+    expected = [output(model, tiny.inputs(batch)) for batch in (1, 2)]
+    for text in ("sdpa", "fav2", "sta:window=9x9x9:tile=2x2x2"):
+        made = CaptureWriter(tmp_path, "x", Selection())
+        with ModelAttention(pipe, parse_kind(text), writer=made):
+            for batch in (1, 2):
+                got = output(model, tiny.inputs(batch))
+                assert (got - expected[batch - 1]).abs().max() < 1e-4
+        captures = [load_capture(path) for path in find_captures(tmp_path)]
+        assert len(captures) == 2 * tiny.layers
+        one, two = captures[0], captures[tiny.layers]
+        assert one.facts.mask == "none" and two.facts.mask == "padded text"
+        video = math.prod(tiny.grid)
+        assert one.q.shape[2] == one.k.shape[2] == video + (one.facts.text_length or 0)
+        assert two.q.shape[2] == video + (two.facts.text_length or 0)
 
 
 def test_selected_captures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ from ...calls import problem_of
 from ...functional import named_attention
 from ...functional.patterns import Dense, Pattern, Radial
 from ...functional.video_tokens import VideoTokens
-from ...integrations.intercept import AttentionCall, ReplacedProcessor, replace_processor
+from ...integrations.intercept import AttentionCall, replace_processor
+from ...integrations.layer import LayerAttention
 from ...integrations.models import AttentionLayer, Family, family_of
 from ...integrations.steps import TRANSFORMERS, denoising_step, unwrapped
 from ...quantize import parse_recipe
@@ -86,7 +87,7 @@ class ModelAttention:
         self.backends: dict[str, list[Verdict]] = {}
         self._pipe, self._before_first = pipe, before_first
         self._state: _CallState | None = None
-        self._processors: list[ReplacedProcessor] = []
+        self._attentions: list[LayerAttention] = []
         self._hooks: list[Any] = []
         for transformer, family in video_transformers(pipe):
             layers = family.attention_layers(transformer)
@@ -110,21 +111,20 @@ class ModelAttention:
             tokens = family.tokens(module, inputs)
             self._state = _CallState(tokens, patterns, step, timestep)
 
-        # Neither the hook nor our attention is traced by torch.compile: they keep counts and files.
-        hook = torch.compiler.disable(before_forward)
-        self._hooks.append(transformer.register_forward_pre_hook(hook, with_kwargs=True))
-        for layer in layers:
-            attend = torch.compiler.disable(self._attend_of(layer.layer, family))
-            self._processors.append(replace_processor(layer.module, attend))
-
-    def _attend_of(self, layer: int, family: Family) -> Callable[[AttentionCall], Tensor]:
-        def attend(call: AttentionCall) -> Tensor:
-            state = self._state
-            if state is None:
+        def serve(index: int, call: AttentionCall) -> Tensor:
+            if self._state is None:
                 raise RuntimeError("attention was called outside of its transformer's forward")
-            return self._serve(call, layer, family, state)
+            return self._serve(call, layers[index].layer, family, self._state)
 
-        return attend
+        hook = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+        self._hooks.append(hook)
+        ours = self.kind.named != "sdpa"  # which lists the valid keys itself
+        for index, layer in enumerate(layers):
+            attention = LayerAttention(serve, index)
+            attention.processor = replace_processor(
+                layer.module, attention, without_mask=family.large_mask and ours
+            )
+            self._attentions.append(attention)
 
     def _serve(self, call: AttentionCall, layer: int, family: Family, state: _CallState) -> Tensor:
         tokens = state.tokens
@@ -134,7 +134,7 @@ class ModelAttention:
             self._before_first(tokens, call.query)
             self._before_first = None
         if self.writer is not None:
-            self.writer.offer(call.query, call.key, call.value, _facts(call, layer, state, tokens))
+            self._capture(self.writer, call, layer, family, state.step, state.timestep, tokens)
         pattern = state.patterns[layer]
         if isinstance(pattern, Dense):
             self.dense_calls += 1
@@ -148,6 +148,27 @@ class ModelAttention:
             call.query, call.key, call.value, tokens, gate=call.gate, scale=call.scale,
             precision=precision, quantization=quantization,
         )  # fmt: skip
+
+    def _capture(
+        self, writer: CaptureWriter, call: AttentionCall, layer: int, family: Family, step: int,
+        timestep: float, tokens: VideoTokens,
+    ) -> None:  # fmt: skip
+        """Offers q, k, v of the call, without the padding behind the text where it is known."""
+        qkv, text, mask = [call.query, call.key, call.value], tokens.text_length, "none"
+        if tokens.valid_text is not None:
+            valid = set(torch.as_tensor(tokens.valid_text).flatten().tolist())
+            if len(valid) == 1 and not tokens.text_first:
+                text = int(valid.pop())
+                qkv = [x[:, :, : tokens.video_length + text] for x in qkv]
+            else:
+                mask = "padded text"
+        elif call.attn_mask is not None and not family.masks_text:
+            mask = f"attn_mask {tuple(call.attn_mask.shape)}"
+        facts = Facts(
+            layer=layer, step=step, timestep=timestep, grid=tokens.grid, text_length=text,
+            text_first=tokens.text_first, scale=call.scale, is_causal=call.is_causal, mask=mask,
+        )  # fmt: skip
+        writer.offer(*qkv, facts)
 
     def _dense(self, call: AttentionCall, tokens: VideoTokens, family: Family) -> Tensor:
         """The named attention; "sdpa" is what the model does by itself."""
@@ -179,21 +200,13 @@ class ModelAttention:
         """Takes it out again."""
         for hook in self._hooks:
             hook.remove()
-        for processor in self._processors:
-            processor.undo()
-        self._hooks, self._processors = [], []
+        for attention in self._attentions:
+            if attention.processor is not None:
+                attention.processor.undo()
+        self._hooks, self._attentions = [], []
 
     def __enter__(self) -> ModelAttention:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.undo()
-
-
-def _facts(call: AttentionCall, layer: int, state: _CallState, tokens: VideoTokens) -> Facts:
-    return Facts(
-        layer=layer, step=state.step, timestep=state.timestep, grid=tokens.grid,
-        text_length=tokens.text_length, text_first=tokens.text_first, scale=call.scale,
-        is_causal=call.is_causal,
-        mask="none" if call.attn_mask is None else f"attn_mask {tuple(call.attn_mask.shape)}",
-    )  # fmt: skip

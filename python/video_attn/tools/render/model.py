@@ -35,7 +35,7 @@ def load_pipeline(
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise UsageError(
-            "rendering needs diffusers: pip install 'video-attn[diffusers]'"
+            "rendering needs diffusers: pip install 'video-attn[cli,diffusers]'"
         ) from error
     place = chosen_device(device)
     if offload != "none" and place.type == "cpu":

@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,10 @@ def render(
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with ModelAttention(pipe, kind, writer=writer, before_first=before_first) as attention:
-        if wanted.compile:
-            _compile(pipe)
+    with (
+        ModelAttention(pipe, kind, writer=writer, before_first=before_first) as attention,
+        _compiled(pipe) if wanted.compile else nullcontext(),
+    ):
         try:
             frames = _generate(pipe, arguments, wanted.seed, steps, outcome.seconds, device)
         finally:
@@ -179,11 +180,21 @@ def _progress(steps: int) -> Iterator[Callable[[float], None]]:
         yield lambda pace: progress.update(task, advance=1, pace=f"{pace:.2f} s per step")
 
 
-def _compile(pipe: Any) -> None:
-    """torch.compile of the transformers, in place, once."""
-    for transformer, _ in video_transformers(pipe):
-        if transformer._compiled_call_impl is None:
-            transformer.compile(mode="max-autotune-no-cudagraphs")
+@contextmanager
+def _compiled(pipe: Any) -> Iterator[None]:
+    """The blocks of the transformers are compiled: all blocks of a kind share one graph."""
+    blocks = []
+    for transformer, family in video_transformers(pipe):
+        names = [x.name.rpartition(".")[0] for x in family.attention_layers(transformer)]
+        blocks += [transformer.get_submodule(name) for name in dict.fromkeys(names)]
+    for block in blocks:
+        block.compile(mode="max-autotune-no-cudagraphs")
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch.compiler.reset()  # the next attention type must not count as a recompilation
 
 
 def _default(pipe: Any, name: str) -> Any:
