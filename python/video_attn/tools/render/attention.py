@@ -154,12 +154,12 @@ class ModelAttention:
         timestep: float, tokens: VideoTokens,
     ) -> None:  # fmt: skip
         """Offers q, k, v of the call, without the padding behind the text where it is known."""
-        qkv, text, mask = [call.query, call.key, call.value], tokens.text_length, "none"
+        length, text, mask = call.query.shape[2], tokens.text_length, "none"
         if tokens.valid_text is not None:
             valid = set(torch.as_tensor(tokens.valid_text).flatten().tolist())
             if len(valid) == 1 and not tokens.text_first:
                 text = int(valid.pop())
-                qkv = [x[:, :, : tokens.video_length + text] for x in qkv]
+                length = tokens.video_length + text
             else:
                 mask = "padded text"
         elif call.attn_mask is not None and not family.masks_text:
@@ -168,7 +168,8 @@ class ModelAttention:
             layer=layer, step=step, timestep=timestep, grid=tokens.grid, text_length=text,
             text_first=tokens.text_first, scale=call.scale, is_causal=call.is_causal, mask=mask,
         )  # fmt: skip
-        writer.offer(*qkv, facts)
+        q, k, v = (x[:, :, :length] for x in (call.query, call.key, call.value))
+        writer.offer(q, k, v, facts)
 
     def _dense(self, call: AttentionCall, tokens: VideoTokens, family: Family) -> Tensor:
         """The named attention; "sdpa" is what the model does by itself."""
