@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,9 +199,12 @@ class _Weakly:
     """Holds a pipeline without keeping it, or being copied with it."""
 
     def __init__(self, thing: Any) -> None:
-        import weakref
-
-        self._reference = None if thing is None else weakref.ref(thing)
+        self._reference: Any = None
+        if thing is not None:
+            try:
+                self._reference = weakref.ref(thing)
+            except TypeError:  # of a class with slots
+                self._reference = lambda: thing
 
     def __call__(self) -> Any:
         return None if self._reference is None else self._reference()
