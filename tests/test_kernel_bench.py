@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,8 @@ def test_every_kernel_and_every_figure(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["-b", "1", "-hq", "4", "-hk", "2", "-sq", "40", "-sk", "70", "-d", "32", "-dv", "16",
              "--dtype", "bf16", "--device", "cpu", "--repeats", "3", "--kernel", "all",
              "-metric", "all", "--compare_to_ref", "-print_compare_stats", "-print_vgpr",
-             "--csv", str(table), "--plot", str(picture), "--output_dir", str(outputs)]  # fmt: skip
+             "--csv", str(table), "--plot", str(picture), "--output_dir", str(outputs),
+             "--record", str(tmp_path / "x.json")]  # fmt: skip
     assert bench(*words) == 0
     rows = rows_of(table)
     assert [row["kernel"] for row in rows] == list(ATTENTION_TYPES)
@@ -64,6 +66,9 @@ def test_every_kernel_and_every_figure(tmp_path: Path, capsys: pytest.CaptureFix
         assert float(row["gb_per_s"]) == pytest.approx(nbytes / seconds / 1e9, rel=1e-4)
         assert float(row["total_p20_ms"]) <= float(row["total_median_ms"])
         assert row["samples"] == "3" and row["device"] and row["commit"] and row["version_torch"]
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert [x["provider"].split()[0] for x in record["results"]] == list(ATTENTION_TYPES)
+    assert all(x["metrics"]["relative_l2"] < 0.1 for x in record["results"])
     assert picture.stat().st_size > 10_000
     text = capsys.readouterr().out
     assert "worst row" in text and "no GPU kernel of ours ran" in text and "std" in text

@@ -25,7 +25,10 @@ from video_attn.tools.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/backends.md", "docs/radial.md", "docs/benchmarks.md", "docs/install.md")
+FILES = (
+    "README.md", "docs/backends.md", "docs/benchmarks.md", "docs/compare.md", "docs/install.md",
+    "docs/radial.md",
+)  # fmt: skip
 MACHINES = {
     "CPU": ("cpu", "cpu"),
     "NVIDIA A100 (sm_80)": ("cuda", "sm_80"),
@@ -191,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "environment": environment_table,
     "benchmarks": benchmarks_table,
     "h100": h100_table,
+    "kernels": lambda: benchmarks_table("kernel_bench"),
     "radial": lambda: benchmarks_table("radial_"),
 }
 

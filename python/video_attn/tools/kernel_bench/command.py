@@ -96,6 +96,10 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--csv", type=file_ending_in((".csv",)), metavar="FILE", help="write this CSV"
     )
     group.add_argument(
+        "--record", type=file_ending_in((".json",)), metavar="FILE",
+        help="write this record, as those in benchmarks/results",
+    )  # fmt: skip
+    group.add_argument(
         "--plot", type=file_ending_in((".png",)), metavar="FILE", help="draw bars, speed and error"
     )
     group.add_argument(
@@ -128,9 +132,9 @@ def _add_comparison(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Benchmarks; 1 if a kernel failed, or is wrong."""
-    from ..bench import print_table
+    from ..bench import print_table, write_record
     from .measure import benchmark
-    from .report import draw, error_table, speed_table, write_csv
+    from .report import draw, error_table, record_of, speed_table, write_csv
 
     settings = _settings(args)
     cases = _cases(args)
@@ -153,6 +157,9 @@ def run(args: argparse.Namespace) -> int:
     if path := _csv_path(args, settings.kernels):
         write_csv(rows, path, settings.device)
         print(f"wrote {path}")
+    if args.record is not None:
+        write_record(record_of(rows, settings.device), args.record)
+        print(f"wrote {args.record}")
     if args.plot is not None and any(not row.error for row in rows):
         draw(rows, args.plot)
         print(f"wrote {args.plot}")

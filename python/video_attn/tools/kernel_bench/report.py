@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..bench import Timing, commit, machine_info, versions
+from ..bench import Record, Result, Timing, commit, machine_info, versions
 from .measure import Row
 
 # What -metric NAME shows: headings, and the names of the figures.
@@ -85,6 +85,26 @@ def write_csv(rows: Sequence[Row], path: Path, device: torch.device) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for x in lines for name in x)))
         writer.writeheader()
         writer.writerows(lines)
+
+
+def record_of(rows: Sequence[Row], device: torch.device) -> Record:
+    """The rows that have figures, in the form of the project's own records; times are total."""
+    results = []
+    for row in rows:
+        if row.error:
+            continue
+        problem = {
+            "case": row.case.name, "dtype": str(row.case.dtype).removeprefix("torch."),
+            "causal": row.case.is_causal,
+        }  # fmt: skip
+        metrics = {
+            "kernel_ms": row.kernel_seconds * 1e3,
+            **row.metrics(),
+            **(row.statistics.as_dict() if row.statistics else {}),
+        }
+        provider = f"{row.kernel} ({row.backend})"
+        results.append(Result(problem, provider, row.timings["total"], metrics))
+    return Record.of("kernel_bench", results, device)
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

@@ -162,15 +162,19 @@ def _print_summary(results: Sequence[_Result]) -> None:
         seconds = record.get("seconds_per_step") or []
         steady = f"{np.mean(seconds[1:] or seconds):.3g}" if seconds else "–"
         quality = record.get("quality")
-        psnr = "–" if not quality else quality["psnr_db"] or "equal"
+        psnr = "–" if not quality else _decibels(quality["psnr_db"])
         backends = ", ".join(dict.fromkeys((record.get("backends") or {}).values())) or "–"
         state = "failed" if result.error else "was there" if result.was_there else "done"
-        rows.append([result.text, state, backends, steady, str(psnr), result.path.name])
+        rows.append([result.text, state, backends, steady, psnr, result.path.name])
     columns = ("attention type", "state", "backend", "s per step", "PSNR to sdpa", "video")
     print_table(f"{len(results)} attention types", columns, rows)
     for result in results:
         if result.error:
             print(f"FAILED: {result.text}: {result.error}")
+
+
+def _decibels(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.1f} dB"
 
 
 def _stitch(paths: Sequence[Path], folder: Path) -> bool:
