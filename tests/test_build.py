@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import build_checks
@@ -201,6 +202,22 @@ def test_architectures(sources, component, asked, archs):
         (component,), options(VIDEO_ATTN_CUDA_ARCHS=asked), TOOLS, sources
     )
     assert (planned.reason, planned.cuda_archs) == (None, archs)
+
+
+def test_the_wheel_holds_every_cuda_component(sources):
+    """What `make wheel` asks for: each component for all that it has kernels for, or an error."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (archs,) = re.findall(r"^WHEEL_ARCHS \?= (\S+)$", makefile, re.MULTILINE)
+    assert 'VIDEO_ATTN_BUILD_EXT=1 VIDEO_ATTN_CUDA_ARCHS="$(WHEEL_ARCHS)"' in makefile
+    asked = options(VIDEO_ATTN_BUILD_EXT="1", VIDEO_ATTN_CUDA_ARCHS=archs)
+    plan = build_plan.make_plan(tuple(COMPONENTS), asked, TOOLS, sources)
+    assert {item.spec.name: item.cuda_archs for item in plan} == {
+        "cpu": (), "planning": (), "sta": ("90a",), "vsa": ("90a",),
+        "sage": ("80", "89", "90a", "120"),
+    }  # fmt: skip
+    without_nvcc = replace(TOOLS, nvcc="")
+    with pytest.raises(BuildError, match="nvcc not found"):
+        build_plan.make_plan(tuple(COMPONENTS), asked, without_nvcc, sources)
 
 
 def test_hopper_kernels_are_left_out_for_other_architectures(sources):
