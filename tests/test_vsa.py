@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from video_cases import DEVICES, DTYPES, answer, quick_backend, random_qkv, spy_on_masks
 from vsa_definition import NONE, TEXT, Tokens, check, tile_numbers
 
@@ -140,6 +141,54 @@ def test_padded_function_is_the_definition(problem, dtype, device, masks):
     padding = torch.tensor(tokens.q, device=device) == NONE
     for x in got[:2]:
         assert (x.masked_fill(~padding[:, None, :, None], 0) == 0).all(), "padding must give 0"
+
+
+class LargeResults(TorchDispatchMode):
+    """Names of the operators that write a tensor as large as the output, in order."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        view = function.is_view or "view" in str(function) or "reshape" in str(function)
+        if isinstance(result, Tensor) and result.numel() >= self.size and not view:
+            self.names.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["none", "number", "per_head", "elementwise", "zero"])
+def test_full_tiles_cost_nothing_however_said(kind):
+    """Without gradients: as many passes over the output with sizes as without, bitwise the same.
+
+    A gate of every token takes one pass more: what it holds at padding may be NaN.
+    """
+    q, k, v, _ = random_qkv((2, 2, 6 * 64, 16))
+    gate = make_gate(kind, q.shape, torch.float32, "cpu")
+    passes, outs = [], []
+    for sizes in (None, torch.full((6,), 64, dtype=torch.int32)):
+        with torch.no_grad(), LargeResults(q.numel()) as seen:
+            outs.append(video_sparse_attn(q, k, v, sizes, 2, 64, gate))
+        passes.append(seen.names)
+    assert torch.equal(*outs)
+    assert len(passes[1]) == len(passes[0]) + (kind == "elementwise"), passes
+
+
+@pytest.mark.parametrize("kind", ["none", "number", "per_head", "elementwise", "zero"])
+def test_padding_is_zero_without_gradients_too(kind):
+    """The pass that writes in place gives what the differentiable one gives."""
+    q, k, v, _ = random_qkv((2, 2, 4 * 16, 8))
+    sizes = torch.tensor([16, 3, 0, 9])
+    padding = (torch.arange(16) >= sizes[:, None]).flatten()[:, None]
+    q, k, v = (x.masked_fill(padding, torch.nan) for x in (q, k, v))
+    gate = make_gate(kind, q.shape, torch.float32, "cpu")
+    if kind == "elementwise":
+        gate = gate.masked_fill(padding, torch.nan)
+    out = video_sparse_attn(q, k, v, sizes, 2, 16, gate)
+    expected = video_sparse_attn(q.clone().requires_grad_(), k, v, sizes, 2, 16, gate)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-6, atol=1e-6)
+    assert (out.masked_fill(~padding, 0) == 0).all() and out.isfinite().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

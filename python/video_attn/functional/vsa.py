@@ -203,28 +203,48 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Non
     return contextlib.nullcontext()
 
 
-def add_coarse(out: Tensor, coarse: Tensor, gate: Gate, block_size: int) -> Tensor:
+def add_coarse(
+    out: Tensor, coarse: Tensor, gate: Gate, block_size: int, lens: Tensor | None = None
+) -> Tensor:
     """out + gate * coarse, each row of ``coarse`` [B, H, N, Dv] going to all tokens of its block.
 
-    The blocks are the first N of ``out`` [B, H, S, Dv]; what follows is text. The coarse rows are
-    broadcast, never repeated in memory. ``out`` is overwritten where no gradient needs it.
+    The blocks are the first N of ``out`` [B, H, S, Dv]; what follows is text. ``lens`` int32
+    [B|1, N] are the valid tokens of each block: past them ``out`` is 0 and stays so. The coarse
+    rows are broadcast, never repeated in memory. ``out`` is overwritten where no gradient needs
+    it, in one pass, with and without ``lens``, but for gates of every token: a second one there.
     """
     blocks = coarse.shape[2]
     length = blocks * block_size
     video, spread = out[:, :, :length].unflatten(2, (blocks, block_size)), coarse[:, :, :, None]
-    if isinstance(gate, Tensor):
-        one_for_all = gate.shape[2] == 1
-        weight = gate if one_for_all else gate[:, :, :length]
-        weight = weight.unflatten(2, (1, 1) if one_for_all else (blocks, block_size))
-    else:
-        weight = None
-        spread = spread if gate is None else spread * gate
+    weight = None
+    if isinstance(gate, Tensor) and gate.shape[2] != 1:
+        weight = gate[:, :, :length].unflatten(2, (blocks, block_size))
+    elif gate is not None:
+        spread = spread * (gate[:, :, :, None] if isinstance(gate, Tensor) else gate)
+    padding = None if lens is None else _padding(lens, block_size)
     if may_be_overwritten(out):
-        video.add_(spread) if weight is None else video.addcmul_(spread, weight)
+        if weight is None and padding is not None:
+            video.addcmul_(spread, padding.logical_not().to(video.dtype))
+        elif weight is None:
+            video.add_(spread)
+        else:
+            video.addcmul_(spread, weight)
+            if padding is not None:
+                video.masked_fill_(padding, 0)
         return out
+    if weight is not None and padding is not None:
+        weight = weight.masked_fill(padding, 0)
     video = video + spread if weight is None else torch.addcmul(video, spread, weight)
+    if padding is not None:
+        video = video.masked_fill(padding, 0)
     video = video.flatten(2, 3)
     return video if length == out.shape[2] else torch.cat([video, out[:, :, length:]], 2)
+
+
+def _padding(lens: Tensor, block_size: int) -> Tensor:
+    """bool [B|1, 1, N, V, 1]: True at the tokens past a block's valid ones."""
+    position = torch.arange(block_size, dtype=torch.int32, device=lens.device)
+    return (position >= lens[..., None])[:, None, :, :, None]
 
 
 def check_gate(gate: object, shape: Sequence[int], like: Tensor, name: str = "gate") -> Gate:

@@ -18,7 +18,7 @@ from ..attention import (
     check_shapes,
 )
 from ..block_mask import BlockMask
-from ..checks import as_int, check_int, may_be_overwritten
+from ..checks import as_int, check_int
 from .vsa import add_coarse, check_count, check_gate, check_score_dtype, compress_and_select
 
 if TYPE_CHECKING:
@@ -106,9 +106,6 @@ def video_sparse_attn(
             )
     else:
         q_lens = block_lens("q_variable_block_sizes", given["q_variable_block_sizes"], q, nq, size)
-    padding = None if q_lens is None else _padding(q_lens, size)
-    if padding is not None and isinstance(gate, Tensor) and gate.shape[2] != 1:
-        gate = gate.masked_fill(padding, 0)
     options["scale"] = check_scale(options.get("scale"), q.shape[3])
     selected, coarse = compress_and_select(
         q, k, v, q_lens, kv_lens, block_size=size, top_k=top_k, scale=options["scale"], gate=gate,
@@ -120,11 +117,7 @@ def video_sparse_attn(
     )  # fmt: skip
     out = attention(q, k, v, mask, **options)
     if coarse is not None:
-        out = add_coarse(out, coarse, gate, size)
-        if padding is not None and may_be_overwritten(out):
-            out.masked_fill_(padding, 0)
-        elif padding is not None:
-            out = out.masked_fill(padding, 0)
+        out = add_coarse(out, coarse, gate, size, q_lens)
     return out.transpose(1, 2) if layout == "bshd" else out
 
 
@@ -208,9 +201,3 @@ def block_lens(
         )
     sizes = sizes.to(torch.int32).clamp(0, size)
     return sizes[None] if sizes.dim() == 1 else sizes
-
-
-def _padding(lens: Tensor, size: int) -> Tensor:
-    """bool [B|1, 1, N * size, 1]: True at the tokens past a block's valid ones."""
-    position = torch.arange(size, dtype=torch.int32, device=lens.device)
-    return (position >= lens[..., None]).flatten(1)[:, None, :, None]
