@@ -31,6 +31,10 @@ CASES: dict[str, tuple[Any, VideoTokens, str, dict[str, Any]]] = {
     "dense": (Dense(), PLAIN, "random", {}),
     "dense-valid": (Dense(), PER_ITEM, "even", {"batch": 2}),
     "selected": (VideoSparse(top_k=2, tile=TILE, gate=0), PLAIN, "even", {}),
+    "selected-short-end": (
+        VideoSparse(top_k=2, tile=TILE, gate=None), VideoTokens((4, 3, 8), text_length=5), "even",
+        {},
+    ),
     "selected-coarse": (VideoSparse(top_k_ratio=0.3, tile=TILE, gate=None), RAGGED, "random", {}),
     "selected-gate": (
         VideoSparse(top_k=3, tile=TILE), RAGGED, "text everywhere",

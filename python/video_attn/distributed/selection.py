@@ -8,7 +8,7 @@ others which of their tiles it listed, per batch item and head, and only these t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,8 @@ def ring_of_selected(
     """The output of the tokens of this rank; q, k, v and a gate tensor are [B, H, held, D]."""
     layout, traffic = selection.layout, current_traffic()
     size = layout.tile_volume
+    if selection.lens is None and layout.padded_length % size:  # ranks own whole blocks
+        selection = replace(selection, lens=layout.block_lens(q.device)[None])
     owners = block_owners(placement, placement, size, size)
     route, _ = block_routes(placement, placement, size, size, team.rank, q.device)
     rows = owners.rows(team.rank)

@@ -1,0 +1,283 @@
+"""One attention layer of Wan 14B and HunyuanVideo at 720p on several GPUs against one of them.
+
+    torchrun --nproc-per-node 4 benchmarks/bench_distributed.py
+    torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --models wan --patterns dense sta
+    torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --small   # CPUs: is all there?
+    python benchmarks/bench_distributed.py --plan                         # bytes on paper, no GPU
+
+Every rank holds its part of the tokens and ends with its part of the output. One GPU does the same
+work alone, in the same run, while the others wait. Efficiency is its time over ranks x the time of
+the slowest rank; 1 is perfect. Dense attention by Ulysses stands beside the sparse patterns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from st_attn import sliding_tile_attention
+from video_attn import Dense, Radial, SlidingTile, VideoLayout, VideoSparse, VideoTokens
+from video_attn.distributed import (
+    Shards,
+    balanced_shards,
+    record_traffic,
+    sequence_parallel_attention,
+    sequence_parallel_plan,
+)
+from video_attn.functional.patterns import Pattern
+from video_attn.patterns.sliding_tile import sliding_tile_mask
+from video_attn.tools.bench import (
+    Record,
+    Result,
+    Timing,
+    print_table,
+    record_path,
+    say,
+    time_interleaved,
+    write_record,
+)
+from video_attn.tools.bench.check import require_correct
+
+COLUMNS = ("attention", "pass", "one GPU", "ms", "speed-up", "efficiency", "MB sent per rank")
+MAX_ERROR = {"dense": 0.02, "sta": 0.02, "vsa": 0.05}  # of bf16; vsa: nearly equal scores may flip
+PLAN_RANKS = (8, 16, 32, 64)
+PER_HOST = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """The attention of one layer: tokens, heads and channels."""
+
+    tokens: VideoTokens
+    heads: int
+    head_dim: int
+    window: tuple[int, int, int] = (3, 3, 3)
+    tile: tuple[int, int, int] = (6, 8, 8)
+    vsa_tile: tuple[int, int, int] = (4, 4, 4)
+
+    def patterns(self) -> dict[str, Pattern]:
+        return {
+            "dense": Dense(),
+            "sta": SlidingTile(self.window, self.tile),
+            "vsa": VideoSparse(top_k_ratio=0.1, tile=self.vsa_tile, gate=0),
+        }
+
+
+MODELS = {
+    "wan": Model(VideoTokens((21, 45, 80)), 40, 128),
+    "hunyuan": Model(VideoTokens((33, 45, 80), text_length=256), 24, 128),
+}
+SMALL = {
+    "wan": Model(VideoTokens((4, 6, 8)), 5, 16, (1, 1, 3), (2, 3, 4), (2, 2, 2)),
+    "hunyuan": Model(VideoTokens((4, 6, 8), text_length=9), 4, 16, (1, 1, 3), (2, 3, 4), (2, 2, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one rank times: its own part of one attention, and all of it."""
+
+    name: str
+    kind: str
+    parallel: Callable[..., Tensor]
+    alone: Callable[..., Tensor]
+    whole: tuple[Tensor, ...]
+    shards: Shards
+
+    def part(self) -> list[Tensor]:
+        return [self.shards.take(x, dist.get_rank(), 2).contiguous() for x in self.whole]
+
+
+def make_run(model: Model, name: str, kind: str, device: torch.device) -> Run:
+    """STA works on tokens in tile order, as a model that keeps them so does; the others in raster
+    order.
+    """
+    pattern, tokens = model.patterns()[name], model.tokens
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, tokens.sequence_length, model.heads, model.head_dim)
+    whole = tuple(
+        torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
+    is_sta = isinstance(pattern, SlidingTile)
+
+    def parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sequence_parallel_attention(
+            q, k, v, pattern, tokens=tokens, kind=kind, tile_order=is_sta, shards=shards
+        )
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not is_sta:
+            return pattern.attend(q, k, v, tokens)
+        return sliding_tile_attention(
+            q, k, v, model.window, tokens.text_length, tokens.text_length > 0, tokens.grid,
+            tile_size=model.tile,
+        )  # fmt: skip
+
+    shards = Shards.even(tokens.sequence_length, dist.get_world_size())
+    return Run(name, kind, parallel, alone, whole, shards)
+
+
+def check(run: Run) -> None:
+    """A wrong result is never timed."""
+    expected = run.shards.take(run.alone(*run.whole), dist.get_rank(), 2)
+    got = run.parallel(*run.part())
+    require_correct(f"{run.name}, {run.kind}", got, expected, MAX_ERROR[run.name])
+
+
+def time_run(run: Run, options: argparse.Namespace, backward: bool) -> tuple[Timing, Timing, int]:
+    """(one GPU, the slowest rank, bytes that this rank sent in one call)."""
+    part, whole = run.part(), [x.contiguous() for x in run.whole]
+
+    def call(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], None]:
+        inputs = [x.detach().requires_grad_(backward) for x in inputs]
+        grad = torch.randn_like(inputs[0]) if backward else None
+
+        def once() -> None:
+            out = function(*inputs)
+            if grad is not None:
+                torch.autograd.grad(out, inputs, grad)
+
+        return once
+
+    with record_traffic() as traffic:
+        call(run.parallel, part)()
+    sent = traffic.total
+    settings: dict[str, Any] = {"device": options.device, "repeats": options.repeats}
+    alone = []
+    if dist.get_rank() == 0:
+        alone = list(
+            time_interleaved({"alone": call(run.alone, whole)}, **settings)["alone"].samples
+        )
+    dist.barrier()
+    mine = time_interleaved({"parallel": call(run.parallel, part)}, **settings)["parallel"]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (alone, mine.samples))
+    slowest = max((Timing(tuple(samples)) for _, samples in everyone), key=lambda t: t.median)
+    return Timing(tuple(everyone[0][0])), slowest, sent
+
+
+def bench(options: argparse.Namespace) -> list[Result]:
+    """All runs, and their table on the first rank."""
+    results, rows, ranks = [], [], dist.get_world_size()
+    for model_name in options.models:
+        model = (SMALL if options.small else MODELS)[model_name]
+        for name in options.patterns:
+            for kind in options.kinds:
+                if dist.get_rank() == 0:
+                    say(f"{model_name}, {name}, {kind}")
+                run = make_run(model, name, kind, options.device)
+                check(run)
+                for backward in (False, True) if options.backward else (False,):
+                    alone, slowest, sent = time_run(run, options, backward)
+                    speed_up = alone.median / slowest.median
+                    direction = "forward and backward" if backward else "forward"
+                    problem = {
+                        "model": model_name, "grid": model.tokens.grid, "ranks": ranks,
+                        "text": model.tokens.text_length, "heads": model.heads,
+                        "head_dim": model.head_dim, "pattern": name, "pass": direction,
+                    }  # fmt: skip
+                    metrics = {
+                        "speed_up": speed_up, "efficiency": speed_up / ranks, "sent_mb": sent / 1e6,
+                    }  # fmt: skip
+                    results += [
+                        Result(problem, "one GPU", alone),
+                        Result(problem, f"{ranks} ranks, {kind}", slowest, metrics),
+                    ]
+                    rows.append((
+                        f"{model_name}, {name}, {kind}", direction, f"{alone.median * 1e3:.2f}",
+                        f"{slowest.median * 1e3:.2f}", f"{speed_up:.2f}", f"{speed_up / ranks:.2f}",
+                        f"{sent / 1e6:.1f}",
+                    ))  # fmt: skip
+    if dist.get_rank() == 0:
+        print_table(f"{ranks} ranks", COLUMNS, rows)
+    return results
+
+
+def plan_rows() -> list[tuple[str, ...]]:
+    """Megabytes that the busiest rank sends in one forward pass, without running anything."""
+    rows = []
+    for name, model in MODELS.items():
+        for ranks in PLAN_RANKS:
+            rows.append((name, str(ranks), *(f"{n / 1e6:.0f}" for n in _planned(model, ranks))))
+    return rows
+
+
+def _planned(model: Model, ranks: int) -> list[int]:
+    """Ulysses; a dense ring; STA and radial in a ring; and both of a mesh of hosts."""
+    tokens, heads = model.tokens, model.heads
+    mask = sliding_tile_mask(VideoLayout(tokens.grid, model.tile, tokens.text_length), model.window)
+    shards, mesh = balanced_shards(mask, ranks), (ranks // PER_HOST, PER_HOST)
+    plans = [
+        sequence_parallel_plan(Dense(), ranks, q_heads=heads, tokens=tokens),
+        sequence_parallel_plan(Dense(), ranks, kind="ring", q_heads=heads, tokens=tokens),
+        sequence_parallel_plan(mask, ranks, kind="ring", q_heads=heads, shards=shards),
+        sequence_parallel_plan(Radial(), ranks, kind="ring", q_heads=heads, tokens=tokens),
+        sequence_parallel_plan(Dense(), mesh, kind="usp", q_heads=heads, tokens=tokens),
+        sequence_parallel_plan(mask, mesh, kind="usp", q_heads=heads, shards=shards),
+    ]
+    busiest = [max(plan.forward_bytes) for plan in plans]
+    for plan in plans[-2:]:  # what leaves a host: the ring between hosts
+        ring = [sum(n for k, n in sent.items() if "ulysses" not in k) for sent in plan.forward]
+        busiest.append(max(ring))
+    return busiest
+
+
+PLAN_COLUMNS = (
+    "model", "GPUs", "Ulysses", "ring, dense", "ring, STA", "ring, radial", "hosts, dense",
+    "hosts, STA", "between hosts, dense", "between hosts, STA",
+)  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--patterns", nargs="+", choices=MAX_ERROR, default=list(MAX_ERROR))
+    add("--kinds", nargs="+", choices=("ulysses", "ring"), default=["ulysses", "ring"])
+    add("--backward", action="store_true", help="time training too")
+    add("--repeats", type=int, default=10, help="calls of each (default 10)")
+    add("--small", action="store_true", help="tiny sizes, on CPUs")
+    add("--plan", action="store_true", help="print bytes on paper for 8 to 64 GPUs, and end")
+    add("--out", type=Path, help="the record (default benchmarks/results/distributed_N_GPU.json)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.plan:
+        title = "MB that the busiest rank sends in a forward pass of one layer, bf16"
+        print_table(title, PLAN_COLUMNS, plan_rows())
+        return
+    gpu = torch.cuda.is_available() and not options.small
+    options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device(
+        "cpu"
+    )  # fmt: skip
+    if gpu:
+        torch.cuda.set_device(options.device)
+    started = dist.is_initialized()
+    if not started:
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=120))
+    results = bench(options)
+    if dist.get_rank() == 0:
+        name = f"distributed_{dist.get_world_size()}"
+        path = options.out or record_path(name, options.device)
+        write_record(Record.of("distributed", results, options.device), path)
+        print(f"wrote {path}")
+    if not started:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
