@@ -173,6 +173,8 @@ def test_a_capture_of_another_program(tmp_path: Path) -> None:
     (dictionary(v=torch.zeros(2, 4, 76, 16)), "differ in dtype"),
     (dictionary(q=torch.zeros(2, 4, 0, 16)), "none empty"),
     (dictionary(q=torch.zeros(2, 4, 76, 16, dtype=torch.int8)), "int8"),
+    (dictionary(q=torch.zeros(2, 4, 76, 16).to_sparse()), "sparse"),
+    (dictionary(q=torch.zeros(2, 4, 76, 16, device="meta")), "meta"),
     (dictionary(layer=-1), "layer"),
     (dictionary(layout="sbhd"), "layout"),
     (dictionary(grid=(1, 2)), "grid"),

@@ -168,6 +168,34 @@ def test_a_kernel_that_cannot_run_fails_the_run(
     assert "hopper" in fav3["error"] and fav3["tflops"] == ""
 
 
+def test_a_reference_that_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VIDEO_ATTN_BACKEND", "hopper")
+    assert bench(*SMALL, "--kernel", "sdpa", "-ref", "fav3") == 1
+    text = capsys.readouterr().out
+    assert "the reference fav3 cannot run: " in text and "TFLOPS" in text
+
+
+def test_inputs_that_do_not_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next case has its rows all the same."""
+    right = torch.randn
+
+    def small(shape: tuple[int, ...], **options: Any) -> Tensor:
+        if shape[2] > 100:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return right(shape, **options)
+
+    monkeypatch.setattr(torch, "randn", small)
+    words = ["--shapes", "1x1x101x8", "1x1x64x8", "--kernel", "sdpa", "--device", "cpu"]
+    assert bench(*words, "--repeats", "1") == 1
+    text = capsys.readouterr().out
+    assert "FAILED: 1x1x101x8 sdpa: tried to allocate" in text
+    assert "FAILED: 1x1x64x8" not in text
+
+
 @pytest.mark.parametrize("reference", ["fav2", "qk_int8", "fav3_fp8"])
 def test_references(reference: str) -> None:
     assert bench(*SMALL, "-fav3_sage", "--compare_to_ref", "-ref", reference) == 0

@@ -423,6 +423,8 @@ def test_a_killed_rendering_leaves_its_captures(tmp_path: Path) -> None:
     (["--height", "33"], "--height 33 must be a multiple of 16"),
     (["--input_dir", "x"], "--save_inputs"),
     (["--max_captures", "3"], "--save_inputs"),
+    (["--save_inputs", "--layers", "0,3", "--input_dir", "q"], "--layers 3: there are layers 0 to"),
+    (["--save_inputs", "--steps", "2,7", "--input_dir", "q"], "--steps 2,7"),
     (["--offload", "model"], "--offload"),
     (["--output", "x.avi"], ".mp4"),
     (["--device", "cuda:9"], "cuda:9"),
@@ -436,7 +438,7 @@ def test_options_that_do_not_fit(
     assert render(*words) == 2
     message = capsys.readouterr().err
     assert named in message and "Traceback" not in message
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.*"))
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:

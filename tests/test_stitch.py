@@ -67,6 +67,14 @@ def test_a_grid_is_no_part_of_a_grid(folder: Path, capsys: pytest.CaptureFixture
     assert "left out: all.mp4" in capsys.readouterr().out
 
 
+def test_the_output_replaces_no_video(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "cogvideox-2b_sdpa.mp4"
+    before = path.read_bytes()
+    assert cli.main(["stitch", "--input_dir", str(folder), "--output", str(path)]) == 2
+    assert "would replace one of the videos" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_what_does_not_fit_is_fitted_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

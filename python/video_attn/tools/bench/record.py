@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ... import native
 from ...device import device_info
@@ -143,7 +144,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for n, column in enumerate(columns):
         table.add_column(column, justify="left" if n == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # a "[" in a name is no markup
     Console(width=None if os.isatty(1) else 160).print(table)
 
 

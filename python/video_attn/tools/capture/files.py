@@ -225,10 +225,11 @@ def _tensor(content: Mapping[str, Any], name: str) -> Tensor:
         raise CaptureError(
             f"it has no tensor {name!r}, only {', '.join(map(str, content)) or 'nothing'}"
         )
-    if x.ndim != 4 or x.dtype not in DTYPES or 0 in x.shape:
+    plain = x.layout == torch.strided and x.device.type == "cpu"
+    if x.ndim != 4 or x.dtype not in DTYPES or 0 in x.shape or not plain:
         raise CaptureError(
-            f"{name} is {x.dtype} {tuple(x.shape)}; wanted four dimensions, none empty, of "
-            "float16, bfloat16 or float32"
+            f"{name} is {x.dtype} {tuple(x.shape)}, {x.layout} on {x.device.type}; wanted four "
+            "dimensions, none empty, of float16, bfloat16 or float32, torch.strided on cpu"
         )
     return x
 

@@ -41,7 +41,7 @@ def add_render_arguments(parser: argparse.ArgumentParser) -> None:
     video = parser.add_argument_group("the video (defaults: the model's)")
     add = video.add_argument
     add("--prompt", default=PROMPT, help="what it shows")
-    add("--negative_prompt", default="", help="what it shall not show")
+    add("--negative_prompt", help="what it shall not show")
     add("--num_inference_steps", type=positive_int, metavar="N", help="denoising steps")
     add("--num_frames", type=positive_int, metavar="N", help="frames")
     add("--height", type=positive_int, metavar="N", help="pixels")

@@ -105,7 +105,7 @@ def render(
     def before_first(tokens: VideoTokens, query: Tensor) -> None:
         say(_tokens_text(tokens, query))
         if writer is not None:
-            say(_check_disk(pipe, writer, query, steps))
+            say(_plan(pipe, writer, query, steps))
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -210,13 +210,23 @@ def _tokens_text(tokens: VideoTokens, query: Tensor) -> str:
     )
 
 
-def _check_disk(pipe: Any, writer: CaptureWriter, query: Tensor, steps: int) -> str:
+def _plan(pipe: Any, writer: CaptureWriter, query: Tensor, steps: int) -> str:
     """How much will be written.
 
     Raises:
-        UsageError: more than the disk has.
+        UsageError: layers or steps that are not there, or more than the disk has.
     """
-    layers = sum(len(f.attention_layers(t)) for t, f in video_transformers(pipe)[:1])
+    transformer, family = video_transformers(pipe)[0]
+    layers = len(family.attention_layers(transformer))
+    for name, asked, there in (
+        ("layers", writer.selection.layers, layers),
+        ("steps", writer.selection.steps, steps),
+    ):
+        absent = [str(n) for n in asked or () if n >= there]
+        if absent:
+            raise UsageError(
+                f"--{name} {','.join(absent)}: there are {name} 0 to {there - 1} in this run"
+            )
     count = writer.selection.planned(layers, steps)
     each = 3 * query.numel() * query.element_size()
     free = shutil.disk_usage(writer.folder).free

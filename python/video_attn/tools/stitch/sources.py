@@ -59,7 +59,8 @@ def find(folder: Path, pattern: str, output: Path) -> list[Path]:
     """Videos in ``folder`` that match ``pattern``, by name, without ``output`` and other grids.
 
     Raises:
-        UsageError: there is no such folder, or fewer than two videos in it.
+        UsageError: there is no such folder, fewer than two videos in it, or ``output`` is a video
+            that is no grid.
     """
     if not folder.is_dir():
         raise UsageError(f"--input_dir {folder} is not a folder; render videos into it first")
@@ -67,7 +68,13 @@ def find(folder: Path, pattern: str, output: Path) -> list[Path]:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
     except (ValueError, NotImplementedError) as error:  # an empty or an absolute pattern
         raise UsageError(f"--pattern {pattern!r}: {error}; give one such as '*.mp4'") from error
-    found = [path for path in found if not (_same(path, output) or path.name.startswith("."))]
+    found = [path for path in found if not path.name.startswith(".")]
+    for path in [path for path in found if _same(path, output)]:
+        if not _is_grid(path):
+            raise UsageError(
+                f"--output {output} would replace one of the videos; give another name"
+            )
+        found.remove(path)
     if len(found) < 2:
         names = ", ".join(path.name for path in found) or "none"
         raise UsageError(
@@ -79,6 +86,17 @@ def find(folder: Path, pattern: str, output: Path) -> list[Path]:
 
 def _same(path: Path, other: Path) -> bool:
     return path.resolve() == other.resolve()
+
+
+def _is_grid(path: Path) -> bool:
+    """Whether this program made it, or it is no video at all."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return bool(container.metadata.get("comment") == GRID_COMMENT)
+    except (av.FFmpegError, OSError):
+        return True
 
 
 def open_sources(paths: Sequence[Path]) -> tuple[list[Source], list[Path]]:
