@@ -6,7 +6,8 @@ Importing this file imports no triton: the kernels are loaded by the first call 
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,8 +18,9 @@ from ..block_mask import BlockMask
 from ..calls import BackwardCall, ForwardCall
 from ..device import device_info
 from ..kernels.codes import Codes, allocate_codes
-from ..kernels.launch import Launch, Lists, Saved, Side, reads_vectors, run_launches
+from ..kernels.launch import Launch, Lists, Saved, Side, reads_vectors
 from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch, unsupported_precision
+from ..kernels.plans import run_planned
 from ..quantize import QUANTIZED_PRECISIONS, TILE, QuantizationOptions, fp8_dtype
 from ..registry import Backend, Problem, register
 from .triton_blocks import BLOCK_OPS
@@ -68,21 +70,44 @@ def _refuse_recipe(problem: Problem) -> str | None:
 
 
 def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
-    q, k, v, mask = call.q, call.k, call.v, call.mask
     out, lse = call.empty_results()
+    tensors = {"q": call.q, "k": call.k, "v": call.v, "out": out, "lse": lse}
+    options = ("forward", call.scale, call.is_causal, call.precision, call.quantization)
+    _run(call.mask, None, options, tensors, partial(_forward_launches, call, out, lse))
+    return out, lse
+
+
+def _forward_launches(call: ForwardCall, out: Tensor, lse: Tensor) -> list[Launch]:
+    q, k, v, mask = call.q, call.k, call.v, call.mask
     options: dict[str, Any] = {"scale": call.scale, "is_causal": call.is_causal}
     if call.precision == "native":
-        options["row"] = chosen_row("forward", mask, q, k, v)
-        launches = forward_launches(q, k, v, out, lse, mask, **options)
-    else:
-        options["row"] = chosen_row(call.precision, mask, q, k, v)
-        codes, launches = quantize_launches(
-            q, k, v, mask, scale=call.scale, precision=call.precision,
-            options=call.quantization or QuantizationOptions(),
-        )  # fmt: skip
-        launches += quantized_launches(codes, out, lse, mask, kv_len=k.shape[2], **options)
-    run_launches(launches, q.device)
-    return out, lse
+        row = chosen_row("forward", mask, q, k, v)
+        return forward_launches(q, k, v, out, lse, mask, row=row, **options)
+    codes, launches = quantize_launches(
+        q, k, v, mask, scale=call.scale, precision=call.precision,
+        options=call.quantization or QuantizationOptions(),
+    )  # fmt: skip
+    options["row"] = chosen_row(call.precision, mask, q, k, v)
+    return launches + quantized_launches(codes, out, lse, mask, kv_len=k.shape[2], **options)
+
+
+def _run(
+    mask: BlockMask | None,
+    transposed: Lists | None,
+    options: tuple[Hashable, ...],
+    tensors: Mapping[str, Tensor | None],
+    launches: Callable[[], list[Launch]],
+) -> None:
+    """Runs the launches of a call, from a plan where there can be one."""
+    if mask is not None:
+        tensors = {
+            **tensors, "counts": mask.kv_num_blocks, "lists": mask.kv_indices,
+            "q_lens": mask.q_block_lens, "kv_lens": mask.kv_block_lens,
+        }  # fmt: skip
+        options += (mask.q_block_size, mask.kv_block_size)
+    if transposed is not None:
+        tensors = {**tensors, "q_counts": transposed.counts, "q_lists": transposed.indices}
+    run_planned(options, tensors, launches)
 
 
 def forward_launches(
@@ -157,33 +182,50 @@ def quantized_launches(
 
 
 def _backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    mask = call.mask
+    grads = dq, dk, dv = call.empty_results()
+    transposed = None if mask is None else Lists(*mask.transposed())
+    tensors = {
+        "q": call.q, "k": call.k, "v": call.v, "out": call.out, "lse": call.lse,
+        "grad_out": call.grad_out, "grad_lse": call.grad_lse, "dq": dq, "dk": dk, "dv": dv,
+    }  # fmt: skip
+    options = ("backward", call.scale, call.is_causal)
+    _run(mask, transposed, options, tensors, partial(_backward_launches, call, grads, transposed))
+    return grads
+
+
+def _backward_launches(
+    call: BackwardCall, grads: tuple[Tensor, Tensor, Tensor], transposed: Lists | None
+) -> list[Launch]:
     q, k, v, mask = call.q, call.k, call.v, call.mask
-    dq, dk, dv = call.empty_results()
-    saved = Saved(q, k, v, call.out, call.lse, call.grad_out, call.grad_lse)
-    launches = backward_launches(
-        saved, (dq, dk, dv), mask, scale=call.scale, is_causal=call.is_causal,
+    return backward_launches(
+        Saved(q, k, v, call.out, call.lse, call.grad_out, call.grad_lse), grads, mask, transposed,
+        scale=call.scale, is_causal=call.is_causal,
         dq_row=chosen_row("dq", mask, q, k, v, call.grad_out),
         dkv_row=chosen_row("dkv", mask, q, k, v, call.grad_out),
     )  # fmt: skip
-    run_launches(launches, q.device)
-    return dq, dk, dv
 
 
 def backward_launches(
     saved: Saved,
     grads: tuple[Tensor, Tensor, Tensor],
     mask: BlockMask | None,
+    transposed: Lists | None = None,
     *,
     scale: float,
     is_causal: bool,
     dq_row: LaunchRow,
     dkv_row: LaunchRow,
 ) -> list[Launch]:
-    """The kernel launches of a backward pass, which fill ``grads`` = (dq, dk, dv)."""
+    """The kernel launches of a backward pass, which fill ``grads`` = (dq, dk, dv).
+
+    ``transposed``: the lists of the key blocks, if they are made already.
+    """
     from ..kernels.attention_backward import attention_backward
 
     lists = None if mask is None else Lists(mask.kv_num_blocks, mask.kv_indices)
-    transposed = None if mask is None else Lists(*mask.transposed())
+    if mask is not None and transposed is None:
+        transposed = Lists(*mask.transposed())
     return attention_backward(
         saved, grads, lists, transposed, *_sides(saved.q.shape[2], saved.k.shape[2], mask),
         scale=scale, is_causal=is_causal, dq_row=dq_row, dkv_row=dkv_row,

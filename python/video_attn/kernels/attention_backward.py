@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +20,7 @@ from .launch import (
     padded,
     problem_args,
     side_args,
+    temporary,
     wide_rows,
 )
 from .launch_tables import LaunchRow
@@ -275,7 +275,9 @@ def attention_backward(
     slots that see it; both are None for dense attention.
     """
     dq, dk, dv = grads
-    pivot, delta = torch.empty_like(x.lse), torch.empty_like(x.lse)
+    pivot, delta = (
+        temporary(*x.lse.shape, dtype=x.lse.dtype, device=x.lse.device) for _ in range(2)
+    )
     inputs = {"q": x.q, "k": x.k, "v": x.v, "grad_out": x.grad_out}
     shared = {"pivot": pivot, "delta": delta} | problem_args(x.q, x.k, scale, is_causal)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quantize import TILE, QuantizationOptions, p_exponent
-from .launch import Side, padded
+from .launch import Side, padded, temporary
 
 # How a tile of 64 tokens is shared out in scale groups: (OUTER, INNER, RUN), with a token's row as
 # ((outer * repeats + repeat) * INNER + inner) * RUN + run, and its group as outer * INNER + inner.
@@ -70,7 +70,7 @@ def allocate_codes(
     qk_dtype = fp8 if precision == "fp8" else torch.int8
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
+        return temporary(*shape, dtype=dtype, device=q.device)
 
     def scales(role: str, heads: int, side: Side) -> Tensor:
         if options.granularity == "per_head":

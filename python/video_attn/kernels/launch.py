@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_TEMPORARY = "_video_attn_temporary"
+
 
 class Side(NamedTuple):
     """One side of attention, queries or keys: ``length`` tokens in slots of ``slot`` tokens.
@@ -66,9 +68,11 @@ class Launch:
         # Said here because Triton's default changes between versions, and with it the rounding.
         return {**self.args, **self.options, "enable_fp_fusion": True}
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Triton's compiled kernel; None in the interpreter, or if there was nothing to run."""
         if self.grid > 0:
-            self.kernel[(self.grid,)](**self.keywords())
+            return self.kernel[(self.grid,)](**self.keywords())
+        return None
 
 
 def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
@@ -77,6 +81,18 @@ def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
     with guard:
         for launch in launches:
             launch.run()
+
+
+def temporary(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that one launch of a call writes before another reads it."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    setattr(x, _TEMPORARY, True)
+    return x
+
+
+def is_temporary(x: Tensor) -> bool:
+    """Whether :func:`temporary` made this very tensor, and not a view of it."""
+    return getattr(x, _TEMPORARY, False)
 
 
 def padded(size: int) -> int:

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ..quantize import TILE, v_limit
 from .codes import Codes, code_limit, padded_codes
-from .launch import Launch, Side, columns, lens_args, named_strides, vector_length, wide_rows
+from .launch import (
+    Launch,
+    Side,
+    columns,
+    lens_args,
+    named_strides,
+    temporary,
+    vector_length,
+    wide_rows,
+)
 from .quantize_parts import (
     encode,
     group_amax,
@@ -260,8 +269,8 @@ def _statistics(x: Tensor, side: Side) -> _Statistics:
     heads, tiles, dim = x.shape[0] * x.shape[1], side.tiles(TILE), padded_codes(x.shape[3])
     chunk = -(-tiles // _CHUNKS)
     n_chunks = -(-tiles // chunk)
-    partial = torch.empty(heads, n_chunks, _STATISTICS, dim, dtype=torch.float32, device=x.device)
-    counts = torch.empty(heads, n_chunks, dtype=torch.int32, device=x.device)
+    partial = temporary(heads, n_chunks, _STATISTICS, dim, dtype=torch.float32, device=x.device)
+    counts = temporary(heads, n_chunks, dtype=torch.int32, device=x.device)
     args = _tensor_args("x", x) | _side_args(side)
     args |= {"BD": dim, "D": columns(x.shape[3], dim, args["VEC"])}
     args |= {"partial": partial, "counts": counts, "H": x.shape[1]}

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Lists, Side, lens_args, named_strides, wide_rows
+from .launch import Launch, Lists, Side, lens_args, named_strides, temporary, wide_rows
 from .launch_tables import LaunchRow
 from .tiles import sized_jit
 
@@ -127,9 +127,11 @@ def split_slots(
     """Kernel arguments of lists of steps, and the launch that makes these lists."""
     batch = max(counts.shape[0], 1 if other.lens is None else other.lens.shape[0])
     shape = (batch, *counts.shape[1:])
-    full, n_steps = (torch.empty(shape, dtype=torch.int32, device=counts.device) for _ in range(2))
     longest = indices.shape[3] * (other.slot // step)
-    steps = torch.empty(*shape, longest, dtype=torch.int32, device=counts.device)
+    full, n_steps, steps = (
+        temporary(*size, dtype=torch.int32, device=counts.device)
+        for size in (shape, shape, (*shape, longest))
+    )
     args = {"full": full, "n_steps": n_steps, "steps": steps, "stride_steps": longest}
     args |= {"H": shape[1], "R": shape[2], "length": other.length}
     args |= named_strides("counts", counts, "bh") | named_strides("indices", indices, "bhr")
