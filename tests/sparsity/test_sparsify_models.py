@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import warnings
 from collections.abc import Iterator
@@ -386,6 +388,55 @@ def test_a_processor_set_later_is_sparse_too(model_of: Any) -> None:
     attention = model.blocks[0].attn1
     attention.set_processor(type(attention.processor.before)())
     assert torch.equal(output(model, tiny.inputs(1)), expected)
+
+
+def test_copies_of_transformers_stand_alone() -> None:
+    """With their hooks, gates and processors, through copy and pickle; each is undone by itself."""
+    tiny, model = MODELS["wan"], MODELS["wan"].model()
+    mtsa.sparsify(model, config(ratio=0.25, block_size_3d=TILE))
+    mtsa.add_gates(model)
+    nn.init.normal_(model.blocks[0].attn1.to_gate_compress.weight)
+    expected = output(model, tiny.inputs(1))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output(other, tiny.inputs(1)), expected)
+        mtsa.unsparsify(other)
+        assert not other._forward_hooks and not other._forward_pre_hooks
+    assert calls(model) == {"blocks.0.attn1": 1, "blocks.1.attn1": 1}
+    assert torch.equal(output(model, tiny.inputs(1)), expected)
+
+
+def test_fused_projections_of_diffusers(model_of: Any) -> None:
+    tiny, model = model_of("cogvideox")
+    mtsa.sparsify(model, config("*", ratio=0.25, block_size_3d=TILE))
+    expected = output(model, tiny.inputs(2))
+    model.fuse_qkv_projections()
+    assert error(output(model, tiny.inputs(2)), expected) < 1e-5
+    assert sum(calls(model).values()) == 2 * tiny.layers
+    model.unfuse_qkv_projections()
+
+
+@torch.no_grad()
+def test_a_video_model_of_transformers() -> None:
+    """Its attention calls torch's through functions of another module."""
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    torch.manual_seed(0)
+    model: Any = VideoMAEModel(
+        VideoMAEConfig(
+            image_size=32, patch_size=8, num_frames=8, tubelet_size=2, hidden_size=32,
+            num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        )
+    ).eval()  # fmt: skip
+    for layer in model.encoder.layer:
+        layer.attention.attention.query.weight.mul_(60)
+    clip = random(1, 8, 3, 32, 32)
+    dense = model(clip).last_hidden_state
+    mtsa.sparsify(model, config("*attention*", ratio=1.0, block_size_3d=TILE))
+    with mtsa.video_shape(model, (4, 4, 4)):
+        assert error(model(clip).last_hidden_state, dense) < 1e-4
+        mtsa.set_sparse_attention_attribute(model, "*", {"top_k_ratio": 0.25})
+        assert error(model(clip).last_hidden_state, dense) > 1e-3
+    assert list(calls(model).values()) == [2, 2]
 
 
 def test_attention_backends_of_diffusers(model_of: Any) -> None:

@@ -91,7 +91,7 @@ class Root:
         """Makes a transformer keep what its calls are about; of a plain model a person says it."""
         if self.family is None or _HOOKS in self.owner.__dict__:
             return
-        before = functools.partial(_before_call, self.family, _Weakly(self.pipe))
+        before = functools.partial(_before_call, _Weakly(self.pipe))
         self.owner.__dict__[_HOOKS] = (
             self.owner.register_forward_pre_hook(before, with_kwargs=True),
             self.owner.register_forward_hook(_after_call, always_call=True),
@@ -217,9 +217,8 @@ class _Weakly:
 
 
 @torch.compiler.disable
-def _before_call(
-    family: Family, pipe: _Weakly, transformer: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> None:
+def _before_call(pipe: _Weakly, transformer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    family: Any = family_of(transformer)
     _entered.tokens.append(_NOTHING)  # the hook after it comes, even if this one raises
     known = call_state(transformer)
     inputs = family.bind(args, kwargs)
@@ -235,6 +234,7 @@ def _before_call(
     _entered.tokens[-1] = enter_call(transformer, info)
 
 
+@torch.compiler.disable
 def _after_call(transformer: nn.Module, args: Any, output: Any) -> None:
     token = _entered.tokens.pop()
     if token is not _NOTHING:
