@@ -10,6 +10,8 @@ from .attention_types import resolve_attention_type
 from .block_mask import BlockMask
 from .functional import (
     Dense,
+    HeadGroup,
+    HeadGroups,
     Radial,
     SlidingTile,
     VideoSparse,
@@ -40,6 +42,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "BlockMask",
     "Dense",
+    "HeadGroup",
+    "HeadGroups",
     "Radial",
     "RadialRule",
     "Scenes",

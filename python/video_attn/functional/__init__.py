@@ -11,6 +11,7 @@ from .block_sparse import (
     block_sparse_attn_from_indices,
     block_sparse_attn_varlen,
 )
+from .head_groups import HeadGroup, HeadGroups
 from .named_attention import named_attention
 from .patterns import Dense, Radial, SlidingTile, VideoSparse
 from .radial_attention import radial
@@ -28,6 +29,8 @@ from .vsa_padded import video_sparse_attn
 
 __all__ = [
     "Dense",
+    "HeadGroup",
+    "HeadGroups",
     "Radial",
     "SlidingTile",
     "VideoSparse",

@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ..calls import problem_of
-from ..functional.patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
+from ..functional.head_groups import HeadGroups, LayerPattern
+from ..functional.patterns import Dense, Radial, SlidingTile, VideoSparse
 from ..functional.video_tokens import VideoTokens
 from ..layout import Triple
 from ..quantize import parse_recipe
@@ -38,7 +39,7 @@ class CallState:
     """What one call of a transformer knows, for its layers."""
 
     tokens: VideoTokens
-    patterns: list[Pattern]
+    patterns: list[LayerPattern]
     token: Any = None
     counted: set[int] = field(default_factory=set)
 
@@ -55,7 +56,7 @@ class AppliedTransformer:
         self.layers = family.attention_layers(transformer)
         self.heads: int = transformer.config.num_attention_heads
         self.attentions = [LayerAttention(self.serve, i) for i in range(len(self.layers))]
-        self._patterns: dict[tuple[int, int], list[Pattern]] = {}
+        self._patterns: dict[tuple[int, int], list[LayerPattern]] = {}
         self._checkpointing: Any = None
         self.processors = [
             replace_processor(layer.module, attention, without_mask=family.large_mask)
@@ -191,7 +192,7 @@ class AppliedTransformer:
 
         transformer._compiled_call_impl = call_compiled
 
-    def patterns(self, step: int, steps: int) -> list[Pattern]:
+    def patterns(self, step: int, steps: int) -> list[LayerPattern]:
         """The pattern of each layer of the schedule in one step."""
         if (step, steps) not in self._patterns:
             handle = self.handle
@@ -261,7 +262,7 @@ class AppliedAttention:
         self,
         pipe: Any,
         transformers: Sequence[tuple[Any, Family]],
-        pattern: Pattern,
+        pattern: LayerPattern,
         schedule: Schedule,
         *,
         precision: str,
@@ -323,7 +324,7 @@ class AppliedAttention:
         """
         if not sparse and self.precision == "native" and self.backend is None:
             return "the pipeline's own"
-        pattern: Pattern | None = Dense()
+        pattern: LayerPattern | None = Dense()
         if sparse:
             patterns = self._sparse_patterns()
             pattern = next((p for p in patterns if not isinstance(p, Dense)), None)
@@ -367,7 +368,7 @@ class AppliedAttention:
         table.add_row("calls", f"{self.sparse_calls} sparse, {self.dense_calls} dense")
         return table
 
-    def _sparse_patterns(self) -> list[Pattern]:
+    def _sparse_patterns(self) -> list[LayerPattern]:
         """The patterns of a step that is not dense."""
         schedule = Schedule(self.schedule.dense_layers, overrides=self.schedule.overrides)
         applied = self._applied[0]
@@ -411,8 +412,10 @@ def _key_mask(tokens: VideoTokens, device: torch.device) -> Tensor:
     return (keys < tokens.video_length + valid)[:, None, None]
 
 
-def _mask_like(pattern: Pattern | None) -> Any:
+def _mask_like(pattern: LayerPattern | None) -> Any:
     """A mask with the block sizes of ``pattern``, to ask who serves it."""
+    if isinstance(pattern, HeadGroups):
+        pattern = pattern.groups[0].pattern
     if isinstance(pattern, (SlidingTile, VideoSparse)):
         return SlidingTile(1, pattern.tile).mask(VideoTokens(pattern.tile))
     if isinstance(pattern, Radial):
@@ -421,7 +424,7 @@ def _mask_like(pattern: Pattern | None) -> Any:
     return None
 
 
-def _describe(pattern: Pattern) -> str:
+def _describe(pattern: LayerPattern) -> str:
     """A pattern on one line, long lists shortened."""
     text = repr(pattern)
     return text if len(text) <= 120 else text[:117] + "..."

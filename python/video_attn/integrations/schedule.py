@@ -7,16 +7,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from ..functional.patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
+from ..functional.head_groups import HeadGroups, LayerPattern
+from ..functional.patterns import Dense, Radial, SlidingTile, VideoSparse
 from ..layout import Triple, as_triple
 from ..patterns.radial import RadialRule
+from .schedule_file import layer_pattern, read_schedule_file
 
-Choice = Pattern | RadialRule | Literal["dense"]
+Choice = LayerPattern | RadialRule | Literal["dense"]
 Key = int | tuple[int, int]
 Steps = int | float
-PATTERNS = (Dense, SlidingTile, VideoSparse, Radial)
+PATTERNS = (Dense, SlidingTile, VideoSparse, Radial, HeadGroups)
 _WHOLE: Triple = (2**31 - 1,) * 3  # a window of the whole video
 
 
@@ -38,7 +40,7 @@ class Schedule:
             head must be of the kind of its layer. A head's goes before its layer's, and a layer's
             before ``dense_layers``.
         steps: the same for single steps: ``{step: {layer: pattern}}``; goes before all else but
-            dense steps. :meth:`from_windows` makes it of a file.
+            dense steps. :meth:`from_windows` and :meth:`load` make it of files.
         num_steps: the number of steps that ``steps`` was made for, if any: a run of another number
             is refused.
 
@@ -50,7 +52,7 @@ class Schedule:
     dense_first_steps: Steps = 0
     dense_last_steps: Steps = 0
     overrides: Mapping[Key, Choice] = field(default_factory=dict)
-    steps: Mapping[int, Mapping[int, Pattern]] = field(default_factory=dict)
+    steps: Mapping[int, Mapping[int, LayerPattern]] = field(default_factory=dict)
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -117,10 +119,42 @@ class Schedule:
             return cls(overrides={layer: p for (_, layer), p in patterns.items()}, **options)
         if any(step is None for step, _ in patterns):
             raise ValueError("windows: some keys name a step, others do not")
-        steps: dict[int, dict[int, Pattern]] = {}
+        steps: dict[int, dict[int, LayerPattern]] = {}
         for (step_index, layer), pattern in patterns.items():
             steps.setdefault(step_index or 0, {})[layer] = pattern
         return cls(steps=steps, num_steps=max(steps) + 1, **options)
+
+    @classmethod
+    def load(cls, path: Path | str, *, num_steps: int | None = None) -> Schedule:
+        """The schedule of a JSON file; :mod:`.schedule_file` has its form.
+
+        Args:
+            num_steps: of the runs to come, for a file that says none but tells steps apart.
+
+        Raises:
+            OSError: the file cannot be read. TypeError, ValueError: it is no schedule; the message
+                says where.
+        """
+        file = read_schedule_file(path)
+        steps_in_all = file.num_steps if num_steps is None else num_steps
+        entries = sorted(file.steps, key=lambda entry: entry.first)
+        patterns = [
+            {layer: layer_pattern(groups) for layer, groups in entry.layers.items()}
+            for entry in entries
+        ]
+        options: dict[str, Any] = {
+            name: getattr(file, name)
+            for name in ("dense_layers", "dense_first_steps", "dense_last_steps")
+        }
+        if len(entries) == 1 and entries[0].first == 0 and file.num_steps is None:
+            return cls(overrides=cast("Mapping[Key, Choice]", patterns[0]), **options)
+        if entries and steps_in_all is None:
+            raise ValueError(f"{path} tells steps apart, but not how many there are: say num_steps")
+        steps: dict[int, Mapping[int, Any]] = {}
+        ends = [entry.first for entry in entries[1:]] + [steps_in_all or 0]
+        for entry, end, of_layer in zip(entries, ends, patterns, strict=True):
+            steps |= dict.fromkeys(range(entry.first, end), of_layer)
+        return cls(steps=steps, num_steps=steps_in_all if steps else None, **options)
 
     def check(self, layers: int, heads: int) -> None:
         """Raises ValueError where the schedule names a layer or head that the model lacks."""
@@ -152,8 +186,8 @@ class Schedule:
         return step < first or step >= steps - last
 
     def patterns(
-        self, pattern: Pattern, layers: int, heads: int, step: int = 0, steps: int = 1
-    ) -> list[Pattern]:
+        self, pattern: LayerPattern, layers: int, heads: int, step: int = 0, steps: int = 1
+    ) -> list[LayerPattern]:
         """The pattern of each layer in one step; ``pattern``: where nothing else is said."""
         if self.needs_step and self.is_dense_step(step, steps):
             return [Dense()] * layers
@@ -167,7 +201,7 @@ class Schedule:
             for layer in range(layers)
         ]
 
-    def _pattern(self, pattern: Pattern, layer: int, heads: int) -> Pattern:
+    def _pattern(self, pattern: LayerPattern, layer: int, heads: int) -> LayerPattern:
         """The pattern of a layer, the choices of its heads put together."""
         default: Choice = Dense() if layer < self.dense_layers else pattern
         default = self.overrides.get(layer, default)
@@ -183,14 +217,14 @@ def check_choice(name: str, choice: object) -> None:
         raise TypeError(f"{name} must be 'dense', a pattern or a RadialRule, got {choice!r}")
 
 
-def _as_pattern(choice: Choice, like: Pattern) -> Pattern:
+def _as_pattern(choice: Choice, like: LayerPattern) -> LayerPattern:
     if isinstance(choice, RadialRule):
         base = like if isinstance(like, Radial) else Radial()
         return Radial(choice, base.block_size, base.scenes)
     return Dense() if choice == "dense" else choice
 
 
-def _put_together(layer: int, patterns: list[Pattern]) -> Pattern:
+def _put_together(layer: int, patterns: list[LayerPattern]) -> LayerPattern:
     """One pattern for heads that differ: windows or rules per head."""
     sparse = [pattern for pattern in patterns if not isinstance(pattern, Dense)]
     first = sparse[0]
@@ -210,13 +244,13 @@ def _put_together(layer: int, patterns: list[Pattern]) -> Pattern:
     )
 
 
-def _window(pattern: Pattern, head: int) -> Triple:
+def _window(pattern: LayerPattern, head: int) -> Triple:
     if not isinstance(pattern, SlidingTile):
         return _WHOLE
     return pattern.windows[head] if len(pattern.windows) > 1 else pattern.windows[0]
 
 
-def _rule(pattern: Pattern, head: int) -> RadialRule | Literal["dense"]:
+def _rule(pattern: LayerPattern, head: int) -> RadialRule | Literal["dense"]:
     if not isinstance(pattern, Radial):
         return "dense"
     rule: Any = pattern.rule

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...attention_types import TORCH_SDPA, resolve_attention_type
 from ...calls import problem_of
 from ...functional import named_attention
-from ...functional.patterns import Dense, Pattern, Radial
+from ...functional.head_groups import LayerPattern
+from ...functional.patterns import Dense, Radial
 from ...functional.video_tokens import VideoTokens
 from ...integrations.intercept import AttentionCall, replace_processor
 from ...integrations.layer import LayerAttention
@@ -55,7 +56,7 @@ class _CallState:
     """What one call of a transformer tells its layers."""
 
     tokens: VideoTokens
-    patterns: list[Pattern]
+    patterns: list[LayerPattern]
     step: int
     timestep: float
 

@@ -1,0 +1,177 @@
+"""HeadGroups: heads of one layer that attend in different ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_int
+from ..registry import PRECISIONS
+from ..static_cache import canonical_device, static_cache
+from .patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
+from .video_tokens import VideoTokens
+from .vsa import Gate
+
+_ONE_WAY = (Dense, SlidingTile, VideoSparse, Radial)
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Query heads of a layer that attend in one way, in one launch.
+
+    Args:
+        heads: their numbers, ascending.
+        pattern: of all of them; windows or rules per head are in the order of ``heads``.
+        precision: "native" or a quantized one; None: that of the call.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or outside its range.
+    """
+
+    heads: Sequence[int]
+    pattern: Pattern
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        heads = tuple(check_int("heads", head, minimum=0) for head in self.heads)
+        if not heads or list(heads) != sorted(set(heads)):
+            raise ValueError(f"heads must be ascending head numbers, at least one; got {heads}")
+        object.__setattr__(self, "heads", heads)
+        if not isinstance(self.pattern, _ONE_WAY):
+            raise TypeError(f"pattern must be a pattern, got {self.pattern!r}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be None or one of {', '.join(PRECISIONS)}; got {self.precision!r}"
+            )
+        self.pattern.check_heads(len(heads))
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Heads of one layer in groups, each with a pattern and a precision of its own.
+
+    Every group is a launch, and one that is no run of neighbouring heads copies its q, k and v: few
+    groups pay, many do not.
+
+    Args:
+        groups: every query head of the layer is in exactly one of them.
+
+    Raises:
+        TypeError, ValueError: heads that are missing or in two groups.
+    """
+
+    groups: Sequence[HeadGroup]
+
+    def __post_init__(self) -> None:
+        groups = tuple(self.groups)
+        if not groups or not all(isinstance(group, HeadGroup) for group in groups):
+            raise TypeError(f"groups must be HeadGroup objects, at least one; got {groups!r}")
+        heads = sorted(head for group in groups for head in group.heads)
+        if heads != list(range(len(heads))):
+            raise ValueError(f"groups must hold each of the heads 0, 1, 2 ... once; got {heads}")
+        object.__setattr__(self, "groups", groups)
+
+    @property
+    def heads(self) -> int:
+        """Query heads in all groups."""
+        return sum(len(group.heads) for group in self.groups)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tokens: VideoTokens,
+        *,
+        gate: Gate = None,
+        scale: float | None = None,
+        precision: str = "native",
+        quantization: Any = None,
+        **options: Any,
+    ) -> Tensor:
+        """Each group's attention over the tokens of one call; arguments as in
+        :meth:`SlidingTile.attend`. Differentiable.
+
+        ``precision`` and ``quantization`` are those of groups that say none.
+        """
+        tokens.check(query, key)
+        self.check_heads(query.shape[1])
+        shared = query.shape[1] // key.shape[1]  # query heads that read one key head (GQA)
+        parts = []
+        for group in self.groups:
+            kv_heads = _key_heads(group.heads, shared)
+            chosen: dict[str, Any]
+            if group.precision is None:
+                chosen = {"precision": precision, "quantization": quantization}
+            else:
+                chosen = {"precision": group.precision, "quantization": None}
+            chosen |= {"gate": _gate_of(gate, group.heads), "scale": scale, **options}
+            q, k, v = (_take(query, group.heads), *(_take(x, kv_heads) for x in (key, value)))
+            parts.append(group.pattern.attend(q, k, v, tokens, **chosen))
+        order = [head for group in self.groups for head in group.heads]
+        out = torch.cat(parts, 1)
+        if order == sorted(order):
+            return out
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return out.index_select(1, _index(tuple(places), canonical_device(out.device)))
+
+    def density(self, tokens: VideoTokens, heads: int = 1) -> float:
+        """Pairs of tokens that are computed, over all pairs; the mean of the heads."""
+        shares = [
+            len(group.heads) * group.pattern.density(tokens, len(group.heads))
+            for group in self.groups
+        ]
+        return sum(shares) / self.heads
+
+    def check_heads(self, heads: int) -> None:
+        """Raises ValueError where the groups are for another number of query heads."""
+        if heads != self.heads:
+            raise ValueError(f"groups are of {self.heads} query heads, but there are {heads}")
+
+    def of_heads(self, start: int, stop: int) -> HeadGroups:
+        """The groups of the query heads from ``start`` to before ``stop``."""
+        groups = []
+        for group in self.groups:
+            inside = [i for i, head in enumerate(group.heads) if start <= head < stop]
+            if inside:
+                pattern = group.pattern.of_heads(inside[0], inside[-1] + 1)
+                heads = [group.heads[i] - start for i in inside]
+                groups.append(HeadGroup(heads, pattern, group.precision))
+        return HeadGroups(groups)
+
+
+def _key_heads(heads: Sequence[int], shared: int) -> list[int]:
+    """The key heads that ``heads`` read: each once where all their queries are there."""
+    wanted = [head // shared for head in heads]
+    whole = list(dict.fromkeys(wanted))
+    if len(whole) * shared == len(wanted):
+        return whole
+    return wanted
+
+
+def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Heads of [B, H, S, D]: a view where they are neighbours, or all the same."""
+    first = heads[0]
+    if len(set(heads)) == 1:
+        return x.narrow(1, first, 1)
+    if list(heads) == list(range(first, first + len(heads))):
+        return x.narrow(1, first, len(heads))
+    return x.index_select(1, _index(tuple(heads), canonical_device(x.device)))
+
+
+@static_cache
+def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def _gate_of(gate: Gate, heads: Sequence[int]) -> Gate:
+    if isinstance(gate, Tensor) and gate.dim() == 4 and gate.shape[1] > 1:
+        return _take(gate, heads)
+    return gate
+
+
+LayerPattern = Pattern | HeadGroups  # what a layer of a model may be given
