@@ -150,6 +150,7 @@ def test_they_are_values() -> None:
     (lambda: VideoSparse(top_k=0), ValueError, "top_k must be 1 to"),
     (lambda: VideoSparse(0.5, gate="learned"), TypeError, "gate must be None, a number or a"),
     (lambda: VideoSparse(0.5, gate=torch.ones(1)), TypeError, "tensors come with a call"),
+    (lambda: VideoSparse(0.5, score_dtype=torch.int8), TypeError, "score_dtype must be None"),
     (lambda: Radial("radial"), TypeError, "rule must be a RadialRule, None, or"),
     (lambda: Radial([]), ValueError, "rule must be a RadialRule or one per query head"),
     (lambda: Radial(block_size=0), ValueError, "block_size must be >= 1, got 0"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..block_mask import BlockMask
-from ..checks import wants_gradient
+from ..checks import check_int, wants_gradient
 from ..layout import Triple, as_triple
 from ..patterns.radial import RadialRule, radial_mask
 from ..patterns.scene import Scenes
@@ -26,7 +26,7 @@ from ..patterns.video_sparse import kept_blocks
 from ..static_cache import canonical_device, static_cache
 from .sta import STA_TILE, sliding_tile
 from .video_tokens import VideoTokens, memory_order, whole_gate
-from .vsa import VSA_TILE, Gate, check_count, check_gate, video_sparse
+from .vsa import VSA_TILE, Gate, check_count, check_gate, check_score_dtype, video_sparse
 
 _DENSE_BLOCK = 128
 
@@ -54,7 +54,7 @@ class Dense:
         return attention(query, key, value, self.mask(tokens, query.device), scale=scale, **options)
 
     def mask(
-        self, tokens: VideoTokens, device: torch.device | str = "cpu", **_: Any
+        self, tokens: VideoTokens, device: torch.device | str = "cpu", *, heads: int = 1
     ) -> BlockMask | None:
         """None where all tokens are valid, else a full mask with lengths."""
         length = tokens.sequence_length
@@ -190,6 +190,8 @@ class VideoSparse:
         gate: weight of the coarse branch. "auto": what the model has learned for it
             (``to_gate_compress``), and without that 0, the sparse branch alone; None: as it is;
             a number.
+        score_dtype: torch.bfloat16 or torch.float16: tiles are ranked by scores rounded to it, as
+            the kernels that some models were trained with do.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range.
@@ -199,6 +201,7 @@ class VideoSparse:
     top_k: int | None = None
     tile: Triple = VSA_TILE
     gate: float | Literal["auto"] | None = "auto"
+    score_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if (self.top_k is None) == (self.top_k_ratio is None):
@@ -211,6 +214,7 @@ class VideoSparse:
         else:
             check_count(self.top_k, 2**31 - 1, "top_k")
         object.__setattr__(self, "tile", as_triple(self.tile, "tile"))
+        check_score_dtype(self.score_dtype)
         if self.gate != "auto":
             check_gate(self.gate, (1, 1, 1, 1), torch.empty(0))
             if isinstance(self.gate, Tensor):
@@ -238,6 +242,7 @@ class VideoSparse:
             gate = self.gate
         elif gate is None:
             gate = 0.0
+        options.setdefault("score_dtype", self.score_dtype)
         axes = memory_order(query)
         swap = axes == "bshd"
         query, key, value = (x.transpose(1, 2) if swap else x for x in (query, key, value))
@@ -305,10 +310,7 @@ class Radial:
                 )
         if self.rule == ():
             raise ValueError("rule must be a RadialRule or one per query head, got none")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
-            raise TypeError(f"block_size must be an int, got {self.block_size!r}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be >= 1, got {self.block_size}")
+        object.__setattr__(self, "block_size", check_int("block_size", self.block_size, 1))
         if self.scenes is not None and not isinstance(self.scenes, Scenes):
             raise TypeError(f"scenes must be a Scenes or None, got {type(self.scenes).__name__}")
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..functional.patterns import Radial, SlidingTile, VideoSparse
 from ..patterns.radial import RadialRule
 from .schedule import Schedule
@@ -59,7 +61,8 @@ def fast_wan(*, precision: str = "native") -> Preset:
     """Models that were trained with video sparse attention: a fifth of the tiles, the learned gate,
     no dense step.
     """
-    return {"pattern": VideoSparse(top_k_ratio=0.2), "precision": precision}
+    pattern = VideoSparse(top_k_ratio=0.2, score_dtype=torch.bfloat16)
+    return {"pattern": pattern, "precision": precision}
 
 
 def hunyuan_video(*, precision: str = "native") -> Preset:

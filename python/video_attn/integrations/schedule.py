@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from ..checks import check_int
 from ..functional.head_groups import HeadGroups, LayerPattern
 from ..functional.patterns import Dense, Radial, SlidingTile, VideoSparse
 from ..layout import Triple, as_triple
@@ -56,14 +57,14 @@ class Schedule:
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _check_count("dense_layers", self.dense_layers)
+        check_int("dense_layers", self.dense_layers, 0)
         for name in ("dense_first_steps", "dense_last_steps"):
             value = getattr(self, name)
             if isinstance(value, float):
                 if not 0 <= value <= 1:
                     raise ValueError(f"{name} must be an int, or a share from 0 to 1; got {value}")
             else:
-                _check_count(name, value)
+                check_int(name, value, 0)
         for name in ("overrides", "steps"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
@@ -85,7 +86,7 @@ class Schedule:
                         f"steps[{step}] must be {{layer: pattern}}, got {layer!r}: {pattern!r}"
                     )
         if self.num_steps is not None:
-            _check_count("num_steps", self.num_steps)
+            check_int("num_steps", self.num_steps, 0)
 
     @classmethod
     def from_windows(
@@ -268,13 +269,6 @@ def _of_heads(place: tuple[int | None, int], heads: dict[int, Triple], tile: Tri
 def _count(value: Steps, steps: int) -> int:
     """How many of ``steps`` a count or a share (rounded, a half up) is."""
     return math.floor(value * steps + 0.5) if isinstance(value, float) else value
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
 
 
 def _is_index(value: object) -> bool:
