@@ -109,6 +109,18 @@ def test_a_pattern_over_everything_is_dense(
     assert torch.equal(output(model, inputs), dense)
 
 
+def test_control_blocks_of_vace_share_the_number_of_the_block_they_feed(
+    models: dict[str, Any],
+) -> None:
+    tiny, model = made(models, "vace")
+    layers = family_of(model).attention_layers(model)
+    assert [layer.layer for layer in layers] == [0, 1, 2, 0, 2]
+    assert [layer.name for layer in layers[2:4]] == ["blocks.2.attn1", "vace_blocks.0.attn1"]
+    with apply(model, SlidingTile(WINDOW, TILE), schedule=Schedule(dense_layers=2)) as applied:
+        output(model, tiny.inputs(1))
+    assert (applied.sparse_calls, applied.dense_calls) == (2, 3)
+
+
 class LargestMask(TorchDispatchMode):
     """The elements of the largest boolean tensor that is made, in memory."""
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from video_attn import Dense, Radial, SlidingTile, VideoSparse
 from video_attn.integrations import Schedule, applied_to, apply, presets
 from video_attn.integrations.dispatcher import BACKENDS, register_with_diffusers, unregister
+from video_attn.integrations.intercept import call_with_attention
 from video_attn.integrations.models import family_of
 
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
@@ -412,6 +413,23 @@ def test_autocast(name: str) -> None:
         assert handle.sparse_calls == tiny.layers
     assert got.dtype == dense.dtype
     assert error(got.float(), dense.float()) < 0.05
+
+
+def test_autocast_makes_one_dtype_of_three() -> None:
+    """As on a GPU, where norms leave fp32 under autocast."""
+    query, key, value = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    seen: list[Any] = []
+
+    def attend(call: Any) -> Tensor:
+        seen.append({x.dtype for x in (call.query, call.key, call.value)})
+        return call.dense()
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call_with_attention(attend, attention, query, key, value.bfloat16())
+    assert seen == [{torch.bfloat16}] and out.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="dtype"):
+        call_with_attention(attend, attention, query, key, value.bfloat16())
 
 
 # -- copies and replacements -----------------------------------------------------------------------
