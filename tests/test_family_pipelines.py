@@ -1,4 +1,4 @@
-"""The pipelines of the other families: their loops, schedulers and guidance, with applied attention.
+"""The pipelines of the other families: their loops, schedulers and guidance, attention applied.
 
 Wan's are in test_pipelines.py, CogVideoX's in test_cogvideox.py.
 """

@@ -50,9 +50,11 @@ class LayerAttention:
         return out.transpose(1, 2)
 
 
-@torch.library.custom_op(
-    "video_attn::attend_in_call", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
+# A CUDA graph would replay what one call was; older versions of torch have no word for that.
+_TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
+
+
+@torch.library.custom_op("video_attn::attend_in_call", mutates_args=(), tags=_TAGS)
 def _attend(
     query: Tensor,
     key: Tensor,
