@@ -104,18 +104,18 @@ def test_long_rows(planning):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"slots": [4]}, "slots must lie in 0 to 3, got 4"),
-        ({"slots": [-1]}, "slots must lie in 0 to 3, got -1"),
+        ({"blocks": [4]}, "blocks must lie in 0 to 3, got 4"),
+        ({"blocks": [-1]}, "blocks must lie in 0 to 3, got -1"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"lens": [1, 2]}, "lens must have 4 entries, has 2"),
     ],
 )
 def test_bad_rows(planning, changes, message):
-    good: dict[str, Any] = {"slots": [0, 3], "block_size": 64, "length": 250, "lens": None}
+    good: dict[str, Any] = {"blocks": [0, 3], "block_size": 64, "length": 250, "lens": None}
     arguments = {**good, **changes}
     with pytest.raises(ValueError, match=message):
-        planning.row_plan(arguments.pop("slots"), **arguments)
+        planning.row_plan(arguments.pop("blocks"), **arguments)
 
 
 # -- two rows that share loads ---------------------------------------------------------------------

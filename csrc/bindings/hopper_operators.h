@@ -14,6 +14,7 @@
 #include <optional>
 
 #include "hopper/launch.h"
+#include "hopper/step_list.h"
 
 namespace video_attn::hopper {
 
@@ -21,7 +22,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline constexpr int32_t kGrain = 64;        // block sizes are multiples of it
 inline constexpr int32_t kDenseBlock = 128;  // into which dense attention is cut
 inline constexpr int32_t kMaxHeadDim = 128;
 inline constexpr int32_t kAlignment = 16;  // bytes, of addresses and strides
@@ -142,9 +142,9 @@ Side make_side(const Kernel<Params>& kernel, const Call& call, const char* name,
     STD_TORCH_CHECK(!lens, name, "_block_lens without a block size");
     return side;
   }
-  STD_TORCH_CHECK(block_size % kGrain == 0 && block_size >= kernel.blocks.smallest &&
+  STD_TORCH_CHECK(block_size % kUnit == 0 && block_size >= kernel.blocks.smallest &&
                       block_size <= kernel.blocks.largest,
-                  name, "_block_size is ", block_size, ", allowed: multiples of ", kGrain, " from ",
+                  name, "_block_size is ", block_size, ", allowed: multiples of ", kUnit, " from ",
                   kernel.blocks.smallest, " to ", kernel.blocks.largest);
   side.block_size = static_cast<int32_t>(block_size);
   if (lens) {

@@ -1,5 +1,5 @@
-// Python module video_attn._planning: the planning of csrc/hopper/plan.h, for tests and curiosity.
-// The launchers do not need it.
+// Python module video_attn._planning, for tests and curiosity: what the launchers plan (config.h),
+// and what the kernels make of lists (plan.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -48,18 +48,18 @@ py::dict forward_plan(const std::string& grain, int32_t batch, int32_t heads, in
   result["tile_tokens"] = kTileTokens;
   result["step_tokens"] = kStepTokens;
   result["threads"] = kForwardThreads;
-  result["stages"] = plan.config.slots;
+  result["stages"] = plan.config.stages;
   result["shared_bytes"] = plan.config.shared_bytes();
   result["tiles"] = plan.tiles;
   result["blocks"] = plan.blocks;
   return result;
 }
 
-using Slots = std::vector<int32_t>;
+using Blocks = std::vector<int32_t>;
 using OptionalLens = std::optional<std::vector<int32_t>>;
 
 // The side of the keys; `lens` must outlive it.
-Side key_side(const std::vector<const Slots*>& lists, int32_t block_size, int32_t length,
+Side key_side(const std::vector<const Blocks*>& lists, int32_t block_size, int32_t length,
               const OptionalLens& lens) {
   check_positive("block_size", block_size);
   check_positive("length", length);
@@ -68,20 +68,20 @@ Side key_side(const std::vector<const Slots*>& lists, int32_t block_size, int32_
     throw std::invalid_argument("lens must have " + std::to_string(blocks) + " entries, has " +
                                 std::to_string(lens->size()));
   }
-  for (const Slots* slots : lists) {
-    for (const int32_t slot : *slots) {
-      if (slot < 0 || slot >= blocks) {
-        throw std::invalid_argument("slots must lie in 0 to " + std::to_string(blocks - 1) +
-                                    ", got " + std::to_string(slot));
+  for (const Blocks* list : lists) {
+    for (const int32_t block : *list) {
+      if (block < 0 || block >= blocks) {
+        throw std::invalid_argument("blocks must lie in 0 to " + std::to_string(blocks - 1) +
+                                    ", got " + std::to_string(block));
       }
     }
   }
   return {length, block_size, {lens ? lens->data() : nullptr, 0}};
 }
 
-py::dict row_plan(const Slots& slots, int32_t block_size, int32_t length,
+py::dict row_plan(const Blocks& blocks, int32_t block_size, int32_t length,
                   const OptionalLens& lens) {
-  const RowPlan row = plan_row(slots, key_side({&slots}, block_size, length, lens));
+  const RowPlan row = plan_row(blocks, key_side({&blocks}, block_size, length, lens));
   py::list halves;
   for (const KeyHalf& half : row.halves) halves.append(py::make_tuple(half.token, half.valid));
   py::dict result;
@@ -91,9 +91,9 @@ py::dict row_plan(const Slots& slots, int32_t block_size, int32_t length,
   return result;
 }
 
-py::dict pair_plan(const Slots& first, const Slots& second, int32_t length,
+py::dict pair_plan(const Blocks& first, const Blocks& second, int32_t length,
                    const OptionalLens& lens) {
-  const Side side = key_side({&first, &second}, kHalfTokens, length, lens);
+  const Side side = key_side({&first, &second}, kUnit, length, lens);
   const PairPlan pair = plan_pair(first, second, side);
   py::dict result;
   result["rows"] = py::make_tuple(pair.rows[0], pair.rows[1]);
@@ -111,9 +111,9 @@ PYBIND11_MODULE(_planning, m) {
         py::arg("heads"), py::arg("length"), py::arg("block_size"), py::arg("head_dim"),
         py::arg("multiprocessors"),
         "Tile shape, shared memory, stages and grid of a forward launch.");
-  m.def("row_plan", &row_plan, py::arg("slots"), py::kw_only(), py::arg("block_size"),
+  m.def("row_plan", &row_plan, py::arg("blocks"), py::kw_only(), py::arg("block_size"),
         py::arg("length"), py::arg("lens") = py::none(),
-        "The halves (first key, valid keys) of a query row that sees the key blocks `slots`, and "
+        "The halves (first key, valid keys) of a query row that sees the key blocks `blocks`, and "
         "how many steps of two halves they make, of which the first ones need no mask.");
   m.def("pair_plan", &pair_plan, py::arg("first"), py::arg("second"), py::kw_only(),
         py::arg("length"), py::arg("lens") = py::none(),

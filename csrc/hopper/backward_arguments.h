@@ -12,7 +12,7 @@ inline size_t align_bytes(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 inline bool shares_lists(const Side& side) { return side.block_size % (2 * kUnit) == 0; }
 
-// Whether the fused walk serves: 128 keys of one block slot at a time, sums in any order.
+// Whether the fused walk serves: 128 keys of one block at a time, sums in any order.
 inline bool is_fused(const BackwardParams& params) {
   return !params.deterministic && params.problem.head_dim > 64 &&
          shares_lists(params.problem.kv_side);
@@ -87,7 +87,7 @@ OrderGlobals order_globals(const BackwardParams& params, const BackwardBuffers& 
   globals.lists = kKeys ? params.transposed : params.lists;
   globals.order = kKeys ? buffers.key_order : buffers.query_order;
   globals.items = (units_of(kept.length) + Config::kRingReaders - 1) / Config::kRingReaders;
-  globals.slot_items = kept.block_size / (kUnit * Config::kRingReaders);
+  globals.block_items = kept.block_size / (kUnit * Config::kRingReaders);
   globals.list_heads = kKeys ? problem.heads / problem.kv_heads : 1;
   globals.batches = globals.lists.counts_batch_stride == 0 ? 1 : problem.batch;
   globals.heads = globals.lists.counts_head_stride == 0 ? 1

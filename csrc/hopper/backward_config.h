@@ -18,9 +18,12 @@
 
 namespace video_attn::hopper {
 
-constexpr int kUnit = 64;  // tokens of one tile: rows of a warpgroup, and of one streamed step
-
 enum class Walk { kKeys, kQueries };
+
+enum BackwardBarrier : int32_t {
+  kGroupBarrier = 1,  // + warpgroup
+  kAllGroupsBarrier = 3
+};
 
 // One streamed tile.
 struct TileStep {
@@ -29,29 +32,30 @@ struct TileStep {
 };
 
 // The barriers of a ring: its first and second operands come and go one by one.
-template <int kFirstSlots, int kSecondSlots>
+template <int kFirstStages, int kSecondStages>
 struct RingBarriers {
-  uint64_t first_full[kFirstSlots], first_empty[kFirstSlots];
-  uint64_t second_full[kSecondSlots], second_empty[kSecondSlots];
-  TileStep steps[kFirstSlots];  // come with the first operand
+  uint64_t first_full[kFirstStages], first_empty[kFirstStages];
+  uint64_t second_full[kSecondStages], second_empty[kSecondStages];
+  TileStep steps[kFirstStages];  // come with the first operand
 };
 
-// Where a reader or writer of `kSlots` slots is, and the parity of the phase it waits for.
-template <int kSlots>
-struct SlotCursor {
-  int slot = 0;
+// A place in a ring of `kStages` stages, and the parity of the phase that its reader or writer
+// waits for.
+template <int kStages>
+struct StageCursor {
+  int stage = 0;
   uint32_t parity;
 
   __device__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
+    if (++stage == kStages) {
+      stage = 0;
       parity ^= 1;
     }
   }
-  __device__ int previous() const { return (slot == 0 ? kSlots : slot) - 1; }
+  __device__ int previous() const { return (stage == 0 ? kStages : stage) - 1; }
 };
 
-// kSharedList: both warpgroups of a block of threads lie in one block slot (its size is a multiple
+// kSharedList: both warpgroups of a block of threads lie in one block (its size is a multiple
 // of 128) and walk its list together; otherwise each has a list, a ring and a producer of its own.
 template <typename ValueT, int kHeadDimT, Walk kWalkT, bool kSharedListT>
 struct BackwardConfig {
@@ -75,14 +79,14 @@ struct BackwardConfig {
   static constexpr int kPanelBytes = kTileBytes / kPanels;
 
   // In the query walk the kept tiles move to registers and their memory to the rings: the last
-  // slots of each, which the producer gets from the warpgroups and not at once.
+  // stages of each, which the producer gets from the warpgroups and not at once.
   static constexpr bool kKeptMoves = kWalk == Walk::kQueries;
-  static constexpr int kMovedSlots = kKeptMoves ? kRingReaders : 0;
-  // First operands are needed longest, so they get more slots where not all fit.
+  static constexpr int kMovedStages = kKeptMoves ? kRingReaders : 0;
+  // First operands are needed longest, so they get more stages where not all fit.
   static constexpr int kOwnFirst = kHeadDim == 64 ? 8 / kRings : kSharedList ? 4 : 3;
   static constexpr int kOwnSecond = kHeadDim == 64 ? 8 / kRings : kSharedList ? 4 : 2;
-  static constexpr int kFirstSlots = kOwnFirst + kMovedSlots;
-  static constexpr int kSecondSlots = kOwnSecond + kMovedSlots;
+  static constexpr int kFirstStages = kOwnFirst + kMovedStages;
+  static constexpr int kSecondStages = kOwnSecond + kMovedStages;
 
   // Row statistics of one streamed query tile (see backward_prepare.h) come with its second
   // operand.
@@ -90,20 +94,22 @@ struct BackwardConfig {
   static constexpr int kStatisticsBytes = kHasStatistics ? 2 * kUnit * sizeof(float) : 0;
 
   struct Shared {
-    Tile first[kRings * kFirstSlots + (kKeptMoves ? 0 : kWarpgroups)];
-    Tile second[kRings * kSecondSlots + (kKeptMoves ? 0 : kWarpgroups)];
-    float statistics[kRings][kSecondSlots][kHasStatistics ? 2 * kUnit : 1];
-    RingBarriers<kFirstSlots, kSecondSlots> rings[kRings];
+    Tile first[kRings * kFirstStages + (kKeptMoves ? 0 : kWarpgroups)];
+    Tile second[kRings * kSecondStages + (kKeptMoves ? 0 : kWarpgroups)];
+    float statistics[kRings][kSecondStages][kHasStatistics ? 2 * kUnit : 1];
+    RingBarriers<kFirstStages, kSecondStages> rings[kRings];
     uint64_t kept_full;
 
-    __device__ Tile& first_tile(int ring, int slot) { return first[ring * kFirstSlots + slot]; }
-    __device__ Tile& second_tile(int ring, int slot) { return second[ring * kSecondSlots + slot]; }
+    __device__ Tile& first_tile(int ring, int stage) { return first[ring * kFirstStages + stage]; }
+    __device__ Tile& second_tile(int ring, int stage) {
+      return second[ring * kSecondStages + stage];
+    }
     __device__ Tile& kept_first(int group) {
-      if constexpr (!kKeptMoves) return first[kRings * kFirstSlots + group];
+      if constexpr (!kKeptMoves) return first[kRings * kFirstStages + group];
       return first_tile(group / kRingReaders, kOwnFirst + group % kRingReaders);
     }
     __device__ Tile& kept_second(int group) {
-      if constexpr (!kKeptMoves) return second[kRings * kSecondSlots + group];
+      if constexpr (!kKeptMoves) return second[kRings * kSecondStages + group];
       return second_tile(group / kRingReaders, kOwnSecond + group % kRingReaders);
     }
     __device__ void* kept_first_panel(int group, int panel) {
@@ -117,13 +123,13 @@ struct BackwardConfig {
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of one multiprocessor");
 };
 
-// The fused walk: 128 keys of one block slot per block of threads, 128 channels.
+// The fused walk: 128 keys of one block per block of threads, 128 channels.
 template <typename ValueT>
 struct FusedConfig : BackwardConfig<ValueT, 128, Walk::kKeys, true> {
   using Base = BackwardConfig<ValueT, 128, Walk::kKeys, true>;
   using Base::kWarpgroups, Base::kPanels;
   using typename Base::Tile;
-  static constexpr int kFirstSlots = 3, kSecondSlots = 3;
+  static constexpr int kFirstStages = 3, kSecondStages = 3;
 
   using Panel = kittens::st<ValueT, kUnit, 64>;
   using KeyPanel = kittens::st<ValueT, kWarpgroups * kUnit, 64>;  // of both warpgroups
@@ -132,15 +138,15 @@ struct FusedConfig : BackwardConfig<ValueT, 128, Walk::kKeys, true> {
   struct Shared {
     Panel keys[kPanels][kWarpgroups];
     Tile values[kWarpgroups];
-    Tile first[kFirstSlots], second[kSecondSlots];
+    Tile first[kFirstStages], second[kSecondStages];
     Panel score_gradients[2][kWarpgroups];  // keys by queries; the two alternate
     alignas(1024) float sums[kWarpgroups][kSumsOfGroup];
-    float statistics[1][kSecondSlots][2 * kUnit];
-    RingBarriers<kFirstSlots, kSecondSlots> rings[1];
+    float statistics[1][kSecondStages][2 * kUnit];
+    RingBarriers<kFirstStages, kSecondStages> rings[1];
     uint64_t kept_full;
 
-    __device__ Tile& first_tile(int, int slot) { return first[slot]; }
-    __device__ Tile& second_tile(int, int slot) { return second[slot]; }
+    __device__ Tile& first_tile(int, int stage) { return first[stage]; }
+    __device__ Tile& second_tile(int, int stage) { return second[stage]; }
     __device__ void* kept_first_panel(int group, int panel) { return &keys[panel][group]; }
     __device__ void* kept_second_panel(int group, int panel) {
       return values[group].data + panel * kUnit * 64;
@@ -155,7 +161,7 @@ struct BackwardGlobals {
   CUtensorMap result_first, result_second;  // dk and dv, or dq alone
   const float* statistics;
   float* dq_sums;    // fused walk: see backward_fused.h
-  BlockLists lists;  // one row per block slot of the kept side
+  BlockLists lists;  // one row per block of the kept side
   Side kept, streamed;
   int32_t list_heads;  // query heads that one kept head answers to: the GQA group, or 1
   int32_t group;       // query heads per key head
@@ -167,11 +173,11 @@ struct BackwardGlobals {
   float scale, scale_log2;
 };
 
-// Valid tokens of a block slot, whatever its lens says about tokens past the end.
-__host__ __device__ inline int32_t valid_tokens(const Side& side, int32_t batch, int32_t slot) {
+// Valid tokens of a block, whatever its lens says about tokens past the end.
+__host__ __device__ inline int32_t valid_tokens(const Side& side, int32_t batch, int32_t block) {
   const int32_t* lens =
       side.lens.data == nullptr ? nullptr : side.lens.data + batch * side.lens.batch_stride;
-  return valid_tokens(slot, side.block_size, side.length, lens);
+  return valid_tokens(block, side.block_size, side.length, lens);
 }
 
 __host__ __device__ constexpr int32_t units_of(int32_t length) { return divide_up(length, kUnit); }

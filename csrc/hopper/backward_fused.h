@@ -86,7 +86,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   using Panel = typename Config::Panel;
   using KeyPanel = typename Config::KeyPanel;
   constexpr int kConsumers = 128 * Config::kWarpgroups;
-  const int barrier_id = 1 + group, common_barrier_id = 1 + Config::kWarpgroups;
+  const int barrier_id = kGroupBarrier + group, common_barrier_id = kAllGroupsBarrier;
   const Place place = place_of(globals);
   const int token = kept_token<Config>(globals, place, group);
   const int valid_keys =
@@ -158,7 +158,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     products_wait<1>();
     settle(dq);
     settle(packed_p);
-    reader.release_second(reader.second.slot);
+    reader.release_second(reader.second.stage);
     add_sums<Config>(shared, group, dq, sums + static_cast<int64_t>(step.unit) * kSumsOfUnit,
                      barrier_id);
     parity ^= 1;
@@ -217,9 +217,9 @@ __device__ inline void run_finish(const FinishGlobals& globals,
   QuerySums dq;
   read_sums(globals.sums + row * kSumsOfUnit + half * (kSumsOfUnit / 2), dq);
   const int token = unit * kUnit;
-  const int slot = token / globals.q_side.block_size;
+  const int block = token / globals.q_side.block_size;
   const int valid =
-      valid_tokens(globals.q_side, batch, slot) - (token - slot * globals.q_side.block_size);
+      valid_tokens(globals.q_side, batch, block) - (token - block * globals.q_side.block_size);
   store_gradient(dq, globals.scale, valid, tile, &globals.dq, 64 * half, token, head, batch, 1);
   if (threadIdx.x == 0) store_wait_read<0>();
 }

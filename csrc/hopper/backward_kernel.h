@@ -7,32 +7,34 @@
 
 namespace video_attn::hopper {
 
-// The reading end of a ring. A slot is handed back when the products that read it are known to be
+// The reading end of a ring. A stage is handed back when the products that read it are known to be
 // done; for first operands that is in the step after.
 template <typename Config>
 struct RingReader {
   typename Config::Shared& shared;
   const int ring;
-  SlotCursor<Config::kFirstSlots> first{0, 0};
-  SlotCursor<Config::kSecondSlots> second{0, 0};
+  StageCursor<Config::kFirstStages> first{0, 0};
+  StageCursor<Config::kSecondStages> second{0, 0};
 
   // Waits for the first operand of the next step.
   __device__ TileStep wait_first() const {
     const auto& barriers = shared.rings[ring];
-    barrier_wait(shared_address(&barriers.first_full[first.slot]), first.parity);
-    const TileStep& step = barriers.steps[first.slot];
+    barrier_wait(shared_address(&barriers.first_full[first.stage]), first.parity);
+    const TileStep& step = barriers.steps[first.stage];
     return {warp_uniform(step.valid), warp_uniform(step.unit)};
   }
   // Waits for the second operand, and the statistics.
   __device__ void wait_second() const {
-    barrier_wait(shared_address(&shared.rings[ring].second_full[second.slot]), second.parity);
+    barrier_wait(shared_address(&shared.rings[ring].second_full[second.stage]), second.parity);
   }
-  __device__ auto& first_tile() const { return shared.first_tile(ring, first.slot); }
-  __device__ auto& second_tile() const { return shared.second_tile(ring, second.slot); }
-  __device__ const float* statistics() const { return shared.statistics[ring][second.slot]; }
+  __device__ auto& first_tile() const { return shared.first_tile(ring, first.stage); }
+  __device__ auto& second_tile() const { return shared.second_tile(ring, second.stage); }
+  __device__ const float* statistics() const { return shared.statistics[ring][second.stage]; }
 
-  __device__ void release_first(int slot) const { arrive(shared.rings[ring].first_empty[slot]); }
-  __device__ void release_second(int slot) const { arrive(shared.rings[ring].second_empty[slot]); }
+  __device__ void release_first(int stage) const { arrive(shared.rings[ring].first_empty[stage]); }
+  __device__ void release_second(int stage) const {
+    arrive(shared.rings[ring].second_empty[stage]);
+  }
   __device__ void advance() {
     first.advance();
     second.advance();
@@ -131,8 +133,8 @@ __device__ inline void mask_columns(ScoreTile& scores, int valid) {
 
 // How many of the 64 kept rows from `token` on count.
 __device__ inline int valid_kept(const BackwardGlobals& globals, int batch, int token) {
-  const int slot = token / globals.kept.block_size;
-  return valid_tokens(globals.kept, batch, slot) - (token - slot * globals.kept.block_size);
+  const int block = token / globals.kept.block_size;
+  return valid_tokens(globals.kept, batch, block) - (token - block * globals.kept.block_size);
 }
 
 // The end of a key walk: dk and dv of 64 keys to memory, by way of two tiles that nobody reads any
@@ -157,7 +159,7 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   using Value = typename Config::Value;
   using Gradient = kittens::rt<float, 16, Config::kHeadDim>;
   using Packed = kittens::rt<Value, 16, kUnit>;
-  const int barrier_id = 1 + group;
+  const int barrier_id = kGroupBarrier + group;
   auto& keys = shared.kept_first(group);
   auto& values = shared.kept_second(group);
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
@@ -208,7 +210,7 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
     product(dk, packed_ds, queries);
     products_wait<1>();  // dv is done
     settle(packed_p);
-    reader.release_second(reader.second.slot);
+    reader.release_second(reader.second.stage);
     reader.advance();
   }
   products_wait<0>();
@@ -221,22 +223,22 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
                               dk, dv, keys, values);
 }
 
-// Moves the kept tiles of a warpgroup to registers, and gives all slots of its ring to the
+// Moves the kept tiles of a warpgroup to registers, and gives all stages of its ring to the
 // producer.
 template <typename Config, typename Registers>
 __device__ inline void take_kept(typename Config::Shared& shared, const RingReader<Config>& reader,
                                  int group, Registers& first, Registers& second) {
-  for (int slot = 0; slot < Config::kOwnFirst; ++slot) reader.release_first(slot);
-  for (int slot = 0; slot < Config::kOwnSecond; ++slot) reader.release_second(slot);
+  for (int stage = 0; stage < Config::kOwnFirst; ++stage) reader.release_first(stage);
+  for (int stage = 0; stage < Config::kOwnSecond; ++stage) reader.release_second(stage);
   barrier_wait(shared_address(&shared.kept_full), 0);
   load_tile(first, shared.kept_first(group));
   load_tile(second, shared.kept_second(group));
   __syncwarp();
-  for (int slot = Config::kOwnFirst; slot < Config::kFirstSlots; ++slot) {
-    reader.release_first(slot);
+  for (int stage = Config::kOwnFirst; stage < Config::kFirstStages; ++stage) {
+    reader.release_first(stage);
   }
-  for (int slot = Config::kOwnSecond; slot < Config::kSecondSlots; ++slot) {
-    reader.release_second(slot);
+  for (int stage = Config::kOwnSecond; stage < Config::kSecondStages; ++stage) {
+    reader.release_second(stage);
   }
 }
 
@@ -246,7 +248,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
                                     int group) {
   using Value = typename Config::Value;
   using Kept = kittens::rt<Value, 16, Config::kHeadDim>;
-  const int barrier_id = 1 + group;
+  const int barrier_id = kGroupBarrier + group;
   const Place place = place_of(globals);
   const int token = kept_token<Config>(globals, place, group);
   RingReader<Config> reader{shared, Config::kSharedList ? 0 : group};
@@ -291,7 +293,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
       hold_operand(q, zero);
       hold_operand(grad_out, zero);
     }
-    reader.release_second(reader.second.slot);
+    reader.release_second(reader.second.stage);
     score_gradients<Config>(ds, p, nullptr, rows);
     round_to(packed_ds, ds);
     settle(packed_ds);
@@ -302,9 +304,8 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
   products_wait<0>();
   settle(dq);
 
-  // The memory of the kept tiles has been a slot of a ring: all its readers are done.
-  threads_sync<128 * Config::kRingReaders>(Config::kSharedList ? 1 + Config::kWarpgroups
-                                                               : barrier_id);
+  // The memory of the kept tiles has been a stage of a ring: all its readers are done.
+  threads_sync<128 * Config::kRingReaders>(Config::kSharedList ? kAllGroupsBarrier : barrier_id);
   if (token >= globals.kept.length) return;
   const int valid = valid_kept(globals, place.batch, token);
   store_gradient(dq, globals.scale, valid, shared.kept_first(group), &globals.result_first, 0,

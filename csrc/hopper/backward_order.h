@@ -13,7 +13,7 @@ struct OrderGlobals {
   BlockLists lists;        // of the kept side
   int32_t* order;          // [batches, heads, items]: items by falling length
   int32_t items;           // of 64 or 128 kept tokens, with one list each
-  int32_t slot_items;      // in a block slot
+  int32_t block_items;     // in a block
   int32_t list_heads;      // lists that an item walks, one after another
   int32_t batches, heads;  // 1 where the lists are the same for all
 };
@@ -25,7 +25,7 @@ __device__ inline int32_t list_length(const OrderGlobals& globals, int32_t item,
   for (int32_t member = 0; member < globals.list_heads; ++member) {
     length += lists.counts[batch * lists.counts_batch_stride +
                            (head * globals.list_heads + member) * lists.counts_head_stride +
-                           item / globals.slot_items * lists.counts_row_stride];
+                           item / globals.block_items * lists.counts_row_stride];
   }
   return length;
 }

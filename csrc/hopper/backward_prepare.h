@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int unit = blockIdx.x % globals.units;
   const int64_t row_of_heads = blockIdx.x / globals.units;
   const int head = row_of_heads % globals.heads, batch = row_of_heads / globals.heads;
-  const int slot = static_cast<int64_t>(unit) * kUnit / globals.q_side.block_size;
-  const int64_t slot_start = static_cast<int64_t>(slot) * globals.q_side.block_size;
-  const int64_t end = slot_start + valid_tokens(globals.q_side, batch, slot);
+  const int block = static_cast<int64_t>(unit) * kUnit / globals.q_side.block_size;
+  const int64_t block_start = static_cast<int64_t>(block) * globals.q_side.block_size;
+  const int64_t end = block_start + valid_tokens(globals.q_side, batch, block);
   const int channel = threadIdx.x % 16 * 8;
 
   const auto load = [&](const Tensor4& tensor, int64_t token) {

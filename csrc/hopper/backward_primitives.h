@@ -117,12 +117,6 @@ __device__ inline void store_tile(Tile& tile, const Registers& registers) {
   WarpGroup::store(tile, registers);
 }
 
-// Waits for `kThreads` threads at a numbered barrier.
-template <int kThreads>
-__device__ inline void threads_sync(int barrier_id) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier_id), "n"(kThreads) : "memory");
-}
-
 template <int kRegisters>
 __device__ inline void take_registers() {
   WarpGroup::increase_registers<kRegisters>();

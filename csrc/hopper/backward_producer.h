@@ -52,15 +52,15 @@ __device__ inline void load_kept(const BackwardGlobals& globals, typename Config
 // Fills one ring, in the order of the lists. Called by a whole warp.
 template <typename Config>
 struct RingWriter {
-  // In a first round the slots are free, or their readers hand them over.
+  // In a first round the stages are free, or their readers hand them over.
   static constexpr uint32_t kFirstParity = Config::kKeptMoves ? 0 : 1;
 
   const BackwardGlobals& globals;
   typename Config::Shared& shared;
   const int ring;
   const int lane;
-  SlotCursor<Config::kFirstSlots> first{0, kFirstParity};
-  SlotCursor<Config::kSecondSlots> second{0, kFirstParity};
+  StageCursor<Config::kFirstStages> first{0, kFirstParity};
+  StageCursor<Config::kSecondStages> second{0, kFirstParity};
 
   __device__ void load_tile_of(const CUtensorMap* map, typename Config::Tile& tile, uint64_t& full,
                                int32_t token, int32_t head, int32_t batch) {
@@ -76,57 +76,57 @@ struct RingWriter {
     const int32_t source_head = Config::kWalk == Walk::kKeys ? head : head / globals.group;
     const int32_t unit = source_head * units_of(globals.streamed.length) + token / kUnit;
 
-    barrier_wait_together(shared_address(&barriers.first_empty[first.slot]), first.parity);
+    barrier_wait_together(shared_address(&barriers.first_empty[first.stage]), first.parity);
     if (lane == 0) {
-      uint64_t& full = barriers.first_full[first.slot];
-      barriers.steps[first.slot] = {valid, unit};
+      uint64_t& full = barriers.first_full[first.stage];
+      barriers.steps[first.stage] = {valid, unit};
       barrier_arrive_expect(shared_address(&full), Config::kTileBytes);
-      load_tile_of(&globals.streamed_first, shared.first_tile(ring, first.slot), full, token,
+      load_tile_of(&globals.streamed_first, shared.first_tile(ring, first.stage), full, token,
                    source_head, batch);
     }
     __syncwarp();
     first.advance();
 
-    barrier_wait_together(shared_address(&barriers.second_empty[second.slot]), second.parity);
+    barrier_wait_together(shared_address(&barriers.second_empty[second.stage]), second.parity);
     if (lane == 0) {
-      uint64_t& full = barriers.second_full[second.slot];
+      uint64_t& full = barriers.second_full[second.stage];
       barrier_arrive_expect(shared_address(&full), Config::kTileBytes + Config::kStatisticsBytes);
       if constexpr (Config::kHasStatistics) {
         const int64_t units =
             static_cast<int64_t>(globals.heads) * units_of(globals.streamed.length);
-        load_bulk(shared_address(shared.statistics[ring][second.slot]),
+        load_bulk(shared_address(shared.statistics[ring][second.stage]),
                   globals.statistics + (batch * units + unit) * (2 * kUnit),
                   Config::kStatisticsBytes, shared_address(&full));
       }
-      load_tile_of(&globals.streamed_second, shared.second_tile(ring, second.slot), full, token,
+      load_tile_of(&globals.streamed_second, shared.second_tile(ring, second.stage), full, token,
                    source_head, batch);
     }
     __syncwarp();
     second.advance();
   }
 
-  // Every tile of the list of one block slot of the kept side.
-  __device__ void push_list(int32_t slot, int32_t head, int32_t batch) {
+  // Every tile of the list of one block of the kept side.
+  __device__ void push_list(int32_t block, int32_t head, int32_t batch) {
     const BlockLists& lists = globals.lists;
     const bool dense = lists.counts == nullptr;
     const int32_t block_size = globals.streamed.block_size;
     const int32_t count =
         dense ? (globals.streamed.length + block_size - 1) / block_size
               : lists.counts[batch * lists.counts_batch_stride + head * lists.counts_head_stride +
-                             slot * lists.counts_row_stride];
+                             block * lists.counts_row_stride];
     const int32_t* indices = lists.indices + batch * lists.indices_batch_stride +
-                             head * lists.indices_head_stride + slot * lists.indices_row_stride;
+                             head * lists.indices_head_stride + block * lists.indices_row_stride;
 #pragma unroll 1
     for (int32_t base = 0; base < count; base += 32) {
-      int32_t my_slot = base + lane, my_valid = 0;
-      if (my_slot < count) {
-        if (!dense) my_slot = indices[my_slot * lists.indices_stride];
-        my_valid = valid_tokens(globals.streamed, batch, my_slot);
+      int32_t my_block = base + lane, my_valid = 0;
+      if (my_block < count) {
+        if (!dense) my_block = indices[my_block * lists.indices_stride];
+        my_valid = valid_tokens(globals.streamed, batch, my_block);
       }
       const int32_t here = min(32, count - base);
 #pragma unroll 1
       for (int32_t i = 0; i < here; ++i) {
-        const int32_t start = __shfl_sync(~0u, my_slot, i) * block_size;
+        const int32_t start = __shfl_sync(~0u, my_block, i) * block_size;
         const int32_t valid = __shfl_sync(~0u, my_valid, i);
 #pragma unroll 1
         for (int32_t done = 0; done < valid; done += kUnit) {
@@ -138,10 +138,10 @@ struct RingWriter {
 
   __device__ void push_end() {
     auto& barriers = shared.rings[ring];
-    barrier_wait_together(shared_address(&barriers.first_empty[first.slot]), first.parity);
+    barrier_wait_together(shared_address(&barriers.first_empty[first.stage]), first.parity);
     if (lane == 0) {
-      barriers.steps[first.slot] = {-1, 0};
-      barrier_arrive(shared_address(&barriers.first_full[first.slot]));
+      barriers.steps[first.stage] = {-1, 0};
+      barrier_arrive(shared_address(&barriers.first_full[first.stage]));
     }
   }
 };
@@ -157,10 +157,10 @@ __device__ inline void produce(const BackwardGlobals& globals, typename Config::
   RingWriter<Config> writer{globals, shared, warp, lane};
   const int32_t token = kept_token<Config>(globals, place, warp);
   if (token < globals.kept.length) {
-    const int32_t slot = token / globals.kept.block_size;
+    const int32_t block = token / globals.kept.block_size;
 #pragma unroll 1
     for (int32_t member = 0; member < globals.list_heads; ++member) {
-      writer.push_list(slot, place.head * globals.list_heads + member, place.batch);
+      writer.push_list(block, place.head * globals.list_heads + member, place.batch);
     }
   }
   writer.push_end();

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "hopper/params.h"
 #include "hopper/step_list.h"
 
 namespace video_attn::hopper {
@@ -28,19 +29,19 @@ constexpr int32_t kProducerRegisters = 56;
 struct ForwardConfig {
   Grain grain;
   int32_t head_dim;  // channels in shared memory, 64 or 128; missing ones are zero
-  int32_t slots;     // of the ring; each holds the keys or the values of a step, or a tile's output
+  int32_t stages;    // of the ring; each holds the keys or the values of a step, or a tile's output
 
   constexpr int32_t query_bytes() const { return kConsumerTokens * head_dim * 2; }
-  constexpr int32_t slot_bytes() const { return kStepTokens * head_dim * 2; }
+  constexpr int32_t stage_bytes() const { return kStepTokens * head_dim * 2; }
   constexpr int32_t ring_offset() const { return kConsumers * query_bytes(); }
-  constexpr int32_t control_offset() const { return ring_offset() + slots * slot_bytes(); }
+  constexpr int32_t control_offset() const { return ring_offset() + stages * stage_bytes(); }
   constexpr int32_t shared_bytes() const { return control_offset() + kControlBytes; }
 };
 
 constexpr int32_t padded_head_dim(int32_t head_dim) { return head_dim <= 64 ? 64 : 128; }
 
 // A consumer holds the keys of one step and the values of the one before. Consumers that share each
-// load need two slots for that, consumers on their own four; the rest is loaded ahead.
+// load need two stages for that, consumers on their own four; the rest is loaded ahead.
 constexpr ForwardConfig forward_config(Grain grain, int32_t head_dim) {
   const int32_t channels = padded_head_dim(head_dim);
   return {grain, channels, channels == 64 ? 12 : 6};
@@ -55,6 +56,21 @@ static_assert(forward_config(Grain::kFine, 64).shared_bytes() <= kSharedBytesPer
 constexpr int32_t query_tiles(Grain grain, int32_t length, int32_t block_size) {
   if (grain == Grain::kFine) return divide_up(length, kTileTokens);
   return divide_up(length, block_size) * divide_up(block_size, kTileTokens);
+}
+
+// A forward launch: blocks of threads take tiles until none is left.
+struct ForwardPlan {
+  ForwardConfig config;
+  int64_t tiles;   // of all batches and heads
+  int32_t blocks;  // of threads
+};
+
+constexpr ForwardPlan plan_forward(Grain grain, const Problem& problem, int32_t multiprocessors) {
+  const Side& queries = problem.q_side;
+  const int64_t tiles = static_cast<int64_t>(problem.batch) * problem.heads *
+                        query_tiles(grain, queries.length, queries.block_size);
+  const int64_t blocks = tiles < multiprocessors ? tiles : multiprocessors;
+  return {forward_config(grain, problem.head_dim), tiles, static_cast<int32_t>(blocks)};
 }
 
 }  // namespace video_attn::hopper

@@ -71,9 +71,9 @@ class Consumer {
   using Weights = kittens::rt<Element, 16, kStepTokens>;
   using Output = kittens::rt_fl<16, kConfig.head_dim>;
 
-  __device__ void take_turn() const { named_barrier_sync(kTurnBarrier + consumer_, 256); }
+  __device__ void take_turn() const { threads_sync<kConsumerThreads>(kTurnBarrier + consumer_); }
   __device__ void pass_turn() const {
-    named_barrier_arrive(kTurnBarrier + (consumer_ + 1) % kConsumers, 256);
+    threads_arrive<kConsumerThreads>(kTurnBarrier + (consumer_ + 1) % kConsumers);
   }
 
   // Every consumer has as many turns in a tile as the one with the most steps.
@@ -88,13 +88,13 @@ class Consumer {
   }
 
   __device__ Operand& operand(const RingCursor& cursor) const {
-    return *reinterpret_cast<Operand*>(shared_.slot(cursor.slot));
+    return *reinterpret_cast<Operand*>(shared_.stage(cursor.stage));
   }
-  __device__ void wait_slot(const RingCursor& cursor) const {
-    barrier_wait(shared_.slot_full(cursor.slot), cursor.parity);
+  __device__ void wait_stage(const RingCursor& cursor) const {
+    barrier_wait(shared_.stage_full(cursor.stage), cursor.parity);
   }
-  __device__ void release_slot(const RingCursor& cursor) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_empty(cursor.slot));
+  __device__ void release_stage(const RingCursor& cursor) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.stage_empty(cursor.stage));
   }
 
   // Scores of negative scales are turned around in the steps that take care of partial halves.
@@ -106,14 +106,14 @@ class Consumer {
     const int32_t full_steps = negative_ ? 0 : halves.full_steps();
 
     const RingCursor keys = order_.claim(0);
-    wait_slot(keys);
+    wait_stage(keys);
     take_turn();
     issue_scores(scores, keys);
     pass_turn();
     free_output();
     Warpgroup::mma_async_wait<0>();
     if (full_steps == 0) mend_scores(scores, keys);
-    release_slot(keys);
+    release_stage(keys);
     softmax.first(scores);
     kittens::warp::copy(weights, scores);
 
@@ -123,13 +123,13 @@ class Consumer {
     release_queries();
 
     const RingCursor values = order_.claim_last(steps - 1);
-    wait_slot(values);
+    wait_stage(values);
     if (steps > full_steps) clear_values(values);
     take_turn();
     issue_output(output, weights, values);
     pass_turn();
     Warpgroup::mma_async_wait<0>();
-    release_slot(values);
+    release_stage(values);
   }
 
   // The scores and weights of a step, and the output of the step before.
@@ -138,24 +138,24 @@ class Consumer {
                               Output& output) {
     const RingCursor keys = order_.claim(step);
     const RingCursor values = order_.claim(step - 1);
-    wait_slot(keys);
+    wait_stage(keys);
     if constexpr (kPartial) {
-      wait_slot(values);
+      wait_stage(values);
       clear_values(values);
     }
     take_turn();
     issue_scores(scores, keys);
-    wait_slot(values);
+    wait_stage(values);
     issue_output(output, weights, values);
     pass_turn();
     Warpgroup::mma_async_wait<1>();
     if constexpr (kPartial) mend_scores(scores, keys);
-    release_slot(keys);
+    release_stage(keys);
     const bool rescaled = softmax.next(scores);
     // This has happened above. Without it the compiler lets the exponentials wait for the output.
-    wait_slot(values);
+    wait_stage(values);
     Warpgroup::mma_async_wait<0>();
-    release_slot(values);
+    release_stage(values);
     if (rescaled) softmax.rescale(output);
     kittens::warp::copy(weights, scores);
   }
@@ -174,27 +174,27 @@ class Consumer {
 
   __device__ void mend_scores(Scores& scores, const RingCursor& keys) const {
     if (negative_) kittens::warp::mul(scores, scores, -1.0f);
-    const int2 valid = shared_.slot_valid(keys.slot);
-    __syncwarp();  // all lanes have read it before one releases the slot
+    const int2 valid = shared_.stage_valid(keys.stage);
+    __syncwarp();  // all lanes have read it before one releases the stage
     mask_scores(scores, valid.x, valid.y);
   }
 
   // Values of keys that do not count become zero: their weights are zero, but whatever lies there
   // need not be a number. By the whole warpgroup.
   __device__ void clear_values(const RingCursor& cursor) const {
-    const int2 valid = shared_.slot_valid(cursor.slot);
-    char* slot = shared_.slot(cursor.slot);
+    const int2 valid = shared_.stage_valid(cursor.stage);
+    char* stage = shared_.stage(cursor.stage);
     constexpr int32_t kRowVectors = kColumns * 2 / static_cast<int32_t>(sizeof(int4));
     for (int32_t at = threadIdx.x % 128; at < kStepTokens * kRowVectors; at += 128) {
       const int32_t row = at / kRowVectors;
-      const bool counts = row < kHalfTokens ? row < valid.x : row - kHalfTokens < valid.y;
+      const bool counts = row < kUnit ? row < valid.x : row - kUnit < valid.y;
       if (counts) continue;
       for (int32_t box = 0; box < kColumnBoxes; ++box) {
-        reinterpret_cast<int4*>(slot)[box * kStepTokens * kRowVectors + at] = int4{0, 0, 0, 0};
+        reinterpret_cast<int4*>(stage)[box * kStepTokens * kRowVectors + at] = int4{0, 0, 0, 0};
       }
     }
     shared_write_fence();
-    named_barrier_sync(kConsumerBarrier + consumer_, 128);
+    threads_sync<128>(kConsumerBarrier + consumer_);
   }
 
   __device__ void release_queries() const {
@@ -227,15 +227,15 @@ class Consumer {
     store_output(item, rows, output);
   }
 
-  // Through the last slot of the tile. The copy to memory is under way when this returns.
+  // Through the last stage of the tile. The copy to memory is under way when this returns.
   __device__ void store_output(const WorkItem& item, const ConsumerRows& rows,
                                const Output& output) {
-    const RingCursor slot = order_.claim_output();
-    wait_slot(slot);
-    char* staged = shared_.slot(slot.slot) + consumer_ * kConfig.query_bytes();
+    const RingCursor stage = order_.claim_output();
+    wait_stage(stage);
+    char* staged = shared_.stage(stage.stage) + consumer_ * kConfig.query_bytes();
     Warpgroup::store(*reinterpret_cast<Queries*>(staged), output);
     shared_write_fence();
-    named_barrier_sync(kConsumerBarrier + consumer_, 128);
+    threads_sync<128>(kConsumerBarrier + consumer_);
     if (item.halves_of(consumer_).all == 0) release_queries();  // else attend() has done it
     if (threadIdx.x % 128 != 0) return;
     if (rows.stored > 0) {
@@ -245,17 +245,17 @@ class Consumer {
       }
       store_commit();
     }
-    output_slot_ = slot.slot;
+    output_stage_ = stage.stage;
   }
 
-  // Gives back the slot of the last output as soon as it has been copied, for the whole warpgroup.
+  // Gives back the stage of the last output as soon as it has been copied, for the whole warpgroup.
   __device__ void free_output() {
-    if (output_slot_ < 0) return;
+    if (output_stage_ < 0) return;
     store_wait_read<0>();
     for (int32_t warp = 0; warp < kConsumerWarps; ++warp) {
-      barrier_arrive(shared_.slot_empty(output_slot_));
+      barrier_arrive(shared_.stage_empty(output_stage_));
     }
-    output_slot_ = -1;
+    output_stage_ = -1;
   }
 
   const ForwardArguments& arguments_;
@@ -264,8 +264,8 @@ class Consumer {
   const float scale_;
   const bool negative_;
   WorkQueue<kConfig> queue_;
-  SlotOrder<kConfig> order_;
-  int32_t output_slot_ = -1;  // still in use for output; known to the first thread only
+  StageOrder<kConfig> order_;
+  int32_t output_stage_ = -1;  // still in use for output; known to the first thread only
   uint32_t query_parity_ = 0;
 };
 

@@ -49,11 +49,8 @@ cudaError_t launch_kernel(const ForwardArguments& arguments, cudaStream_t stream
   const auto kernel = forward_kernel<kGrain, kHeadDim, Element>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  const Problem& problem = arguments.shape.problem;
-  const int64_t tiles =
-      static_cast<int64_t>(problem.batch) * problem.heads * arguments.schedule.tiles;
-  const auto blocks = static_cast<uint32_t>(tiles < processors ? tiles : processors);
-  kernel<<<blocks, kForwardThreads, kSharedBytes, stream>>>(arguments);
+  const ForwardPlan plan = plan_forward(kGrain, arguments.shape.problem, processors);
+  kernel<<<static_cast<uint32_t>(plan.blocks), kForwardThreads, kSharedBytes, stream>>>(arguments);
   return cudaGetLastError();
 }
 
@@ -64,7 +61,7 @@ inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArgumen
   cudaError_t status = cudaSuccess;
   const auto make = [&](CUtensorMap& map, const Tensor4& tensor, const Extents& extents) {
     if (status != cudaSuccess) return;
-    status = make_tensor_map(&map, tensor, extents, problem.element, kHalfTokens);
+    status = make_tensor_map(&map, tensor, extents, problem.element, kUnit);
   };
   make(arguments.q, params.q, queries);
   make(arguments.k, params.k, keys);
@@ -100,8 +97,7 @@ template <Grain kGrain>
 cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
   const Problem& problem = params.problem;
   const bool paired = kGrain == Grain::kFine && params.lists.counts != nullptr;
-  if (paired &&
-      (problem.q_side.block_size != kHalfTokens || problem.kv_side.block_size != kHalfTokens)) {
+  if (paired && (problem.q_side.block_size != kUnit || problem.kv_side.block_size != kUnit)) {
     return cudaErrorInvalidValue;  // fine lists are of blocks of 64
   }
   return padded_head_dim(problem.head_dim) == 64

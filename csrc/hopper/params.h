@@ -16,20 +16,20 @@ struct Tensor4 {
   int64_t batch_stride, head_stride, token_stride;  // in elements
 };
 
-// Valid tokens of each block slot, int32 [batch or 1, slots]; data is null when all are valid.
+// Valid tokens of each block, int32 [batch or 1, blocks]; data is null when all are valid.
 struct BlockLens {
   const int32_t* data;
   int64_t batch_stride;
 };
 
-// One side of the problem: its tokens, the block slots they are cut into, and the valid ones.
+// One side of the problem: its tokens, the blocks they are cut into, and the valid ones.
 struct Side {
   int32_t length;
   int32_t block_size;  // dense attention: 128
   BlockLens lens;
 };
 
-// For each block slot of one side an ascending list of slots of the other; counts is null for dense
+// For each block of one side an ascending list of blocks of the other; counts is null for dense
 // attention. Broadcast dimensions have stride 0.
 struct BlockLists {
   const int32_t* counts;   // [batch or 1, heads or 1, rows]

@@ -1,5 +1,5 @@
-// How a forward launch is cut up, and the steps of a row: plain C++ without a CUDA call, from the
-// numbers and the rules that the kernels use (config.h, step_list.h).
+// The steps of rows of a forward launch as lists: plain C++ without a CUDA call, by the rules that
+// the kernels follow (config.h, step_list.h).
 #pragma once
 
 #include <cstdint>
@@ -10,21 +10,13 @@
 
 namespace video_attn::hopper {
 
-struct ForwardPlan {
-  ForwardConfig config;
-  int64_t tiles;   // of all batches and heads
-  int32_t blocks;  // of threads: each takes tiles until none is left
-};
-
-ForwardPlan plan_forward(Grain grain, const Problem& problem, int32_t multiprocessors);
-
 struct RowPlan {
   std::vector<KeyHalf> halves;  // in the order in which they are attended
   HalfCounts counts;
 };
 
-// The halves of a query row that sees the key blocks `slots`.
-RowPlan plan_row(const std::vector<int32_t>& slots, const Side& kv_side);
+// The halves of a query row that sees the key blocks `blocks`.
+RowPlan plan_row(const std::vector<int32_t>& blocks, const Side& kv_side);
 
 struct PairPlan {
   std::vector<int32_t> rows[2];  // the lists in paired order

@@ -17,18 +17,18 @@ class WarpEntries {
   // By a whole warp.
   __device__ KeyEntry operator()(int32_t position) {
     if (position / 32 != chunk_) load(position / 32);
-    return {__shfl_sync(~0u, slot_, position % 32), __shfl_sync(~0u, valid_, position % 32)};
+    return {__shfl_sync(~0u, block_, position % 32), __shfl_sync(~0u, valid_, position % 32)};
   }
 
  private:
   __device__ int32_t index_at(int32_t entry) const {
-    return entry < list_.count ? list_.slot(entry) : 0;
+    return entry < list_.count ? list_.block(entry) : 0;
   }
 
   __device__ void load(int32_t chunk) {
     const int32_t lane = threadIdx.x % 32;
-    slot_ = chunk == chunk_ + 1 ? following_ : index_at(chunk * 32 + lane);
-    valid_ = valid_tokens(slot_, keys_.block_size, keys_.length, lens_);
+    block_ = chunk == chunk_ + 1 ? following_ : index_at(chunk * 32 + lane);
+    valid_ = valid_tokens(block_, keys_.block_size, keys_.length, lens_);
     following_ = index_at((chunk + 1) * 32 + lane);
     chunk_ = chunk;
   }
@@ -37,7 +37,7 @@ class WarpEntries {
   const Side& keys_;
   const int32_t* lens_;
   int32_t chunk_ = -1;
-  int32_t slot_ = 0, valid_ = 0, following_ = 0;
+  int32_t block_ = 0, valid_ = 0, following_ = 0;
 };
 
 struct Step {
@@ -93,11 +93,11 @@ class Producer {
   static constexpr int32_t kColumns = 64;  // channels of one box
   static constexpr int32_t kColumnBoxes = kConfig.head_dim / kColumns;
 
-  // Producers go from round to round together. So whoever waits for a slot knows that its last use
+  // Producers go from round to round together. So whoever waits for a stage knows that its last use
   // has begun, and the parity of its barrier tells whether that use has ended.
   __device__ void begin_round() const {
     if constexpr (kProducers<kConfig.grain> > 1) {
-      named_barrier_sync(kProducerBarrier, kProducers<kConfig.grain> * 32);
+      threads_sync<32 * kProducers<kConfig.grain>>(kProducerBarrier);
     }
   }
 
@@ -111,9 +111,9 @@ class Producer {
                       halves);
     const int32_t kv_head = item.head / (problem.heads / problem.kv_heads);
     const auto load = [&](const CUtensorMap& map, const Step& step, int32_t round,
-                          const RingCursor& slot) {
+                          const RingCursor& stage) {
       const bool shared = kConfig.grain == Grain::kCoarse || round < item.shared;
-      if (!shared || list_ == 0) load_operand(map, step, slot, shared, kv_head, item.batch);
+      if (!shared || list_ == 0) load_operand(map, step, stage, shared, kv_head, item.batch);
     };
     Step step = cursor.next();
     begin_round();
@@ -131,12 +131,12 @@ class Producer {
     load(arguments_.v, step, last, order_.claim_last(last));
   }
 
-  // Hands the consumers an empty slot for the output of the tile.
+  // Hands the consumers an empty stage for the output of the tile.
   __device__ void offer_output() {
-    const RingCursor slot = order_.claim_output();
+    const RingCursor stage = order_.claim_output();
     if (list_ != 0) return;
-    barrier_wait_together(shared_.slot_empty(slot.slot), slot.parity ^ 1);
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.slot_full(slot.slot));
+    barrier_wait_together(shared_.stage_empty(stage.stage), stage.parity ^ 1);
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.stage_full(stage.stage));
   }
 
   __device__ void load_queries(const WorkItem& item) {
@@ -158,30 +158,30 @@ class Producer {
     query_parity_ ^= 1;
   }
 
-  // Keys or values of one step, into a slot.
-  __device__ void load_operand(const CUtensorMap& map, const Step& step, const RingCursor& slot,
+  // Keys or values of one step, into a stage.
+  __device__ void load_operand(const CUtensorMap& map, const Step& step, const RingCursor& stage,
                                bool shared, int32_t head, int32_t batch) {
-    const uint32_t empty = shared_.slot_empty(slot.slot);
-    barrier_wait_together(empty, slot.parity ^ 1);
+    const uint32_t empty = shared_.stage_empty(stage.stage);
+    barrier_wait_together(empty, stage.parity ^ 1);
     const int32_t lane = threadIdx.x % 32;
     if (!shared && lane < kConsumerWarps) barrier_arrive(empty);  // for who needs it not
-    if (lane == 0) start_copies(map, step, slot, head, batch);
+    if (lane == 0) start_copies(map, step, stage, head, batch);
     __syncwarp();  // the warp is together at the next named barrier
   }
 
-  __device__ void start_copies(const CUtensorMap& map, const Step& step, const RingCursor& slot,
+  __device__ void start_copies(const CUtensorMap& map, const Step& step, const RingCursor& stage,
                                int32_t head, int32_t batch) {
-    const uint32_t full = shared_.slot_full(slot.slot);
-    const uint32_t destination = shared_address(shared_.slot(slot.slot));
+    const uint32_t full = shared_.stage_full(stage.stage);
+    const uint32_t destination = shared_address(shared_.stage(stage.stage));
     const bool whole = step.halves[1].valid > 0;
-    shared_.slot_valid(slot.slot) = make_int2(step.halves[0].valid, step.halves[1].valid);
-    barrier_arrive_expect(full, whole ? kConfig.slot_bytes() : kConfig.slot_bytes() / 2);
+    shared_.stage_valid(stage.stage) = make_int2(step.halves[0].valid, step.halves[1].valid);
+    barrier_arrive_expect(full, whole ? kConfig.stage_bytes() : kConfig.stage_bytes() / 2);
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
       if (step.halves[half].valid == 0) continue;
 #pragma unroll
       for (int32_t box = 0; box < kColumnBoxes; ++box) {
-        const int32_t row = box * kStepTokens + half * kHalfTokens;
+        const int32_t row = box * kStepTokens + half * kUnit;
         load_box(&map, destination + row * kColumns * 2, full, box * kColumns,
                  step.halves[half].token, head, batch);
       }
@@ -192,7 +192,7 @@ class Producer {
   const SharedMemory<kConfig>& shared_;
   const int32_t list_;
   WorkQueue<kConfig> queue_;
-  SlotOrder<kConfig> order_;
+  StageOrder<kConfig> order_;
   uint32_t query_parity_ = 0;
 };
 

@@ -79,11 +79,11 @@ inline size_t place_schedule(Schedule& schedule, void* workspace) {
 
 // The list of one row: where its indices lie, and how many there are.
 struct RowList {
-  const int32_t* indices;  // null: entry i is slot i
+  const int32_t* indices;  // null: entry i is block i
   int64_t stride;
   int32_t count;
 
-  __device__ int32_t slot(int32_t entry) const {
+  __device__ int32_t block(int32_t entry) const {
     return indices == nullptr ? entry : indices[entry * stride];
   }
 };
@@ -147,7 +147,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
       row_list(shape, batch, head, static_cast<int32_t>(at - list * schedule.rows));
   HalfCounts counts{0, 0};
   for (int32_t entry = threadIdx.x % 32; entry < entries.count; entry += 32) {
-    counts.add(valid_tokens(entries.slot(entry), keys.block_size, keys.length, lens));
+    counts.add(valid_tokens(entries.block(entry), keys.block_size, keys.length, lens));
   }
   counts.full = warp_sum(counts.full);
   counts.all = warp_sum(counts.all);
@@ -177,15 +177,15 @@ static __global__ void __launch_bounds__(kPlanThreads)
     int32_t common_count = 0, own_count = 0;
     for (int32_t first = 0; first < own.count; first += 32) {
       const bool exists = first + lane < own.count;
-      const int32_t slot = exists ? own.slot(first + lane) : 0;
-      const int32_t valid = exists ? valid_tokens(slot, keys.block_size, keys.length, lens) : 0;
+      const int32_t block = exists ? own.block(first + lane) : 0;
+      const int32_t valid = exists ? valid_tokens(block, keys.block_size, keys.length, lens) : 0;
       const bool common =
-          valid == kHalfTokens && holds_slot(other.indices, other.stride, other.count, slot);
+          valid == kUnit && holds_block(other.indices, other.stride, other.count, block);
       const uint32_t common_lanes = __ballot_sync(~0u, common);
       const uint32_t own_lanes = __ballot_sync(~0u, exists) & ~common_lanes;
       const int32_t place = paired_place(common, common_count + __popc(common_lanes & lower_lanes),
                                          own_count + __popc(own_lanes & lower_lanes), own.count);
-      if (exists) paired[place] = slot;
+      if (exists) paired[place] = block;
       common_count += __popc(common_lanes);
       own_count += __popc(own_lanes);
       counts.add(valid);

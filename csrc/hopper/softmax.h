@@ -40,11 +40,11 @@ __device__ inline void mask_scores(Scores& scores, int32_t first_valid, int32_t 
   const int32_t lane_key = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int32_t column = 0; column < Scores::width; ++column) {
-    const bool first = column * 16 < kHalfTokens;
+    const bool first = column * 16 < kUnit;
     const int32_t valid = first ? first_valid : second_valid;
 #pragma unroll
     for (int32_t part = 0; part < 4; ++part) {
-      const int32_t key = column * 16 - (first ? 0 : kHalfTokens) + part / 2 * 8 + lane_key;
+      const int32_t key = column * 16 - (first ? 0 : kUnit) + part / 2 * 8 + lane_key;
       float2& pair = scores.tiles[0][column].data[part];
       pair.x = key < valid ? pair.x : -INFINITY;
       pair.y = key + 1 < valid ? pair.y : -INFINITY;

@@ -16,20 +16,20 @@
 
 namespace video_attn::hopper {
 
-constexpr int32_t kHalfTokens = 64;
-constexpr int32_t kStepTokens = 2 * kHalfTokens;
+constexpr int32_t kUnit = 64;  // tokens: rows of a warpgroup; blocks are multiples of it
+constexpr int32_t kStepTokens = 2 * kUnit;
 
 VIDEO_ATTN_HOST_DEVICE constexpr int32_t divide_up(int32_t value, int32_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
-// Valid tokens of block slot `slot` of a side of `length` tokens; `lens` is null when all are
+// Valid tokens of block `block` of a side of `length` tokens; `lens` is null when all are
 // valid.
-VIDEO_ATTN_HOST_DEVICE inline int32_t valid_tokens(int32_t slot, int32_t block_size, int32_t length,
-                                                   const int32_t* lens) {
-  const int64_t left = length - static_cast<int64_t>(slot) * block_size;
+VIDEO_ATTN_HOST_DEVICE inline int32_t valid_tokens(int32_t block, int32_t block_size,
+                                                   int32_t length, const int32_t* lens) {
+  const int64_t left = length - static_cast<int64_t>(block) * block_size;
   int64_t valid = left < block_size ? left : block_size;
-  if (lens != nullptr && lens[slot] < valid) valid = lens[slot];
+  if (lens != nullptr && lens[block] < valid) valid = lens[block];
   return valid > 0 ? static_cast<int32_t>(valid) : 0;
 }
 
@@ -38,8 +38,8 @@ struct HalfCounts {
   int32_t full, all;
 
   VIDEO_ATTN_HOST_DEVICE void add(int32_t valid) {
-    full += valid / kHalfTokens;
-    all += divide_up(valid, kHalfTokens);
+    full += valid / kUnit;
+    all += divide_up(valid, kUnit);
   }
   VIDEO_ATTN_HOST_DEVICE int32_t steps() const { return divide_up(all, 2); }
   // Steps before this one are full: no mask.
@@ -48,7 +48,7 @@ struct HalfCounts {
 
 // The halves of a row that sees every key of a side without lens.
 VIDEO_ATTN_HOST_DEVICE inline HalfCounts dense_halves(int32_t length) {
-  return {length / kHalfTokens, divide_up(length, kHalfTokens)};
+  return {length / kUnit, divide_up(length, kUnit)};
 }
 
 // 64 keys from `token`, of which the first `valid` count.
@@ -56,20 +56,20 @@ struct KeyHalf {
   int32_t token, valid;
 };
 
-// One entry of a list: a block slot and its valid tokens.
+// One entry of a list: a block and its valid tokens.
 struct KeyEntry {
-  int32_t slot, valid;
+  int32_t block, valid;
 };
 
-// Whether an ascending list of `count` slots, `stride` apart, holds `slot`.
-VIDEO_ATTN_HOST_DEVICE inline bool holds_slot(const int32_t* indices, int64_t stride, int32_t count,
-                                              int32_t slot) {
+// Whether an ascending list of `count` blocks, `stride` apart, holds `block`.
+VIDEO_ATTN_HOST_DEVICE inline bool holds_block(const int32_t* indices, int64_t stride,
+                                               int32_t count, int32_t block) {
   int32_t first = 0, last = count;  // where it may still be
   while (first < last) {
     const int32_t middle = first + (last - first) / 2;
     const int32_t found = indices[middle * stride];
-    if (found == slot) return true;
-    if (found < slot) {
+    if (found == block) return true;
+    if (found < block) {
       first = middle + 1;
     } else {
       last = middle;
@@ -101,20 +101,20 @@ class HalfCursor {
   VIDEO_ATTN_HOST_DEVICE KeyHalf next() {
     if (full_left_ > 0) return next_full();
     KeyEntry entry = entries_(position_++);
-    while (entry.valid % kHalfTokens == 0) entry = entries_(position_++);
-    const int32_t rest = entry.valid % kHalfTokens;
-    return {entry.slot * block_size_ + entry.valid - rest, rest};
+    while (entry.valid % kUnit == 0) entry = entries_(position_++);
+    const int32_t rest = entry.valid % kUnit;
+    return {entry.block * block_size_ + entry.valid - rest, rest};
   }
 
  private:
   VIDEO_ATTN_HOST_DEVICE KeyHalf next_full() {
     KeyEntry entry = entries_(position_);
-    while (offset_ + kHalfTokens > entry.valid) {
+    while (offset_ + kUnit > entry.valid) {
       entry = entries_(++position_);
       offset_ = 0;
     }
-    const KeyHalf half{entry.slot * block_size_ + offset_, kHalfTokens};
-    offset_ += kHalfTokens;
+    const KeyHalf half{entry.block * block_size_ + offset_, kUnit};
+    offset_ += kUnit;
     if (--full_left_ == 0) position_ = 0;  // the partial ones are a second walk
     return half;
   }

@@ -1,5 +1,5 @@
-// Device side of the tensor memory accelerator (TMA) and of shared-memory barriers: one PTX
-// instruction each. Shared addresses are 32-bit (`shared_address`).
+// Device side of the tensor memory accelerator (TMA) and of barriers: one PTX instruction each.
+// Shared addresses are 32-bit (`shared_address`).
 #pragma once
 
 #include <cuda.h>
@@ -52,6 +52,18 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 __device__ inline void barrier_wait_together(uint32_t barrier, uint32_t parity) {
   barrier_wait(barrier, parity);
   __syncwarp();
+}
+
+// Named barriers of a block of threads, each of `kThreads` of them; 0 is that of __syncthreads().
+template <int kThreads>
+__device__ inline void threads_sync(int32_t barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+// Arrives without waiting.
+template <int kThreads>
+__device__ inline void threads_arrive(int32_t barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {

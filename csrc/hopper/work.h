@@ -14,18 +14,11 @@ struct ForwardArguments {
   float* lse;
 };
 
-// Named barriers; 0 is that of __syncthreads().
-constexpr int32_t kTurnBarrier = 1;                              // + consumer
-constexpr int32_t kConsumerBarrier = kTurnBarrier + kConsumers;  // + consumer
-constexpr int32_t kProducerBarrier = kConsumerBarrier + kConsumers;
-
-__device__ inline void named_barrier_sync(int32_t barrier, int32_t threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ inline void named_barrier_arrive(int32_t barrier, int32_t threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
+enum NamedBarrier : int32_t {
+  kTurnBarrier = 1,                              // + consumer
+  kConsumerBarrier = kTurnBarrier + kConsumers,  // + consumer
+  kProducerBarrier = kConsumerBarrier + kConsumers
+};
 
 // Turns of a consumer at the tensor cores: one for the scores of each step, beside the values of
 // the step before, and one for the last values.
@@ -58,41 +51,41 @@ constexpr int32_t kConsumerWarps = 4;
 
 template <ForwardConfig kConfig>
 struct Control {
-  uint64_t slot_full[kConfig.slots], slot_empty[kConfig.slots];
+  uint64_t stage_full[kConfig.stages], stage_empty[kConfig.stages];
   uint64_t query_full[kConsumers], query_empty[kConsumers];
   uint64_t item_full[kItemStages], item_empty[kItemStages];
-  int2 slot_valid[kConfig.slots];  // valid tokens of the two halves in a slot
+  int2 stage_valid[kConfig.stages];  // valid tokens of the two halves in a stage
   WorkItem items[kItemStages];
 };
 
-// A position in a cyclic buffer and the parity of its barriers.
+// A place in a ring, and the parity of the phase that its barriers are in.
 struct RingCursor {
-  int32_t slot = 0;
+  int32_t stage = 0;
   uint32_t parity = 0;
 
-  // By fewer than `slots` places.
-  __device__ void advance(int32_t slots, int32_t places = 1) {
-    slot += places;
-    if (slot >= slots) {
-      slot -= slots;
+  // By fewer than `stages` places.
+  __device__ void advance(int32_t stages, int32_t places = 1) {
+    stage += places;
+    if (stage >= stages) {
+      stage -= stages;
       parity ^= 1;
     }
   }
   // By any number of places.
-  __device__ void advance_far(int32_t slots, int32_t places) {
-    const int32_t wraps = (slot + places) / slots;
-    slot += places - wraps * slots;
+  __device__ void advance_far(int32_t stages, int32_t places) {
+    const int32_t wraps = (stage + places) / stages;
+    stage += places - wraps * stages;
     parity ^= wraps & 1;
   }
 };
 
-// The slots that one consumer and its producer go through. Those of a round are one for all
+// The stages that one consumer and its producer go through. Those of a round are one for all
 // consumers while they share loads, and then one for each consumer that still has steps, in turn;
 // the keys of a round come before the values of the round before. The output of the tile follows.
 template <ForwardConfig kConfig>
-class SlotOrder {
+class StageOrder {
  public:
-  __device__ explicit SlotOrder(int32_t consumer) : second_(consumer == 1) {}
+  __device__ explicit StageOrder(int32_t consumer) : second_(consumer == 1) {}
 
   __device__ void begin(const WorkItem& item) {
     if constexpr (kConfig.grain == Grain::kFine) {
@@ -100,38 +93,38 @@ class SlotOrder {
       other_steps_ = item.halves_of(second_ ? 0 : 1).steps();
       const int32_t loads = 2 * (item.halves[0].steps() + item.halves[1].steps() - shared_);
       end_ = next_;
-      end_.advance_far(kConfig.slots, loads);
+      end_.advance_far(kConfig.stages, loads);
     }
   }
 
-  // The slot of the keys, or of the values, of a round in which this consumer has a step.
+  // The stage of the keys, or of the values, of a round in which this consumer has a step.
   __device__ RingCursor claim(int32_t round) {
-    RingCursor slot = next_;
+    RingCursor stage = next_;
     if constexpr (kConfig.grain == Grain::kCoarse) {
-      next_.advance(kConfig.slots);
+      next_.advance(kConfig.stages);
     } else {
       const int32_t others = round >= shared_ && round < other_steps_ ? 1 : 0;
-      slot.advance(kConfig.slots, second_ ? others : 0);
-      next_.advance(kConfig.slots, 1 + others);
+      stage.advance(kConfig.stages, second_ ? others : 0);
+      next_.advance(kConfig.stages, 1 + others);
     }
-    return slot;
+    return stage;
   }
 
-  // The slot of the values of this consumer's last round; the other's keys of the next round may
+  // The stage of the values of this consumer's last round; the other's keys of the next round may
   // come before it.
   __device__ RingCursor claim_last(int32_t round) {
     if constexpr (kConfig.grain == Grain::kFine) {
-      if (other_steps_ > round + 1) next_.advance(kConfig.slots);
+      if (other_steps_ > round + 1) next_.advance(kConfig.stages);
     }
     return claim(round);
   }
 
-  // The last slot of a tile, where its output is staged.
+  // The last stage of a tile, where its output is staged.
   __device__ RingCursor claim_output() {
     if constexpr (kConfig.grain == Grain::kFine) next_ = end_;
-    const RingCursor slot = next_;
-    next_.advance(kConfig.slots);
-    return slot;
+    const RingCursor stage = next_;
+    next_.advance(kConfig.stages);
+    return stage;
   }
 
  private:
@@ -152,18 +145,18 @@ class SharedMemory {
   __device__ char* query(int32_t consumer) const {
     return base_ + consumer * kConfig.query_bytes();
   }
-  __device__ char* slot(int32_t slot) const {
-    return base_ + kConfig.ring_offset() + slot * kConfig.slot_bytes();
+  __device__ char* stage(int32_t stage) const {
+    return base_ + kConfig.ring_offset() + stage * kConfig.stage_bytes();
   }
   __device__ ControlBlock& control() const {
     return *reinterpret_cast<ControlBlock*>(base_ + kConfig.control_offset());
   }
-  __device__ int2& slot_valid(int32_t slot) const { return control().slot_valid[slot]; }
-  __device__ uint32_t slot_full(int32_t slot) const {
-    return shared_address(&control().slot_full[slot]);
+  __device__ int2& stage_valid(int32_t stage) const { return control().stage_valid[stage]; }
+  __device__ uint32_t stage_full(int32_t stage) const {
+    return shared_address(&control().stage_full[stage]);
   }
-  __device__ uint32_t slot_empty(int32_t slot) const {
-    return shared_address(&control().slot_empty[slot]);
+  __device__ uint32_t stage_empty(int32_t stage) const {
+    return shared_address(&control().stage_empty[stage]);
   }
   __device__ uint32_t query_full(int32_t consumer) const {
     return shared_address(&control().query_full[consumer]);
@@ -180,9 +173,9 @@ class SharedMemory {
 
   // By one thread, before the barrier of the whole block. Warps arrive as one.
   __device__ void init_barriers() const {
-    for (int32_t at = 0; at < kConfig.slots; ++at) {
-      barrier_init(slot_full(at), 1);
-      barrier_init(slot_empty(at), kConsumers * kConsumerWarps);
+    for (int32_t at = 0; at < kConfig.stages; ++at) {
+      barrier_init(stage_full(at), 1);
+      barrier_init(stage_empty(at), kConsumers * kConsumerWarps);
     }
     for (int32_t consumer = 0; consumer < kConsumers; ++consumer) {
       barrier_init(query_full(consumer), 1);
@@ -207,10 +200,10 @@ class WorkQueue {
 
   // By a whole warp. False when there is no more.
   __device__ bool next(WorkItem& item) {
-    barrier_wait(shared_.item_full(cursor_.slot), cursor_.parity);
-    item = shared_.control().items[cursor_.slot];
+    barrier_wait(shared_.item_full(cursor_.stage), cursor_.parity);
+    item = shared_.control().items[cursor_.stage];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.item_empty(cursor_.slot));
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.item_empty(cursor_.stage));
     cursor_.advance(kItemStages);
     return item.batch >= 0;
   }
@@ -260,9 +253,9 @@ __device__ void schedule_tiles(const ForwardArguments& arguments,
     WorkItem item;
     item.batch = -1;
     if (next < tiles) item = make_item<kConfig.grain>(shape, schedule, next);
-    barrier_wait(shared.item_empty(cursor.slot), cursor.parity ^ 1);
-    shared.control().items[cursor.slot] = item;
-    barrier_arrive(shared.item_full(cursor.slot));
+    barrier_wait(shared.item_empty(cursor.stage), cursor.parity ^ 1);
+    shared.control().items[cursor.stage] = item;
+    barrier_arrive(shared.item_full(cursor.stage));
     cursor.advance(kItemStages);
     if (next >= tiles) return;
   }

@@ -102,15 +102,13 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   emulation::barrier_wait(barrier_at(barrier), static_cast<int>(parity));
 }
 
-inline void named_barrier_sync(int32_t barrier, int32_t threads) {
-  Block::current().barrier(barrier, threads);
-}
-inline void named_barrier_arrive(int32_t barrier, int32_t threads) {
-  Block::current().arrive(barrier, threads);
+template <int kThreads>
+void threads_sync(int32_t barrier) {
+  Block::current().barrier(barrier, kThreads);
 }
 template <int kThreads>
-void threads_sync(int barrier) {
-  Block::current().barrier(barrier, kThreads);
+void threads_arrive(int32_t barrier) {
+  Block::current().arrive(barrier, kThreads);
 }
 
 // -- the tensor memory accelerator ----------------------------------------------------------------
