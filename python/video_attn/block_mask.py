@@ -7,6 +7,7 @@ tokens per slot, valid tokens first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -408,6 +409,28 @@ class BlockMask:
             kv_block_lens=None if kv_lens is None else change(kv_lens),
             _transpose=transpose and (change(transpose[0]), change(transpose[1])),
         )
+
+    def of_heads(self, heads: slice) -> BlockMask:
+        """The mask of some heads, in the same memory; all of it where one list serves all heads."""
+        if self.kv_indices.shape[1] == 1:
+            return self
+        transpose = self._fresh_transpose()
+        return replace(
+            self,
+            kv_num_blocks=self.kv_num_blocks[:, heads],
+            kv_indices=self.kv_indices[:, heads],
+            _transpose=transpose and (transpose[0][:, heads], transpose[1][:, heads]),
+        )
+
+    @property
+    def keeps_transpose(self) -> bool:
+        """Whether the lists of :meth:`transposed` are there already."""
+        return self._fresh_transpose() is not None
+
+    @property
+    def transpose_bytes(self) -> int:
+        """Bytes of the lists of :meth:`transposed`: as wide as there are query blocks."""
+        return 4 * math.prod(self.kv_num_blocks.shape[:2]) * self.num_kv_blocks * self.num_q_blocks
 
     def _fresh_transpose(self) -> tuple[Tensor, Tensor] | None:
         """The kept lists of :meth:`transposed`; None without any, or for older lists."""

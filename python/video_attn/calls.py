@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,6 +57,7 @@ class BackwardCall:
         grad_out: like out, last stride 1. grad_lse: like lse, or None: zero.
         q, k, v, mask, scale, is_causal: those of the forward pass. out, lse: its results.
         deterministic: the gradients must be bitwise repeatable.
+        results: where dq, dk, dv go; None: into memory of their own.
     """
 
     grad_out: Tensor
@@ -70,6 +71,7 @@ class BackwardCall:
     scale: float
     is_causal: bool = False
     deterministic: bool = False
+    results: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def problem(self) -> Problem:
@@ -78,6 +80,8 @@ class BackwardCall:
 
     def empty_results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Uninitialised (dq, dk, dv), each in the memory order of its tensor."""
+        if self.results is not None:
+            return self.results
         dq, dk, dv = (empty_like_heads(x, x.shape[3]) for x in (self.q, self.k, self.v))
         return dq, dk, dv
 
@@ -97,6 +101,30 @@ class BlockOps(NamedTuple):
     block_mean: Callable[[Tensor, Tensor, Side], None]
     block_mean_backward: Callable[[Tensor, Tensor, Side], None]
     select_top_k: Callable[[Tensor, Tensor, int, Tensor | None], None]
+
+
+def by_heads(call: BackwardCall, bytes_per_list: int) -> Iterator[BackwardCall]:
+    """A call as calls of some key heads each, which fill the results of the whole call.
+
+    As many heads as need 1/20 of the bytes of q, k and v, with ``bytes_per_list`` for every list of
+    the mask; at least one.
+    """
+    assert call.mask is not None and call.results is not None
+    group = call.q.shape[1] // call.k.shape[1]
+    one_head = call.mask.kv_indices.shape[0] * group * bytes_per_list
+    room = sum(x.numel() * x.element_size() for x in (call.q, call.k, call.v)) // 20
+    step = max(1, room // one_head)
+    for first in range(0, call.k.shape[1], step):
+        keys = slice(first, first + step)
+        heads = slice(first * group, (first + step) * group)
+        dq, dk, dv = call.results
+        yield replace(
+            call, grad_out=call.grad_out[:, heads],
+            grad_lse=None if call.grad_lse is None else call.grad_lse[:, heads],
+            q=call.q[:, heads], k=call.k[:, keys], v=call.v[:, keys], out=call.out[:, heads],
+            lse=call.lse[:, heads], mask=call.mask.of_heads(heads),
+            results=(dq[:, heads], dk[:, keys], dv[:, keys]),
+        )  # fmt: skip
 
 
 def problem_of(

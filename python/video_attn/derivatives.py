@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .block_mask import MaskArguments, mask_arguments
+from .block_mask import BlockMask, MaskArguments, mask_arguments
 from .calls import ForwardCall
 from .checks import forward_mode_is_on, wants_gradient
 from .ops import NO_DERIVATIVE, NO_SECOND_DERIVATIVE, backward, forward, library, run_forward
@@ -45,13 +45,28 @@ def attend(call: ForwardCall, deterministic: bool, backend: str | None) -> tuple
 
 
 def _arguments(
-    call: ForwardCall, transposed: bool, deterministic: bool, backend: str | None
+    call: ForwardCall, wanted: bool, deterministic: bool, backend: str | None
 ) -> tuple[Any, ...]:
-    """Those of ``attention_forward``."""
+    """Those of ``attention_forward``; ``wanted``: a backward pass may follow."""
+    transposed = wanted and call.mask is not None and _transposes_now(call.mask, call.q)
     return (
         call.q, call.k, call.v, *mask_arguments(call.mask, transposed), call.scale, call.is_causal,
         recipe_text(call.precision, call.quantization), deterministic, backend,
     )  # fmt: skip
+
+
+def _transposes_now(mask: BlockMask, q: Tensor) -> bool:
+    """Whether the transposed lists are made in the forward pass, and kept for the backward one.
+
+    A mask that many calls share keeps them. But those of a mask of many heads, made for one call as
+    in video sparse attention, would wait for the backward pass in every layer, and they are as wide
+    as the sequence is long: the backward pass makes them, for some heads at a time.
+    """
+    if mask.keeps_transpose:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return mask.transpose_bytes * 16 <= q.numel() * q.element_size()
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from .block_mask import BlockMask, dense_from_lists
+
+_TOKENS = 1 << 22  # pairs of tokens that are looked at in one go
 
 
 def to_flex(mask: BlockMask) -> flex_attention.BlockMask:
@@ -68,35 +72,71 @@ def _flex_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
 def _lens_of_partial_blocks(
     mask: flex_attention.BlockMask, partial: Tensor, full: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(partial blocks that keep a pair, q lens, kv lens) of a mask cut by lengths only."""
+    """(partial blocks that keep a pair, q lens, kv lens) of a mask cut by lengths only.
+
+    Many blocks at a time; the host reads one number per chunk of them.
+    """
     (q_size, kv_size), (q_len, kv_len) = mask.BLOCK_SIZE, mask.seq_lengths
     batch, _, nq, nk = partial.shape
     q_lens = _full_lens(batch, nq, q_size, q_len, partial.device)
     kv_lens = _full_lens(batch, nk, kv_size, kv_len, partial.device)
-    q_seen, kv_seen = full.any(1).any(-1), full.any(1).any(-2)  # lengths fixed by a full block
-    nonempty = partial.clone()
-    for b, h, i, j in partial.nonzero().tolist():
-        tokens = _block_tokens(mask, b, h, i, j)
-        rows, columns = tokens.any(1), tokens.any(0)
-        q_n, kv_n = int(rows.sum()), int(columns.sum())
-        if q_n == 0:
-            nonempty[b, h, i, j] = False
-            continue
-        expected = torch.zeros_like(tokens)
-        expected[:q_n, :kv_n] = True
-        agrees = (not q_seen[b, i] or q_lens[b, i] == q_n) and (
-            not kv_seen[b, j] or kv_lens[b, j] == kv_n
-        )
-        if not torch.equal(tokens, expected) or not agrees:
-            raise ValueError(
-                f"mask: block (batch {b}, head {h}, query block {i}, key block {j}) keeps "
-                f"{int(tokens.sum())} of {tokens.numel()} pairs in a way that block lengths cannot "
-                "say. Allowed: whole blocks, or the first m queries x the first n keys with the "
-                "same m for a query block and the same n for a key block"
-            )
-        q_lens[b, i], kv_lens[b, j] = q_n, kv_n
-        q_seen[b, i] = kv_seen[b, j] = True
+    # Lengths that blocks ask for: the least and the largest must agree where any does.
+    q_asked, kv_asked = _Asked(q_lens, full.any(1).any(-1)), _Asked(kv_lens, full.any(1).any(-2))
+    blocks = partial.nonzero()
+    counts = torch.empty(len(blocks), 2, dtype=torch.int32, device=partial.device)
+    step = max(1, _TOKENS // (q_size * kv_size))
+    for start in range(0, len(blocks), step):
+        some = blocks[start : start + step]
+        tokens = _block_tokens(mask, some)
+        rows, columns = tokens.any(2), tokens.any(1)
+        q_n, kv_n = rows.sum(1, dtype=torch.int32), columns.sum(1, dtype=torch.int32)
+        in_q, in_kv = (torch.arange(n, device=partial.device) for n in (q_size, kv_size))
+        expected = (in_q < q_n[:, None])[..., None] & (in_kv < kv_n[:, None])[:, None]
+        wrong = (tokens != expected).flatten(1).any(1)
+        if bool(wrong.any()):
+            _refuse(some[wrong][0], tokens[wrong][0])
+        counts[start : start + step] = torch.stack([q_n, kv_n], 1)
+    q_n, kv_n = counts.unbind(1)
+    kept = q_n > 0
+    b, h, i, j = blocks[kept].unbind(1)
+    q_lens, q_clash = q_asked.resolve(b, i, q_n[kept])
+    kv_lens, kv_clash = kv_asked.resolve(b, j, kv_n[kept])
+    clash = q_clash | kv_clash
+    if bool(clash.any()):
+        block = blocks[kept][clash][:1]
+        _refuse(block[0], _block_tokens(mask, block)[0])
+    nonempty = torch.zeros_like(partial)
+    nonempty[b, h, i, j] = True
     return nonempty, q_lens, kv_lens
+
+
+class _Asked(NamedTuple):
+    """Lengths of whole blocks [B, N], and of which of them some full block is known to be seen."""
+
+    lens: Tensor
+    fixed: Tensor
+
+    def resolve(self, b: Tensor, block: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """The lengths [B, N] with those that partial blocks ask for, and which of these disagree
+        with others.
+        """
+        at = b * self.lens.shape[1] + block
+        least = torch.where(self.fixed, self.lens, self.lens.max() + 1).flatten()
+        largest = torch.where(self.fixed, self.lens, 0).flatten()
+        least = least.scatter_reduce(0, at, asked, "amin")
+        largest = largest.scatter_reduce(0, at, asked, "amax")
+        lens = torch.where(largest > 0, largest, self.lens.flatten())
+        return lens.view_as(self.lens), (least != largest)[at]
+
+
+def _refuse(block: Tensor, tokens: Tensor) -> None:
+    b, h, i, j = block.tolist()
+    raise ValueError(
+        f"mask: block (batch {b}, head {h}, query block {i}, key block {j}) keeps "
+        f"{int(tokens.sum())} of {tokens.numel()} pairs in a way that block lengths cannot "
+        "say. Allowed: whole blocks, or the first m queries x the first n keys with the "
+        "same m for a query block and the same n for a key block"
+    )
 
 
 def _full_lens(batch: int, blocks: int, size: int, length: int, device: torch.device) -> Tensor:
@@ -104,12 +144,13 @@ def _full_lens(batch: int, blocks: int, size: int, length: int, device: torch.de
     return (length - starts).clamp_(max=size).expand(batch, -1).clone()
 
 
-def _block_tokens(mask: flex_attention.BlockMask, b: int, h: int, i: int, j: int) -> Tensor:
-    """bool [rows, columns] of one block by its mask_mod, cut at the end of the sequence."""
+def _block_tokens(mask: flex_attention.BlockMask, blocks: Tensor) -> Tensor:
+    """bool [P, q size, kv size] of blocks [P, 4] by the mask_mod, False past the sequences."""
     (q_size, kv_size), (q_len, kv_len) = mask.BLOCK_SIZE, mask.seq_lengths
-    device = mask.kv_num_blocks.device
-    q_idx = torch.arange(i * q_size, min((i + 1) * q_size, q_len), device=device)[:, None]
-    kv_idx = torch.arange(j * kv_size, min((j + 1) * kv_size, kv_len), device=device)[None, :]
-    one = torch.ones((), dtype=torch.int64, device=device)
-    tokens = mask.mask_mod(one * b, one * h, q_idx, kv_idx)
-    return tokens.expand(q_idx.shape[0], kv_idx.shape[1])
+    b, h, i, j = blocks[..., None, None].unbind(1)
+    q_idx = i * q_size + torch.arange(q_size, device=blocks.device)[:, None]
+    kv_idx = j * kv_size + torch.arange(kv_size, device=blocks.device)
+    inside = (q_idx < q_len) & (kv_idx < kv_len)
+    # A mask_mod may look things up by token: never past the end.
+    q_idx, kv_idx = q_idx.clamp(max=q_len - 1), kv_idx.clamp(max=kv_len - 1)
+    return mask.mask_mod(b, h, q_idx, kv_idx) & inside

@@ -24,7 +24,11 @@ import torch
 
 NAMES = ("cpu", "sta", "vsa", "sage", "planning")
 _MODULE = "planning"  # the component that is a Python module, and registers no operators
-REBUILD = "rebuild with `pip install --no-build-isolation .` (in place: `make build`)"
+# Without the last three pip would take the wheel that it keeps from the build that failed.
+REBUILD = (
+    "rebuild with `pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .` "
+    "(in place: `make build`)"
+)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and backward may run on different backends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from . import backends as _backends  # noqa: F401  fills the registry
 from .block_mask import BlockMask, MaskArguments
-from .calls import BackwardCall, ForwardCall, empty_like_heads, empty_lse
+from .calls import BackwardCall, ForwardCall, by_heads, empty_like_heads, empty_lse
 from .quantize import parse_recipe
 from .registry import select
 from .tangent import TangentCall, attention_tangent
 
 library = torch.library.Library("video_attn", "DEF")
+_TRANSPOSE_BYTES = 25  # per pair of blocks, for a moment, while lists are transposed
 
 _MASK = (
     "Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? q_num_blocks, Tensor? q_indices, "
@@ -91,7 +93,15 @@ def run_backward(call: BackwardCall, backend: str | None) -> tuple[Tensor, Tenso
         return dq.zero_(), dk.zero_(), dv.zero_()
     run = select(call.problem, backend).backward
     assert run is not None  # select() refuses a backend without one
-    return run(call)
+    mask = call.mask
+    if mask is None or mask.keeps_transpose or mask.kv_indices.shape[1] == 1:
+        return run(call)
+    # The transposed lists of all heads at once could be as large as q: see derivatives.py.
+    call = replace(call, results=call.empty_results())
+    for part in by_heads(call, _TRANSPOSE_BYTES * mask.num_q_blocks * mask.num_kv_blocks):
+        run(part)
+    assert call.results is not None
+    return call.results
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

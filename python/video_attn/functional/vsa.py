@@ -37,6 +37,7 @@ from ..patterns.valid_text import (
     listed_text_blocks,
 )
 from ..patterns.video_sparse import kept_blocks, selected_tiles_mask
+from .coarse import per_kv_head, rank_and_average
 from .video import TOKEN_DIM, video_layout
 
 if TYPE_CHECKING:
@@ -182,18 +183,17 @@ def compress_and_select(
     ):
         q_mean = block_mean(q, q_lens, block_size, backend=backend)
         k_mean = block_mean(k, kv_lens, block_size, backend=backend)
-        scores = _scores(q_mean, k_mean, scale)
-        ranked = scores.detach()
-        if score_dtype is not None:
-            ranked = _rounded_scores(q_mean.detach(), k_mean.detach(), scale, score_dtype)
-        selected = select_top_k(ranked, top_k, kv_lens, backend=backend)
-        if no_coarse:
-            return selected, None
-        if kv_lens is not None:  # an empty tile is not there; finite, for there may be no other
-            empty = (kv_lens == 0)[:, None, None, :]
-            scores = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
-        v_mean = block_mean(v, kv_lens, block_size, backend=backend)
-        coarse = _per_kv_head(scores.softmax(-1), v_mean).to(v.dtype)
+        v_mean = None if no_coarse else block_mean(v, kv_lens, block_size, backend=backend)
+
+        def select(scores: Tensor, heads: slice, keys: slice) -> Tensor:
+            if score_dtype is not None:
+                means = q_mean[:, heads].detach(), k_mean[:, keys].detach()
+                scores = _rounded_scores(*means, scale, score_dtype)
+            return select_top_k(scores, top_k, kv_lens, backend=backend)
+
+        room = sum(x.numel() * x.element_size() for x in (q, k, v)) // 20
+        selected, coarse = rank_and_average(q_mean, k_mean, v_mean, kv_lens, scale, room, select)
+        coarse = None if coarse is None else coarse.to(v.dtype)
     return selected, coarse
 
 
@@ -295,14 +295,9 @@ def check_count(top_k: object, blocks: int, name: str) -> int:
     return count
 
 
-def _scores(q_mean: Tensor, k_mean: Tensor, scale: float) -> Tensor:
-    wide = torch.float64 if q_mean.dtype == torch.float64 else torch.float32
-    return _per_kv_head(q_mean.to(wide) * scale, k_mean.mT)
-
-
 def _rounded_scores(q_mean: Tensor, k_mean: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Scores as a model in ``dtype`` makes them: each step in fp32, rounded to ``dtype``."""
-    products = _per_kv_head(q_mean.to(dtype).float(), k_mean.to(dtype).float().mT).to(dtype)
+    products = per_kv_head(q_mean.to(dtype).float(), k_mean.to(dtype).float().mT).to(dtype)
     return (products.float() * scale).to(dtype)
 
 
@@ -315,9 +310,3 @@ def check_score_dtype(score_dtype: object) -> None:
         raise TypeError(
             f"score_dtype must be None, torch.bfloat16 or torch.float16, got {score_dtype!r}"
         )
-
-
-def _per_kv_head(left: Tensor, right: Tensor) -> Tensor:
-    """left [B, Hq, N, M] @ right [B, Hkv, M, P], each head of ``right`` serving its query heads."""
-    grouped = left.unflatten(1, (right.shape[1], -1)) @ right[:, :, None].to(left.dtype)
-    return grouped.flatten(1, 2)
