@@ -15,11 +15,19 @@ from problems import require_backend
 from torch import Tensor
 
 import video_attn
-from video_attn import BlockMask, attention, registry, use_backend
+from video_attn import BlockMask, attention, block_ops, registry, use_backend
 from video_attn.calls import BackwardCall, ForwardCall
-from video_attn.device import device_info
+from video_attn.device import DeviceInfo, device_info
 from video_attn.quantize import QuantizationOptions
-from video_attn.registry import Backend, Problem, backends, explain, select, why_not
+from video_attn.registry import (
+    Backend,
+    Problem,
+    backends,
+    explain,
+    select,
+    select_block_ops,
+    why_not,
+)
 
 CHIPS = (
     "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100",
@@ -345,3 +353,34 @@ def test_whole_call_through_every_way_of_asking(monkeypatch):
     torch.testing.assert_close(attention(q, q, q, mask), expected)
     with pytest.raises(RuntimeError, match="asked for by VIDEO_ATTN_BACKEND"):
         attention(q.double(), q.double(), q.double(), mask)
+
+
+# -- block means and top-k -------------------------------------------------------------------------
+
+
+def test_block_means_follow_the_forced_backend(monkeypatch):
+    """As attention does; a backend without block means leaves them to the best for the device."""
+    gpu = DeviceInfo("cuda", "nvidia", "sm_90", "a GPU", 132)
+    monkeypatch.setattr(registry, "device_info", lambda device: gpu)
+    registry._select_block_ops.cache_clear()
+    rows = {backend.name: backend.block_ops for backend in backends()}
+    device = torch.device("cuda", 0)
+    assert select_block_ops(device) is rows["triton"]
+    assert select_block_ops(device, "reference") is rows["reference"]
+    with use_backend("reference"):
+        assert select_block_ops(device) is rows["reference"]
+        assert select_block_ops(device, "hopper") is rows["triton"]
+    monkeypatch.setenv("VIDEO_ATTN_BACKEND", "reference")
+    assert select_block_ops(device) is rows["reference"]
+    registry._select_block_ops.cache_clear()
+
+
+def test_video_sparse_hands_its_backend_to_the_block_means(monkeypatch):
+    asked = []
+    select = block_ops.select_block_ops
+    monkeypatch.setattr(
+        block_ops, "select_block_ops", lambda device, name: asked.append(name) or select(device)
+    )
+    q = torch.randn(1, 1, 64, 8)
+    video_attn.video_sparse(q, q, q, (4, 4, 4), top_k=1, tile=(2, 2, 2), backend="reference")
+    assert asked and set(asked) == {"reference"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
+from . import once as _once  # noqa: F401  before all others
 from .attention import attention
 from .attention_types import resolve_attention_type
 from .block_mask import BlockMask

@@ -439,12 +439,12 @@ class BlockMask:
 
     def attended_pairs(self) -> int:
         """Query-key token pairs kept, summed over the mask's own batch and head dimensions."""
-        return int(self._pairs_per_head().sum())
+        return int(self.pairs_per_head().sum())
 
     def density(self) -> float:
         """Attended pairs over all pairs of valid queries and keys; 0 when there are none."""
         possible = self.q_lens().long().sum(-1) * self.kv_lens().long().sum(-1)
-        pairs = self._pairs_per_head()
+        pairs = self.pairs_per_head()
         total = int(possible.expand(pairs.shape[0]).sum()) * pairs.shape[1]
         return float(pairs.sum()) / total if total else 0.0
 
@@ -456,13 +456,13 @@ class BlockMask:
             head_dim: D, or (D + Dv) / 2 where they differ.
             batch, heads: what a dimension of size 1 stands for; default 1.
         """
-        pairs = self._pairs_per_head()
+        pairs = self.pairs_per_head()
         batch_factor = (batch or 1) if pairs.shape[0] == 1 else 1
         head_factor = (heads or 1) if pairs.shape[1] == 1 else 1
         return 4 * head_dim * int(pairs.sum()) * batch_factor * head_factor
 
-    def _pairs_per_head(self) -> Tensor:
-        """int64 [B|1, H|1]."""
+    def pairs_per_head(self) -> Tensor:
+        """Token pairs kept, int64 [B|1, H|1]."""
         position = torch.arange(self.kv_indices.shape[-1], device=self.device)
         listed = position < self.kv_num_blocks[..., None]
         batch = max(self.batch, self.kv_indices.shape[0])

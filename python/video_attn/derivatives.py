@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import flops
 from .block_mask import BlockMask, MaskArguments, mask_arguments
 from .calls import ForwardCall
 from .checks import forward_mode_is_on, wants_gradient
@@ -35,6 +36,8 @@ def attend(call: ForwardCall, deterministic: bool, backend: str | None) -> tuple
     if call.precision != "native" and (wanted or has_tangent(q, k, v)):
         raise ValueError(f"precision {call.precision!r} {NO_DERIVATIVE}")
     if not torch.compiler.is_compiling():
+        if torch._C._len_torch_dispatch_stack() > 0:
+            flops.register()  # one of the modes may count
         transformed = torch._C._are_functorch_transforms_active()
         if wanted or forward_mode_is_on() or transformed:
             wanted = wanted and not transformed  # then the lists may have another dimension

@@ -79,6 +79,6 @@ def _whole_gate(gate: Tensor, tokens: VideoTokens) -> Tensor:
 
 def _density(mask: BlockMask) -> Tensor:
     """Attended pairs over pairs of valid tokens, the mean of batch and heads."""
-    pairs = mask._pairs_per_head().double().mean(1)
+    pairs = mask.pairs_per_head().double().mean(1)
     queries, keys = mask.q_lens().sum(-1), mask.kv_lens().sum(-1)
     return (pairs / (queries.double() * keys)).mean()
