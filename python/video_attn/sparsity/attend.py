@@ -71,9 +71,7 @@ def attach_processor(module: Any, state: ModuleState) -> None:
     """Makes the processor of a known module ask us."""
     detach_processor(module)
     check_processor(module, state)
-    state.layer.processor = replace_processor(
-        module, _ProcessorAttention(state), lambda: gate_module(state)
-    )
+    state.bind(replace_processor(module, _ProcessorAttention(state), lambda: gate_module(state)))
 
 
 def check_processor(module: Any, state: ModuleState) -> None:
@@ -105,7 +103,7 @@ class _ProcessorAttention:
         state = self.state
         if not state.enabled:
             return call.dense()
-        return state.layer(call)
+        return state.answer(call)
 
 
 def _run_any(
@@ -141,7 +139,7 @@ class _AnyAttention:
         self.reached = True
         if self._is_self_attention():
             call.gate = gate_of(self.state, self._hidden_states(), call)
-            return self.state.layer(call)
+            return self.state.answer(call)
         first = self.state.count_dense(CROSS)
         if first and call.query.shape[2] == call.key.shape[2]:
             warnings.warn(

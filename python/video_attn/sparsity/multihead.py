@@ -48,7 +48,7 @@ def run_multihead(
     hidden_states = hidden_states if module.batch_first else hidden_states.transpose(0, 1)
     call = _call(module, inputs, hidden_states)
     call.gate = gate_of(state, hidden_states, call)
-    out = state.layer(call).transpose(1, 2).flatten(2)
+    out = state.answer(call).transpose(1, 2).flatten(2)
     out = F.linear(out, module.out_proj.weight, module.out_proj.bias)
     out = out if module.batch_first else out.transpose(0, 1)
     return (out if query.dim() == 3 else out.squeeze(token_dim)), None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.intercept import AttentionCall
+from ..checks import wants_gradient
+from ..integrations.intercept import AttentionCall, ReplacedProcessor
 from ..integrations.layer import LayerAttention
 from ..layout import Triple
 from .config import AttentionAttributes, merged, resolved
@@ -29,7 +30,6 @@ class ModuleState:
         other_role: what the module is where it is known not to be video self-attention ("text
             cross-attention"), so that it stays dense; None otherwise.
         index: its number among the video self-attention modules of its model.
-        layer: answers its calls of attention, eager and compiled.
         owner: the transformer (or model) whose calls say how the video lies; ``family``: whether it
             is one that we know.
         gate_owner: the module whose ``to_gate_compress`` is the gate; None: there is no gate.
@@ -68,12 +68,27 @@ class ModuleState:
     def _transient(self) -> None:
         """What is never copied: a lock, and what compiled code knows this module by."""
         self._lock = threading.Lock()
-        self.layer = LayerAttention(self._serve, 0)
+        self._operator = LayerAttention(self._serve, 0)
 
     def _serve(self, index: int, call: AttentionCall) -> Tensor:
         from .attend import attend
 
         return attend(self, call)
+
+    def answer(self, call: AttentionCall) -> Tensor:
+        """Answers a call of attention of this module: [B, H, S, Dv].
+
+        Compiled code calls it through one operator, which looks up what the call is about when it
+        runs. An operator has no gradient; in training the attention itself is traced.
+        """
+        trained = wants_gradient(call.query, call.key, call.value)
+        if trained and torch.compiler.is_compiling():
+            return self._serve(0, call)
+        return self._operator(call)
+
+    def bind(self, processor: ReplacedProcessor) -> None:
+        """Says through which processor of diffusers the calls come."""
+        self._operator.processor = processor
 
     def override(self, given: Mapping[str, Any]) -> None:
         """Overrides the keys that ``given`` gives. Raises ValueError before anything changes."""
@@ -93,7 +108,9 @@ class ModuleState:
         return None if self.attributes is None else self.attributes.video_shape
 
     def count_sparse(self, grid: Triple) -> None:
-        """Notes a sparse call."""
+        """Notes a sparse call; not where torch.compile traces it, in training."""
+        if torch.compiler.is_compiling():
+            return
         with self._lock:
             self.sparse_calls += 1
             self.last_grid = grid
@@ -108,6 +125,8 @@ class ModuleState:
 
     def add_density(self, density: Tensor) -> None:
         """Notes the density of a call, a scalar on the device; nothing is read back."""
+        if torch.compiler.is_compiling():
+            return
         now = torch.stack([torch.ones_like(density), density])
         with self._lock:
             self.totals = now if self.totals is None else self.totals + now
@@ -135,7 +154,7 @@ class ModuleState:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_lock", "layer")
+        left_out = ("_lock", "_operator")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
