@@ -39,7 +39,7 @@ from compile_cases import (
 from rich.console import Console
 from rich.table import Table
 
-from video_attn.kernels.launch import Launch
+from video_attn.kernels.compile import compile_launch
 from video_attn.kernels.launch_tables import (
     CODE_KERNELS,
     HEAD_DIMS,
@@ -69,35 +69,6 @@ class Result:
     @property
     def fits(self) -> bool:
         return self.error is None and self.shared <= SHARED_MEMORY[self.case.arch]
-
-
-class _Driver:
-    """Stands for the driver of a machine with the chip, as far as a compile asks."""
-
-    def __init__(self, arch: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        if arch.startswith("sm_"):
-            self.target = GPUTarget("cuda", int(arch[3:]), 32)
-        else:
-            self.target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-def compile_launch(launch: Launch, arch: str) -> Any:
-    """Triton's compiled kernel of a launch, for a chip that need not be here."""
-    from triton.runtime import driver
-
-    driver.set_active(_Driver(arch))
-    return launch.kernel.warmup(**launch.keywords(), grid=(1,))
 
 
 def compile_case(case: Case, row: LaunchRow | None = None) -> Result:

@@ -1,8 +1,8 @@
 """A call that was seen before starts the same kernels with the same arguments as Triton would.
 
-Runs without a GPU: the kernels are compiled for sm_90 by Triton itself, and a driver that stands
-for a GPU's writes down what it is told to start. In a process of its own, because kernels that
-Triton interprets cannot be compiled.
+Runs without a GPU: the kernels are compiled for sm_90 by Triton itself, and ``fake_gpu`` writes
+down what is started. In a process of its own, because kernels that Triton interprets cannot be
+compiled.
 """
 
 from __future__ import annotations
@@ -14,86 +14,37 @@ from pathlib import Path
 
 import pytest
 
+from video_attn.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = '''
+import fake_gpu
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from video_attn import BlockMask
 from video_attn.backends import triton as backend
 from video_attn.calls import BackwardCall, ForwardCall
-from video_attn.device import DeviceInfo
 from video_attn.kernels import plans
 from video_attn.quantize import QuantizationOptions
 
-started = []
-
-
-class Launcher:
-    """What Triton calls to start a kernel: grid, stream, function, metadata, hooks, arguments."""
-
-    def __init__(self, source, metadata):
-        pass
-
-    def __call__(self, x, y, z, stream, function, *arguments):
-        started.append((function, (x, y, z), [_said(a) for a in arguments[4:]]))
-
-
-def _said(argument):
-    if isinstance(argument, torch.Tensor):
-        return addresses.setdefault(argument.data_ptr(), len(addresses)), argument.dtype
-    return argument
-
-
-class Utils:
-    def load_binary(self, name, kernel, shared, device):
-        return (name, f"{name} {hash(kernel)}", 0, 0, 1024)
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 227 << 10}
-
-
-class Driver:
-    launcher_cls, utils = Launcher, Utils()
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 7
-
-
-driver.set_active(Driver())
-backend.device_info = lambda device: DeviceInfo("cuda", "nvidia", "sm_90", "an H100", 132)
+fake_gpu.install()
 
 
 def tensors(offset=0, **shapes):
-    """Tensors at an address that 16 divides, or not."""
-    found = {}
-    for name, shape in shapes.items():
-        whole = torch.zeros(torch.Size(shape).numel() + 64, dtype=torch.bfloat16)
-        start = -whole.data_ptr() // 2 % 8 + offset
-        found[name] = whole[start : start + torch.Size(shape).numel()].view(shape)
-    return found
+    return {name: fake_gpu.tensor(*shape, offset=offset) for name, shape in shapes.items()}
 
 
 def run(call, planned):
     """What a call starts, from its plan or as if it were the first; addresses by their order."""
-    global addresses
-    started.clear()
-    addresses = {}
+    fake_gpu.forget()
     if not planned:
         plans._plans.clear()
     made = len(plans._plans)
     run_it = backend._forward if isinstance(call, ForwardCall) else backend._backward
     run_it(call)
     assert planned == (len(plans._plans) == made), "planned or not"
-    return list(started)
+    return list(fake_gpu.started)
 
 
 def check(*calls):
@@ -152,11 +103,60 @@ print("right")
 '''
 
 
-def test_plans_start_what_triton_starts():
+def run_compiled(script: str, *arguments: str, **environment: str) -> str:
+    """What a script prints, in a process of its own where Triton compiles."""
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    paths = [str(ROOT / "tests"), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    variables.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "right"
+    return done.stdout
+
+
+def test_plans_start_what_triton_starts():
+    assert run_compiled(SCRIPT).splitlines()[-1] == "right"
+
+
+WARMED = """
+import sys
+
+import fake_gpu
+
+from video_attn.backends import triton as backend
+from video_attn.calls import ForwardCall
+
+fake_gpu.install()
+q, k, v = (fake_gpu.tensor(2, 4, 768, 32) for _ in range(3))
+backend._forward(ForwardCall(q, k, v, mask=None, scale=0.1))
+assert len(fake_gpu.started) == 1
+"""
+
+
+def test_warmup_compiles_what_a_call_needs(tmp_path):
+    """Other batches, heads and lengths find their kernel on disk, and a second warmup finds all."""
+    command = "import sys; from video_attn.cli import main; sys.exit(main())"
+    options = ["warmup", "--arch", "sm_90", "--head-dim", "32", "--pattern", "dense"]
+    options += ["--forward-only", "--jobs", "1"]
+    printed = run_compiled(command, *options, TRITON_CACHE_DIR=str(tmp_path))
+    assert "forward, dense" in printed and "s in all, for sm_90" in printed
+    kernels = sorted(tmp_path.rglob("*.cubin"))
+    assert len(kernels) == 1
+    run_compiled(command, *options, TRITON_CACHE_DIR=str(tmp_path))
+    run_compiled(WARMED, TRITON_CACHE_DIR=str(tmp_path))
+    assert sorted(tmp_path.rglob("*.cubin")) == kernels
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "sm_70"], "sm_70 is not one of"),
+        (["--arch", "sm_90", "--precision", "fp8"], "--forward-only"),
+        (["--arch", "sm_80", "--precision", "fp8", "--forward-only"], "no FP8 matrix units"),
+        (["--arch", "sm_90", "--head-dim-v", "257"], "at most 256, got 257"),
+    ],
+)
+def test_what_warmup_refuses(options, message, capsys):
+    assert main(["warmup", "--head-dim", "64", "--pattern", "vsa", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -34,6 +34,7 @@ COMMANDS = {
         "tools.kernel_bench.command", "attention kernels on random or captured q, k, v"
     ),
     "capture-info": _Command("tools.capture.command", "what a folder of captures holds"),
+    "warmup": _Command("tools.warmup", "compile the Triton kernels that a model will need"),
     "stitch": _Command("tools.stitch.command", "videos side by side, in one video with labels"),
 }
 
