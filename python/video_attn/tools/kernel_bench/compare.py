@@ -12,6 +12,7 @@ from torch import Tensor
 from .cases import Case
 
 _SCORES = 1 << 26  # fp32 scores held at a time: 268 MB
+_ROWS = 1 << 16  # rows that are compared in fp64 at a time
 _KEYS = 1 << 16  # keys that are turned to fp32 at a time
 
 
@@ -179,7 +180,7 @@ def compare(
         picked = torch.linspace(0, q.shape[2] - 1, rows).round().long()
     picked = picked.to(q.device)
     group = q.shape[1] // k.shape[1]
-    chunk = max(1, _SCORES // k.shape[2])
+    chunk = max(1, min(_ROWS, _SCORES // k.shape[2]))
     scale = q.shape[3] ** -0.5 if case.scale is None else case.scale
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
