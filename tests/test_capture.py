@@ -259,9 +259,11 @@ def test_a_killed_process_leaves_whole_captures(tmp_path: Path) -> None:
     """SIGKILL while it writes: every capture that is there can be read, and so can the index."""
     child = os.fork()  # a new Python would take longer to start than all the rest
     if child == 0:
-        torch.set_num_threads(1)
-        offer(CaptureWriter(tmp_path, "sagev1", Selection(max_captures=0), "pt"), steps=10_000)
-        os._exit(0)
+        try:
+            torch.set_num_threads(1)
+            offer(CaptureWriter(tmp_path, "sagev1", Selection(max_captures=0), "pt"), steps=10_000)
+        finally:
+            os._exit(1)
     while len(list(tmp_path.glob("*_input_*"))) < 5:
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.kill(child, signal.SIGKILL)

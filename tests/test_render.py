@@ -396,9 +396,11 @@ def test_a_killed_rendering_leaves_its_captures(tmp_path: Path) -> None:
     saved("2b")
     child = os.fork()  # a new Python would take longer to start than all the rest
     if child == 0:
-        torch.set_num_threads(1)
-        render(*words)
-        os._exit(0)
+        try:
+            torch.set_num_threads(1)
+            render(*words)
+        finally:
+            os._exit(1)
     while len(list(tmp_path.glob("*_input_*"))) < 20:
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.kill(child, signal.SIGKILL)
