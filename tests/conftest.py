@@ -9,9 +9,9 @@ import pytest
 import torch
 from gpu_process import CHILD, GpuProcesses
 from hypothesis import settings
+from machine import HAS_GPU
 from poison import poison_allocations
 
-HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when a kernel is defined, so it must be set before video_attn imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")

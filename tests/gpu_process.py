@@ -5,8 +5,8 @@ one wrong kernel would fail the rest of the run. Here the test that poisons, kil
 process fails alone: the next one gets a new process. The summary names the first failing problem
 of each list.
 
-The child is a pytest of its own that collects a file when it is first asked for a test of it. With
-pytest-xdist every worker has one child.
+The child is a pytest of its own, which collects the files that hold such tests, once: conftests are
+read by the first collection of a session alone. With pytest-xdist every worker has one child.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class GpuProcesses:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: multiprocessing.connection.Connection | None = None
         self._starting = False
+        self._files: list[str] = []
         self._outcomes: dict[str, list[tuple[str, bool]]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        marked = (item for item in session.items if item.get_closest_marker(MARKER))
+        self._files = list(dict.fromkeys(str(item.path) for item in marked))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
@@ -61,9 +66,10 @@ class GpuProcesses:
         assert process is not None and connection is not None
         try:
             if self._starting:
+                connection.send(self._files)
                 connection.recv()
                 self._starting = False
-            connection.send((str(item.path), item.nodeid, following))
+            connection.send((item.nodeid, following))
             if not connection.poll(self._seconds):
                 self._stop()
                 return [_failure(item, f"the test did not end within {self._seconds:g} seconds")]
@@ -75,6 +81,8 @@ class GpuProcesses:
             return [_failure(item, f"the process of this test died: {how}")]
         if poison:
             self._stop()
+        if isinstance(data, str):
+            return [_failure(item, data)]
         make = self._config.hook.pytest_report_from_serializable
         return [make(config=self._config, data=each) for each in data]
 
@@ -136,8 +144,8 @@ class Child:
 
     def __init__(self, connection: multiprocessing.connection.Connection) -> None:
         self._connection = connection
-        self._items: dict[str, pytest.Item] = {}
         self._poison: str | None = None
+        self._trouble = ""
 
     def pytest_addhooks(self, pluginmanager: pytest.PytestPluginManager) -> None:
         pluginmanager.add_hookspecs(Hooks)
@@ -146,19 +154,26 @@ class Child:
         return True
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {x.nodeid: x for x in session.perform_collect(self._connection.recv())}
         self._connection.send("ready")
         while True:
             try:
-                path, wanted, following = self._connection.recv()
+                wanted, following = self._connection.recv()
             except EOFError:
                 return True
-            if wanted not in self._items:
-                self._items = {x.nodeid: x for x in session.perform_collect([path])}
-            item = self._items[wanted]
-            reports = runtestprotocol(item, log=False, nextitem=self._items.get(following))
+            if wanted not in items:  # an import that works in the parent alone
+                self._connection.send((self._trouble or "the child did not collect it", None))
+                continue
+            item = items[wanted]
+            session._setupstate.teardown_exact(item)  # the one that followed may have run elsewhere
+            reports = runtestprotocol(item, log=False, nextitem=items.get(following))
             to_data = session.config.hook.pytest_report_to_serializable
             data = [to_data(config=session.config, report=each) for each in reports]
             self._connection.send((data, self._poison))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._trouble = f"the child cannot collect {report.nodeid}: {report.longreprtext}"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_GPU
+from machine import HAS_GPU
 from oracle import check_against_oracle
 from problems import Problem, random_problems, require_backend, run_attention
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from conftest import HAS_GPU
+from machine import HAS_GPU
 from problem_masks import list_tensors
 from problems import Built, Problem, random_problems, require_backend, run_attention
 from torch import Tensor

@@ -16,7 +16,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import HAS_GPU
+from machine import HAS_GPU
 from problems import require_backend
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention

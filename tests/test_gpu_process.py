@@ -14,12 +14,18 @@ pytest_plugins = ["pytester"]
 
 CONFTEST = """
 import sys
+import pytest
 
 sys.path.insert(0, {folder!r})
 import gpu_process
 
 state = sys.modules.setdefault("state", type(sys)("state"))
 state.poison = None
+
+
+@pytest.fixture
+def of_the_conftest():
+    return 1
 
 
 def pytest_configure(config):
@@ -98,12 +104,25 @@ def test_here_again():
     assert "VIDEO_ATTN_TEST_CHILD" not in os.environ
 """
 
+OTHER = """
+import os
+import pytest
+
+if "VIDEO_ATTN_TEST_CHILD" in os.environ and __name__ == "test_unlike":
+    raise ImportError("only in the child")
+
+
+@pytest.mark.gpu
+def test_last(of_the_conftest):
+    assert "VIDEO_ATTN_TEST_CHILD" in os.environ
+"""
+
 
 def test_one_poisoned_test_fails_alone(pytester: pytest.Pytester):
     pytester.makeconftest(CONFTEST.format(folder=str(Path(__file__).parent), seconds=3))
-    pytester.makepyfile(test_it=TESTS, test_other="def test_last(): pass")
+    pytester.makepyfile(test_it=TESTS, test_other=OTHER, test_unlike=OTHER)
     result = pytester.runpytest_subprocess("-p", "no:xdist", "-rfs")
-    result.assert_outcomes(passed=15, failed=7, skipped=1)
+    result.assert_outcomes(passed=15, failed=8, skipped=1)
     text = result.stdout.str()
     for failed in (
         "test_errors[problem1]", "test_errors[problem3]", "test_errors[problem4]",
@@ -119,6 +138,7 @@ def test_one_poisoned_test_fails_alone(pytester: pytest.Pytester):
         "*the process of this test died: signal 11*",
         "*the process of this test died: exit code 3*",
         "*the test did not end within 3 seconds*",
+        "*the child cannot collect test_unlike.py*",
     ):
         result.stdout.fnmatch_lines([line])
 

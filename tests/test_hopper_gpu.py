@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import HAS_GPU
 from hopper_problems import PROBLEMS
+from machine import HAS_GPU
 from oracle import Result, check_against_oracle
 from problems import Problem, run_attention
 from torch import Tensor

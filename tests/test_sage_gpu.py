@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_GPU
 from far_memory import far_view
 from fp8_sums import lse_bounds
+from machine import HAS_GPU
 from sage_codes import inputs_of
 from sage_problems import SUMS, make_codes, qkv, random_mask, relative_error, walked_tiles
 from torch import Tensor
