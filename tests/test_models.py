@@ -121,6 +121,17 @@ def test_control_blocks_of_vace_share_the_number_of_the_block_they_feed(
     assert (applied.sparse_calls, applied.dense_calls) == (2, 3)
 
 
+def test_attention_that_is_replaced_already_is_refused(models: dict[str, Any]) -> None:
+    """By sparsify(), say; nothing is changed then."""
+    _, model = made(models, "wan")
+    processor = replace_processor(model.blocks[1].attn1, AttentionCall.dense)
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.attn1 is replaced already"):
+        apply(model, Dense(), fuse_qkv=True)
+    assert applied_to(model) is None and not hasattr(model.blocks[0].attn1, "to_qkv")
+    processor.undo()
+    apply(model, Dense()).undo()
+
+
 class LargestMask(TorchDispatchMode):
     """The elements of the largest boolean tensor that is made, in memory."""
 
@@ -172,7 +183,7 @@ def test_condition_tokens_of_ltx(models: dict[str, Any]) -> None:
         assert error(output(model, inputs), dense) < 1e-4
     with apply(model, SlidingTile(WINDOW, TILE)) as applied:
         assert error(output(model, inputs), dense) > 1e-3
-        assert applied._last_tokens == VideoTokens((3, 4, 5), 20, text_first=True)
+        assert applied.last_tokens == VideoTokens((3, 4, 5), 20, text_first=True)
     del inputs["video_coords"]
     with apply(model, Dense()), pytest.raises(ValueError, match="without num_frames, height and"):
         output(model, inputs)
@@ -185,7 +196,7 @@ def test_condition_tokens_of_ltx(models: dict[str, Any]) -> None:
     dense = output(model, inputs)
     with apply(model, EVERYTHING["video_sparse"]) as applied:
         assert error(output(model, inputs), dense) < 1e-4
-        assert applied._last_tokens == VideoTokens((3, 4, 5), 6)
+        assert applied.last_tokens == VideoTokens((3, 4, 5), 6)
 
 
 @pytest.mark.parametrize("name", MODELS)

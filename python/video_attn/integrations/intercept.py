@@ -13,11 +13,10 @@ by a mode of the running thread.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -405,13 +404,3 @@ def _gate(
         return None
     hidden_states = arguments[0] if arguments else keywords["hidden_states"]
     return project(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-
-
-@contextlib.contextmanager
-def replaced(module: Any, attend: Attend) -> Iterator[ReplacedProcessor]:
-    """:func:`replace_processor` for the length of a ``with``."""
-    processor = replace_processor(module, attend)
-    try:
-        yield processor
-    finally:
-        processor.undo()

@@ -15,8 +15,10 @@ import torch
 
 from ..functional.patterns import Pattern, Radial
 from ..registry import PRECISIONS, check_backend_name
-from .applied import HANDLE, AppliedAttention
+from .applied import AppliedAttention
+from .applied_transformer import HANDLE
 from .fuse import FusedProjections
+from .intercept import ReplacedProcessor
 from .models import FAMILIES, Family, family_of
 from .schedule import PATTERNS, Schedule
 from .steps import TRANSFORMERS, unwrapped
@@ -101,6 +103,13 @@ def apply_sized(
         check_backend_name(backend)
     if not isinstance(fuse_qkv, bool):
         raise TypeError(f"fuse_qkv must be True or False, got {fuse_qkv!r}")
+    for other, family in transformers:
+        for layer in family.attention_layers(other):
+            if isinstance(layer.module.processor, ReplacedProcessor):
+                raise RuntimeError(
+                    f"the attention of {layer.name} is replaced already, by sparsify() for "
+                    "instance: undo that first"
+                )
     transformer, family = transformers[0]
     pattern = fitted(pattern, pipe, family, num_frames)
     schedule = replace(
