@@ -145,6 +145,23 @@ def test_everything_is_checked_before_the_model_is_touched(wrong: Any) -> None:
     assert type(model.blocks[0].attn1) is VideoAttention
 
 
+def test_more_dense_layers_than_there_are() -> None:
+    model = made(VideoModel)
+    with pytest.raises(ValueError, match="dense_layers of 'blocks.0.attn1' must be at most 4, got"):
+        mtsa.sparsify(model, config(schedule={"dense_layers": 5}))
+    assert not mtsa.is_attn_sparsified(model)
+
+
+def test_a_class_that_changed_since_is_not_lost() -> None:
+    """As fully_shard does; taking ours away would take that one too."""
+    module = mtsa.sparsify(made(VideoAttention), config("*"))
+    module.__class__ = type("Wrapped", (type(module),), {})
+    with pytest.raises(RuntimeError, match="is a Wrapped now"):
+        mtsa.unsparsify(module)
+    module.__class__ = type(module).__mro__[1]
+    assert type(mtsa.unsparsify(module)) is VideoAttention
+
+
 def test_what_is_no_model() -> None:
     with pytest.raises(TypeError, match="model must be a torch module, or a diffusers pipeline"):
         mtsa.sparsify("model", config())

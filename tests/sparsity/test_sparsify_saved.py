@@ -188,11 +188,26 @@ def test_gates_from_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpoint, words", [
     ({}, "has no 'to_gate_compress'"),
     ({"blocks.5.to_gate_compress.weight": torch.zeros(24, 24)}, "a gate on 'blocks.5'"),
-    ({"blocks.0.to_gate_compress.weight": torch.zeros(24, 12)}, r"must be \(24, 24\), got"),
-    ({"blocks.0.to_gate_compress.bias": torch.zeros(24)}, r"must be \(24, 24\), got None"),
+    ({"blocks.0.to_gate_compress.weight": torch.zeros(24, 12)},
+     r"'weight': \(24, 24\).*got \{'weight': \(24, 12\)"),
+    ({"blocks.0.to_gate_compress.bias": torch.zeros(24)},
+     r"must be a linear layer.*got \{'bias': \(24,\)\}"),
+    ({"blocks.0.to_gate_compress.weight": torch.zeros(24, 24),
+      "blocks.0.to_gate_compress.bias": torch.zeros(12)}, r"'bias': \(12,\)"),
+    ({"blocks.0.to_gate_compress.weight": torch.zeros(2, 24)}, "was not trained with gates"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(checkpoint: Any, words: str) -> None:
     model = mtsa.sparsify(MODELS["wan"].model(), config())
     with pytest.raises(ValueError, match=words):
         mtsa.load_gates(model, checkpoint)
     assert not hasattr(model.blocks[0].attn1, "to_gate_compress")
+
+
+def test_gates_have_the_dtype_of_the_projections() -> None:
+    """Norms of diffusers may stay in fp32 beside a model in bfloat16."""
+    model = MODELS["wan"].model().to(torch.bfloat16)
+    for block in model.blocks:
+        block.attn1.norm_q.float()
+    mtsa.sparsify(model, config(block_size_3d=(2, 2, 2)))
+    mtsa.add_gates(model)
+    assert model.blocks[0].attn1.to_gate_compress.weight.dtype == torch.bfloat16

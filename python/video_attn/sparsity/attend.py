@@ -194,8 +194,7 @@ def _warn_unreached(module: nn.Module, state: ModuleState) -> None:
 
 
 def attend(state: ModuleState, call: AttentionCall) -> Tensor:
-    """The answer to a self-attention call of a module: [B, H, S, Dv]. Never traced by
-    torch.compile: compiled code calls it through one operator.
+    """The answer to a self-attention call of a module: [B, H, S, Dv].
 
     Raises:
         ValueError: the video shape is not known or does not fit, or the call asks for what the

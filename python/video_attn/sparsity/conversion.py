@@ -58,6 +58,7 @@ def sparsify(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value; ``model`` is untouched then.
+        RuntimeError: ``apply()`` holds an attention of this model already.
     """
     config = read_config(config)
     if forward_loop is not None and not callable(forward_loop):
@@ -85,10 +86,12 @@ def _carry_out(plan: list[tuple[Root, nn.Module, ModuleState]]) -> None:
     """Converts the modules, after the last check that can fail.
 
     Raises:
-        RuntimeError: ``apply()`` holds an attention of this model already.
+        ValueError: a schedule of more layers than there are. RuntimeError: ``apply()`` holds an
+            attention of this model already.
     """
     for root, module, state in plan:
         root.describe(module, state)
+        root.check(state)
         if state.family and state.other_role is None:
             check_processor(module, state)
     for root, module, state in plan:
@@ -129,6 +132,10 @@ def unsparsify(model: Any) -> Any:
     :func:`~video_attn.sparsity.add_gates` made are gone. Returns ``model``.
 
     Gates that the model had of itself stay. Nothing happens to a model that is not sparsified.
+
+    Raises:
+        RuntimeError: something else has changed the class of a module since, as FSDP2 does with a
+            module that is sharded by itself.
     """
     for root in roots_of(model):
         for module in root.modules.values():

@@ -127,23 +127,14 @@ def load_gates(
         ValueError: there are no gates in the checkpoint, or one that fits no module or whose shape
             is wrong; nothing is changed then.
     """
-    tensors = _gate_tensors(checkpoint)
-    if not tensors:
-        raise ValueError(f"the checkpoint has no {GATE!r}: it was not trained with gates")
     modules = dict(_modules_for_gates(model))
     plan = []
-    for owner, parts in tensors.items():
+    for owner, parts in _gate_tensors(checkpoint).items():
         name = _module_of(owner, modules)
-        width = gate_width(modules[name])
-        weight = parts.get("weight")
-        if weight is None or (width is not None and tuple(weight.shape) != (width[1], width[0])):
-            if width is not None and weight is not None and weight.shape[0] != width[1]:
-                continue  # one number per head: the gated attention of LTX-2.3
-            raise ValueError(
-                f"{owner}.{GATE}.weight must be {width and (width[1], width[0])}, got "
-                f"{None if weight is None else tuple(weight.shape)}"
-            )
-        plan.append((name, parts))
+        if _is_gate(f"{owner}.{GATE}", parts, modules[name]):
+            plan.append((name, parts))
+    if not plan:
+        raise ValueError(f"the checkpoint has no {GATE!r}: it was not trained with gates")
     for name, parts in plan:
         module = modules[name]
         state = module._sparse_attention
@@ -157,6 +148,27 @@ def load_gates(
         if score_dtype is not None:
             state.override({"score_dtype": score_dtype})
     return [name for name, _ in plan]
+
+
+def _is_gate(name: str, parts: Mapping[str, Tensor], module: SparseAttentionModule) -> bool:
+    """Whether these are the tensors of a gate of ``module``; False for what LTX-2.3 keeps under the
+    name.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    shapes = {part: tuple(x.shape) for part, x in parts.items()}
+    weight, width = shapes.get("weight", ()), gate_width(module)
+    if width is None and len(weight) == 2:
+        width = weight[1], weight[0]
+    if width is not None and weight[1:] == width[:1] and weight[0] != width[1]:
+        return False  # of the same inputs, one number per head
+    owner = module._sparse_attention.gate_owner
+    known = {"weight", "bias"} if owner is None else dict(getattr(owner, GATE).named_parameters())
+    wanted = {"weight": width and width[::-1], "bias": width and width[1:]}
+    if "weight" not in shapes or any(p not in known or shapes[p] != wanted[p] for p in shapes):
+        raise ValueError(f"{name} must be a linear layer of {wanted}, got {shapes}")
+    return True
 
 
 def gate_tensors(model: Any) -> dict[str, Tensor]:
@@ -186,7 +198,7 @@ def _modules_for_gates(model: Any) -> list[tuple[str, SparseAttentionModule]]:
 
 
 def _make_gate(module: SparseAttentionModule, width: tuple[int, int], bias: bool = True) -> None:
-    like = next(module.parameters())
+    like = _projection_weight(module)
     gate = nn.Linear(*width, bias=bias, device=like.device, dtype=like.dtype)
     for parameter in gate.parameters():
         nn.init.zeros_(parameter)
@@ -194,6 +206,16 @@ def _make_gate(module: SparseAttentionModule, width: tuple[int, int], bias: bool
     module.add_module(GATE, gate)
     module._sparse_attention.gate_owner = module
     module._sparse_attention.added_gate = True
+
+
+def _projection_weight(module: nn.Module) -> Tensor:
+    """What says the device and dtype of a gate; norms may be kept in another dtype."""
+    parts = projections(module)
+    query = None if parts is None else getattr(parts.query, "base_layer", parts.query)
+    weight = getattr(query, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight
+    return next(x for x in module.parameters() if x.is_floating_point())
 
 
 def _module_of(owner: str, modules: Mapping[str, SparseAttentionModule]) -> str:

@@ -133,8 +133,10 @@ def _new(cls: type[nn.Module]) -> SparseAttentionModule:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a sparsified module had; its class where it is not sparsified."""
-    cls = type(module)
-    return cls.__mro__[2] if isinstance(module, SparseAttentionModule) else cls
+    order = type(module).__mro__
+    if not isinstance(module, SparseAttentionModule):
+        return order[0]
+    return order[order.index(SparseAttentionModule) + 1]
 
 
 def convert(module: nn.Module, state: ModuleState) -> None:
@@ -152,10 +154,16 @@ def revert(module: SparseAttentionModule) -> None:
     from .attend import detach_processor
     from .structure import unwatch
 
+    cls = original_class(module)
+    kind: Any = cls
+    if type(module) is not _sparse_class(kind):
+        raise RuntimeError(
+            f"{module._sparse_attention.name!r} is a {type(module).__name__} now: something has "
+            "wrapped it since sparsify(), and must be undone first"
+        )
     module.disable()
     detach_processor(module)
     unwatch(module)
-    cls = original_class(module)
     ours = type(module).forward
     module.__class__ = cls  # type: ignore[assignment]
     _route_instance_forward(module, ours, cls.forward)

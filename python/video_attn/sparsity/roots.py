@@ -87,10 +87,20 @@ class Root:
         else:
             state.other_role = "not video self-attention"
 
+    def check(self, state: ModuleState) -> None:
+        """Raises ValueError where the schedule has more dense layers than there are."""
+        layers = len(self.modules) if self._layers is None else 1 + max(self._layers.values())
+        dense = 0 if state.attributes is None else state.attributes.schedule.dense_layers
+        if dense > layers:
+            raise ValueError(
+                f"schedule.dense_layers of {state.name!r} must be at most {layers}, got {dense}"
+            )
+
     def attach(self) -> None:
         """Makes a transformer keep what its calls are about; of a plain model a person says it."""
-        if self.family is None or _HOOKS in self.owner.__dict__:
+        if self.family is None:
             return
+        self.detach()  # a second sparsify may know the pipeline, which the first did not
         before = functools.partial(_before_call, _Weakly(self.pipe))
         self.owner.__dict__[_HOOKS] = (
             self.owner.register_forward_pre_hook(before, with_kwargs=True),
@@ -288,7 +298,7 @@ def _set_checkpoint(transformer: Any, function: Any) -> None:
 
 
 def grid_text(shape: Triple) -> str:
-    """ "(16, 28, 48), 21504 tokens"."""
+    """A shape and its tokens: (16, 28, 48), 21504 tokens."""
     return f"{shape}, {math.prod(shape)} tokens"
 
 
