@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
+    from triton import knobs
 
     arch = _checked_arch(args)
     jobs = list(_jobs(args, arch))
@@ -101,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
             grid.add_row(str(job), str(count), f"{seconds:.1f}")
             bar.advance(done)
     console.print(grid)
-    folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
-    console.print(f"{time.perf_counter() - start:.1f} s in all, for {arch}; kept in {folder}")
+    seconds = time.perf_counter() - start
+    console.print(f"{seconds:.1f} s in all, for {arch}; kept in {knobs.cache.dir}", soft_wrap=True)
     return 0
 
 
