@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from video_attn import cli, native, registry
 from video_attn.registry import PRECISIONS, Backend, Problem
-from video_attn.tools.check import problems, run
+from video_attn.tools.check import command, problems, run
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,20 @@ def test_every_fault_is_seen(part, shown, monkeypatch, capsys):
     assert code == (part != "none"), text
     assert shown in text
     assert part != "error" or "radial" not in text  # a poisoned process computes nothing more
+
+
+def test_it_ends_in_time_and_says_what_it_left_out(monkeypatch, capsys):
+    """A clock that ticks once per look; problems of --quick come first."""
+    ticks = itertools.count()
+    monkeypatch.setattr(command.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(command, "rows_of", lambda problem, device: [
+        run.Row(problem.name, "fast", "forward", "out", 0.0, 1.0)
+    ])  # fmt: skip
+    code, text = check(capsys, "--seconds", "4")
+    assert code == 0 and "not reached: " in text
+    reached, _, left = text.partition("not reached: ")
+    assert "4 of 4 right" in reached and "dense, grouped heads" in left
+    assert all(p.quick for p in problems.NATIVE if f"{p.name} " in reached.replace("│", " "))
 
 
 def test_without_any_fast_backend(monkeypatch, capsys):
