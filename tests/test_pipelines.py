@@ -443,8 +443,11 @@ def test_a_transformer_that_takes_the_place_is_refused(pipe: Any) -> None:
         assert isinstance(pipe, kind) and type(pipe).__name__ == kind.__name__
         pipe.transformer = torch.compile(pipe.transformer, backend="eager")  # the same, wrapped
         pipe.scheduler = pipe.scheduler
+        twin = copy.copy(pipe)  # as servers make one per request
+        with pytest.raises(RuntimeError, match="transformer has attention applied to it"):
+            twin.transformer = tiny_transformer()
     assert type(pipe) is kind
-    pipe.transformer = tiny_transformer()
+    pipe.transformer = twin.transformer = tiny_transformer()
 
 
 def test_a_wrapped_forward(pipe: Any) -> None:
@@ -463,8 +466,10 @@ def test_copies_say_undo_and_saving_needs_none(pipe: Any, tmp_path: Path) -> Non
             with pytest.raises(TypeError, match=r"call undo\(\) on its handle before"):
                 copied(pipe.transformer)
         sparse = latents(pipe)
-        pipe.transformer.save_pretrained(tmp_path)
-    loaded = type(pipe.transformer).from_pretrained(tmp_path)
+        pipe.save_pretrained(tmp_path)
+    index = (tmp_path / "model_index.json").read_text(encoding="utf-8")
+    assert '"_class_name": "WanPipeline"' in index
+    loaded = type(pipe.transformer).from_pretrained(tmp_path / "transformer")
     twin = tiny_wan(transformer=copy.deepcopy(loaded))
     assert torch.equal(latents(twin), latents(pipe))
     with apply(twin, PATTERN):

@@ -56,7 +56,7 @@ class AppliedAttention:
         self._lock, self._said = threading.Lock(), set[int]()
         self.last_tokens: VideoTokens | None = None
         self._applied = [AppliedTransformer(*pair, self) for pair in transformers]
-        guard(pipe, [transformer for transformer, _ in transformers])
+        guard(pipe)
 
     def undo(self) -> None:
         """Puts the model back as it was. A second call does nothing."""

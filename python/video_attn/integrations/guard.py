@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from .applied_transformer import HANDLE
 from .steps import TRANSFORMERS, unwrapped
 
 
-def guard(pipe: Any, transformers: list[Any]) -> None:
+def guard(pipe: Any) -> None:
     """From now on ``pipe.transformer = other`` is refused; wrappers of the same are not.
 
     The one pipeline gets a class of its own for that, which :func:`unguard` takes back.
     """
     if isinstance(pipe, torch.nn.Module):
         return
-    object.__setattr__(pipe, "_video_attn_transformers", transformers)
     kind: Any = type(pipe)
     pipe.__class__ = _guarded(kind)
 
@@ -26,17 +26,16 @@ def unguard(pipe: Any) -> None:
     """Takes back :func:`guard`."""
     if getattr(type(pipe), "_video_attn_guarded", None) is not None:
         pipe.__class__ = type(pipe)._video_attn_guarded
-        object.__delattr__(pipe, "_video_attn_transformers")
 
 
 @functools.cache
 def _guarded(kind: Any) -> type:
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if name in TRANSFORMERS and value is not None:
-            ours = self._video_attn_transformers
             inside = list(value.modules()) if isinstance(value, torch.nn.Module) else [value]
             before = unwrapped(getattr(self, name, None))
-            if before in ours and not any(module is before for module in inside):
+            applied = getattr(before, HANDLE, None) is not None
+            if applied and not any(module is before for module in inside):
                 raise RuntimeError(
                     f"{name} has attention applied to it: call undo() on the handle before another "
                     "one takes its place, and apply again"
