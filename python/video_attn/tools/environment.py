@@ -25,6 +25,10 @@ VARIABLES = (
         "1 runs Triton kernels in Triton's interpreter, on the CPU: for tests, very slow",
     ),
     Variable(
+        "TRITON_CACHE_DIR", "run", "a folder", "~/.triton/cache",
+        "where Triton keeps what it compiled; `video-attn warmup` fills it",
+    ),
+    Variable(
         "OMP_NUM_THREADS", "run", "a number", "all cores",
         "threads of torch and of the CPU backend",
     ),
