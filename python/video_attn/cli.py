@@ -33,6 +33,9 @@ COMMANDS = {
     "bench-kernels": _Command(
         "tools.kernel_bench.command", "attention kernels on random or captured q, k, v"
     ),
+    "calibrate": _Command(
+        "tools.calibrate.command", "the cheapest attention per head within an error budget"
+    ),
     "capture-info": _Command("tools.capture.command", "what a folder of captures holds"),
     "warmup": _Command("tools.warmup", "compile the Triton kernels that a model will need"),
     "stitch": _Command("tools.stitch.command", "videos side by side, in one video with labels"),
