@@ -46,7 +46,7 @@ def draw(found: Calibration, path: Path, budgets: Sequence[float] = ()) -> None:
     left.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     left.set(xlabel="head", ylabel="layer")
     left.set_title(
-        f"step {step}: share of pairs (S sliding tile, V video sparse, R radial, D dense)",
+        f"step {step}: share of pairs; Sliding, Video sparse, Radial, Dense",
         size=9, loc="left",
     )  # fmt: skip
     figure.colorbar(image, ax=left, fraction=0.04)
@@ -56,7 +56,7 @@ def draw(found: Calibration, path: Path, budgets: Sequence[float] = ()) -> None:
     right.plot([_mean_error(found.choices)], [found.seconds / dense], "o", color=QUERY, ms=8)
     right.axhline(1.0, color=INK, lw=0.8, ls=":")
     right.set(xlabel="mean error of the heads", ylabel="cost, dense = 1", ylim=(0, None))
-    right.set_title("the choice, other budgets, dense (dotted)", size=9, loc="left")
+    right.set_title("the choice among other budgets", size=9, loc="left")
     save([pixels(figure)], path, fps=1)
 
 
