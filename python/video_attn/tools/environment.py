@@ -26,7 +26,7 @@ VARIABLES = (
     ),
     Variable(
         "TRITON_CACHE_DIR", "run", "a folder", "~/.triton/cache",
-        "where Triton keeps what it compiled; `video-attn warmup` fills it",
+        "where Triton keeps what it compiled, and `video-attn warmup` puts it",
     ),
     Variable(
         "OMP_NUM_THREADS", "run", "a number", "all cores",
