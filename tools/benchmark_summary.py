@@ -98,11 +98,11 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def card() -> str:
-    """The card and the day of the records."""
+    """The card, the day and the commit of the records."""
     for path in sorted(RESULTS.glob(f"*_{MODEL}.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         torch, day = record["versions"]["torch"], record["date"][:10]
-        return f"{record['machine']['gpu']}, torch {torch}, {day}"
+        return f"{record['machine']['gpu']}, torch {torch}, {day}, commit {record['commit'][:7]}"
     return ""
 
 

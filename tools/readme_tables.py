@@ -166,7 +166,8 @@ def _time(result: dict[str, Any]) -> str:
 def h100_table() -> str:
     """Ours and the fastest peer of the same run, for the README."""
     rows = benchmark_summary.summary_rows()
-    return markdown(["problem", "the fastest of ours", "the fastest peer", "times"], rows)
+    table = markdown(["problem", "the fastest of ours", "the fastest peer", "times"], rows)
+    return f"{benchmark_summary.card()}; TFLOPS count attended pairs:\n\n{table}"
 
 
 def _words(name: str) -> str:
