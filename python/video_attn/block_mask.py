@@ -434,6 +434,8 @@ class BlockMask:
 
     def _fresh_transpose(self) -> tuple[Tensor, Tensor] | None:
         """The kept lists of :meth:`transposed`; None without any, or for older lists."""
+        if torch.compiler.is_compiling():  # which cannot look at versions
+            return self._transpose
         versions = _versions(self.kv_num_blocks, self.kv_indices)
         return self._transpose if versions == self._transposed_versions else None
 
