@@ -223,3 +223,54 @@ def test_quantized_attention_has_no_derivative(transform, function):
         transform(run)
     q = torch.stack([Q.float(), T.float()])
     assert vmap(lambda q: function(q, K.float(), V.float(), *name))(q).shape == (2, 2, 2, 6, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_forward_mode_on_a_gpu(name, dtype, gpu):
+    """A second pass over the lists, whichever backend ran the first one."""
+    if name == "video_sparse" and dtype == torch.bfloat16:
+        pytest.skip("rounded scores may choose other tiles than the fp64 definition")
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 67, 8).to(dtype) for _ in range(6)]
+    exact = [x.to(gpu).double().cpu() for x in inputs]
+    _, expected = jvp(PATTERNS[name], tuple(exact[:3]), tuple(exact[3:]))
+    on_gpu = [x.to(gpu) for x in inputs]
+    function = PATTERNS[name]
+    if name in ("vsa", "block_map"):
+        pytest.skip("its sizes and lists are on the CPU")
+    out, slope = jvp(function, tuple(on_gpu[:3]), tuple(on_gpu[3:]))
+    assert slope.dtype == dtype and slope.device == out.device
+    limit = 1e-4 if dtype == torch.float32 else 3e-2
+    assert (slope.double().cpu() - expected).norm() <= limit * expected.norm()
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_sees_lists_that_are_written_in_place(gpu):
+    """Forward and backward captured once; then other lists in the same memory."""
+    first, second = (
+        BlockMask.from_dense(keep[None, None].to(gpu), 64, 64) for keep in (KEEP, KEEP.flip(0))
+    )
+    mask = first.clone()
+    q = torch.randn(1, 2, 256, 64, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+
+    def train() -> Tensor:
+        return torch.autograd.grad(attention(q, q, q, mask).float().square().sum(), q)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad_q = train()
+    for other in (second, first):
+        mask.kv_indices.copy_(other.kv_indices)
+        mask.kv_num_blocks.copy_(other.kv_num_blocks)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = torch.autograd.grad(attention(q, q, q, other).float().square().sum(), q)[0]
+        assert torch.equal(grad_q, expected)

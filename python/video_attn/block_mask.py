@@ -111,6 +111,7 @@ class BlockMask:
     kv_block_lens: Tensor | None = None
     _transpose: tuple[Tensor, Tensor] | None = None
     _transposed_versions: tuple[int, ...] | None = field(default=None, init=False)  # of its source
+    _transpose_is_derived: bool = field(default=False, init=False)  # made here, not given
 
     def __post_init__(self) -> None:
         for name in ("q_block_size", "kv_block_size", "q_len", "kv_len"):
@@ -274,6 +275,7 @@ class BlockMask:
             kv_block_lens=arguments.kv_block_lens,
             _transpose=None if transpose[0] is None else transpose,
             _transposed_versions=_versions(*arguments.lists),
+            _transpose_is_derived=False,
         )
 
     @property
@@ -302,24 +304,42 @@ class BlockMask:
         Ascending, deterministic, built on the device without a host sync, and kept for the next
         call, as long as nobody writes into the lists that it was made of.
         """
+        kept = self._kept_transpose()
+        if kept is not None:
+            return kept
         if torch.compiler.is_compiling():
-            return self._transpose or lists_from_dense(self.to_dense().transpose(-1, -2))
+            return lists_from_dense(self.to_dense().transpose(-1, -2))
         versions = _versions(self.kv_num_blocks, self.kv_indices)
-        if self._transpose is not None and versions == self._transposed_versions:
-            return self._transpose
         with torch.inference_mode(False):  # a training step may come later, and autograd saves it
             transpose = lists_from_dense(self.to_dense().transpose(-1, -2))
         keep = (
             versions is not None
-            # Never a fake tensor for a real mask, and none of the memory of a CUDA graph, whose
-            # replay must also see the lists of that day.
+            # Never a fake tensor for a real mask, and none of the memory of a CUDA graph.
             and type(transpose[0]) is type(self.kv_num_blocks)
-            and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+            and not self._is_captured()
         )
         if keep:
             object.__setattr__(self, "_transpose", transpose)
             object.__setattr__(self, "_transposed_versions", versions)
+            object.__setattr__(self, "_transpose_is_derived", True)
         return transpose
+
+    def _kept_transpose(self) -> tuple[Tensor, Tensor] | None:
+        """The lists of :meth:`transposed` that were given or kept, if they hold here.
+
+        Compiled code and CUDA graphs run later, perhaps with other lists in the same memory: there
+        the kept ones do not hold, and only a pattern's own do.
+        """
+        if self._transpose_is_derived and (torch.compiler.is_compiling() or self._is_captured()):
+            return None
+        return self._transpose if torch.compiler.is_compiling() else self._fresh_transpose()
+
+    def _is_captured(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _given_transpose(self) -> tuple[Tensor, Tensor] | None:
+        """What a mask that is derived from this one may take over."""
+        return None if self._transpose_is_derived else self._fresh_transpose()
 
     @property
     def q_num_blocks(self) -> Tensor:
@@ -382,13 +402,13 @@ class BlockMask:
         """The same mask with Kmax cut to its longest list. Reads one number back to the host."""
         longest = max(1, int(self.kv_num_blocks.max()))
         indices = self.kv_indices[..., :longest].contiguous()
-        return replace(self, kv_indices=indices, _transpose=self._fresh_transpose())
+        return replace(self, kv_indices=indices, _transpose=self._given_transpose())
 
     def with_lens(self, q_block_lens: Tensor | None, kv_block_lens: Tensor | None) -> BlockMask:
         """The same lists with other valid lengths: int32 [B|1, N] or None."""
         return replace(
             self, q_block_lens=q_block_lens, kv_block_lens=kv_block_lens,
-            _transpose=self._fresh_transpose(),
+            _transpose=self._given_transpose(),
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> BlockMask:
@@ -400,7 +420,7 @@ class BlockMask:
         return replace(self._map(Tensor.clone), _transpose=None)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> BlockMask:
-        q_lens, kv_lens, transpose = self.q_block_lens, self.kv_block_lens, self._fresh_transpose()
+        q_lens, kv_lens, transpose = self.q_block_lens, self.kv_block_lens, self._given_transpose()
         return replace(
             self,
             kv_num_blocks=change(self.kv_num_blocks),
@@ -414,7 +434,7 @@ class BlockMask:
         """The mask of some heads, in the same memory; all of it where one list serves all heads."""
         if self.kv_indices.shape[1] == 1:
             return self
-        transpose = self._fresh_transpose()
+        transpose = self._given_transpose()
         return replace(
             self,
             kv_num_blocks=self.kv_num_blocks[:, heads],
@@ -425,7 +445,7 @@ class BlockMask:
     @property
     def keeps_transpose(self) -> bool:
         """Whether the lists of :meth:`transposed` are there already."""
-        return self._fresh_transpose() is not None
+        return self._kept_transpose() is not None
 
     @property
     def transpose_bytes(self) -> int:
@@ -500,10 +520,10 @@ class BlockMask:
         return f"{self!r}{title}\n{draw_blocks(keep[0, 0])}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_transpose": self._fresh_transpose()}
+        return self.__dict__ | {"_transpose": self._given_transpose()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state | {"_transpose_is_derived": False})
         self.__post_init__()
 
 
@@ -590,7 +610,9 @@ def _unflatten(leaves: Any, context: Any) -> BlockMask:
     names, sizes = context
     named = dict.fromkeys(_TENSORS) | dict(zip(names, leaves, strict=True))
     fields = named | dict(zip(_SIZES, sizes, strict=True))
-    return _unchecked(**fields, _transpose=None, _transposed_versions=None)
+    return _unchecked(
+        **fields, _transpose=None, _transposed_versions=None, _transpose_is_derived=False
+    )
 
 
 pytree.register_pytree_node(
