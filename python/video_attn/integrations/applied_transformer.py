@@ -104,22 +104,19 @@ class AppliedTransformer:
         tokens = self._tokens_of(asked, state)
         precision, quantization = parse_recipe(handle.precision)
         options: dict[str, Any] = {
-            "gate": asked.gate, "scale": asked.scale, "precision": precision,
-            "backend": handle.backend, "quantization": quantization,
+            "precision": precision, "backend": handle.backend, "quantization": quantization,
         }  # fmt: skip
         if asked.parallel_config is None:
-            return pattern.attend(asked.query, asked.key, asked.value, tokens, **options)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
-            part = pattern.of_heads(first_head, first_head + query.shape[1])
-            return part.attend(query, key, value, tokens, **options)
-
+            return pattern.attend(
+                asked.query, asked.key, asked.value, tokens, gate=asked.gate, scale=asked.scale,
+                **options,
+            )  # fmt: skip
         if tokens.text_length > 0:
             raise ValueError(
                 "context parallelism mixes the video and the text of the ranks, so a sequence of "
                 "both cannot be served: disable it, or undo()"
             )
-        return attend_in_parallel(asked, attend)
+        return attend_in_parallel(asked, pattern, tokens, **options)
 
     def _tokens_of(self, asked: AttentionCall, state: CallState) -> VideoTokens:
         """The tokens of one call of attention, on its device."""

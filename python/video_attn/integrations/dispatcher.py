@@ -107,11 +107,7 @@ def _attention(
     if _parallel_config is not None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         call = AttentionCall(q, k, v, scale=scale, parallel_config=_parallel_config)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
-            return attention(query, key, value, precision=precision, scale=scale)
-
-        return attend_in_parallel(call, attend).transpose(1, 2)
+        return attend_in_parallel(call, None, None, precision=precision).transpose(1, 2)
     return attention(
         query, key, value, precision=precision, is_causal=is_causal, scale=scale, layout="bshd"
     )

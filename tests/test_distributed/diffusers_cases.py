@@ -1,0 +1,77 @@
+"""diffusers' context parallelism on ranks: what several give is what one gives; run by the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from tiny_models import output, random
+from tiny_wan import tiny_transformer
+from torch.distributed.device_mesh import DeviceMesh
+
+from video_attn import Radial, SlidingTile, VideoSparse
+from video_attn.functional.head_groups import HeadGroup, HeadGroups
+from video_attn.integrations import Schedule, apply
+
+DEGREES: dict[str, dict[str, Any]] = {
+    "ulysses": {"ulysses_degree": 4},  # of two heads: two ranks have none
+    "ring": {"ring_degree": 4},
+    "usp": {"ring_degree": 2, "ulysses_degree": 2},
+    "two times two": {"ulysses_degree": 2},  # two groups that know nothing of each other
+}
+PATTERNS = {
+    "sliding": SlidingTile((1, 1, 2), (2, 2, 2)),
+    "sliding_per_head": SlidingTile([(1, 1, 2), (2, 2, 1)], (2, 2, 2)),
+    "selected": VideoSparse(top_k=2, tile=(2, 2, 2), gate=None),
+    "groups": HeadGroups(
+        [
+            HeadGroup([1], SlidingTile((1, 1, 2), (2, 2, 2))),
+            HeadGroup([0], Radial(block_size=8)),
+        ]
+    ),
+    "radial": Radial(block_size=8),
+}
+
+
+def parallel(model: Any, degrees: str) -> None:
+    torch.accelerator.device_count = lambda: 1  # diffusers asks before it looks at the CPU
+    options = dict(DEGREES[degrees])
+    if degrees == "two times two":
+        names = ("data", "ring", "ulysses")
+        options["mesh"] = DeviceMesh("cpu", [[[0, 1]], [[2, 3]]], mesh_dim_names=names)
+    model.enable_parallelism(config=ContextParallelConfig(**options))
+
+
+def wan(group: Any, degrees: str, pattern: str) -> None:
+    """48 tokens of Wan, parallel after apply()."""
+    inputs = {
+        "hidden_states": random(1, 16, 3, 8, 8),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": random(1, 6, 16),
+    }
+    model = tiny_transformer()
+    with apply(model, PATTERNS[pattern]) as handle:
+        alone = output(model, inputs)
+        parallel(model, degrees)
+        torch.testing.assert_close(output(model, inputs), alone, rtol=1e-4, atol=1e-5)
+        assert (handle.sparse_calls, handle.dense_calls) == (4, 0), handle
+    dist.barrier()
+
+
+def dense_layers(group: Any) -> None:
+    """Dense layers stay diffusers' own."""
+    inputs = {
+        "hidden_states": random(1, 16, 3, 8, 8),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": random(1, 6, 16),
+    }
+    model = tiny_transformer()
+    schedule = Schedule(dense_layers=1)
+    with apply(model, PATTERNS["sliding"], schedule=schedule) as handle:
+        alone = output(model, inputs)
+        parallel(model, "two times two")
+        torch.testing.assert_close(output(model, inputs), alone, rtol=1e-4, atol=1e-5)
+        assert (handle.sparse_calls, handle.dense_calls) == (2, 2), handle
+    dist.barrier()
