@@ -332,7 +332,7 @@ class BlockMask:
         """
         if self._transpose_is_derived and (torch.compiler.is_compiling() or self._is_captured()):
             return None
-        return self._transpose if torch.compiler.is_compiling() else self._fresh_transpose()
+        return self._fresh_transpose()
 
     def _is_captured(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
