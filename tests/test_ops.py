@@ -12,6 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torch._dynamo.testing
 from op_samples import GPU_ONLY, SAMPLES
 from problems import Built, Problem
 from torch import Tensor
