@@ -385,22 +385,25 @@ def test_other_masks_are_refused_with_what_to_do(attn_mask, message):
 # -- processes -------------------------------------------------------------------------------------
 
 FORK = """
-import os, threading, torch, video_attn
-from video_attn import VideoLayout, radial_mask, sliding_tile
-def work(n):
-    q = torch.randn(1, 1, 60, 8)
-    for i in range(30):
-        video_attn.clear_caches()
-        sliding_tile(q, q, q, (3, 4, 5), (1, 1, 1), tile=(1, 2, 2))
-threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-[t.start() for t in threads]
-for _ in range(5):
-    pid = os.fork()
-    if pid == 0:
-        radial_mask(VideoLayout((3, 4, 5), (1, 4, 5)), block_size=16)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
-[t.join() for t in threads]
+import os, signal, threading, torch, video_attn
+from video_attn import VideoLayout, radial_mask, static_cache
+torch.set_num_threads(1)
+held, go = threading.Event(), threading.Event()
+def hold():  # another thread is in the midst of a look-up
+    with static_cache._lock:
+        held.set()
+        go.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    radial_mask(VideoLayout((3, 4, 5), (1, 4, 5)), block_size=16)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+go.set()
+thread.join()
 print("done")
 """
 
