@@ -19,7 +19,7 @@ from cases import DTYPES, NEAR, RANDOM, Case, vsa_case
 from measure import BACKWARD_FACTOR, COLUMNS, rows_of, time_case
 from peers import OURS, backend_names, dense_peers, flex_peer, our_providers, vsa_peers
 
-from video_attn.block_mask import dense_from_lists, lists_from_dense
+from video_attn.block_lists import dense_from_lists, lists_from_dense
 from video_attn.block_ops import block_mean, select_top_k
 from video_attn.device import device_info
 from video_attn.tools.bench import (

@@ -14,35 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .block_lists import (
+    check_list_tensor,
+    covered_lens,
+    dense_from_lists,
+    draw_blocks,
+    lists_from_dense,
+    split_lens,
+    valid_tokens,
+    versions_of,
+)
 from .checks import as_int, check_int
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
-
-
-def lists_from_dense(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a boolean matrix [..., R, C] as (counts int32 [..., R], columns int32 [..., R, C]).
-
-    Columns ascend and are padded with 0. Static shapes on the device of ``keep``: no host sync.
-    """
-    kept = keep.cumsum(-1, dtype=torch.int32)
-    counts = kept[..., -1:]
-    column = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device)
-    # A stable partition, several times faster than a sort: kept columns move to the front.
-    target = torch.where(keep, kept - 1, counts + column - kept).long()
-    columns = torch.zeros_like(kept).scatter_(-1, target, torch.where(keep, column, 0))
-    return counts.squeeze(-1).contiguous(), columns
-
-
-def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """The boolean matrix [..., R, columns] of row lists; entries past a count are not looked at."""
-    position = torch.arange(indices.shape[-1], device=indices.device)
-    # An extra column takes what lies past the count, whatever it holds.
-    target = torch.where(position < counts[..., None], indices, columns).long()
-    keep = target.new_zeros(*target.shape[:-1], columns + 1, dtype=torch.bool)
-    return keep.scatter_(-1, target, True)[..., :columns]
 
 
 class MaskArguments(NamedTuple):
@@ -116,8 +102,8 @@ class BlockMask:
     def __post_init__(self) -> None:
         for name in ("q_block_size", "kv_block_size", "q_len", "kv_len"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), 1))
-        _check_tensor("kv_num_blocks", self.kv_num_blocks, 3, self.kv_num_blocks)
-        _check_tensor("kv_indices", self.kv_indices, 4, self.kv_num_blocks)
+        check_list_tensor("kv_num_blocks", self.kv_num_blocks, 3, self.kv_num_blocks)
+        check_list_tensor("kv_indices", self.kv_indices, 4, self.kv_num_blocks)
         if self.kv_num_blocks.shape[2] != self.num_q_blocks:
             raise ValueError(
                 f"kv_num_blocks has {self.kv_num_blocks.shape[2]} query blocks, but q_len "
@@ -136,13 +122,13 @@ class BlockMask:
             lens = getattr(self, name)
             if lens is None:
                 continue
-            _check_tensor(name, lens, 2, self.kv_num_blocks)
+            check_list_tensor(name, lens, 2, self.kv_num_blocks)
             if lens.shape[1] != blocks:
                 raise ValueError(f"{name} must be [B|1, {blocks}], got {tuple(lens.shape)}")
         self._check_batches()
         versions = None
         if self._transpose is not None and not torch.compiler.is_compiling():
-            versions = _versions(self.kv_num_blocks, self.kv_indices)
+            versions = versions_of(self.kv_num_blocks, self.kv_indices)
         object.__setattr__(self, "_transposed_versions", versions)
 
     def _check_batches(self) -> None:
@@ -211,7 +197,7 @@ class BlockMask:
 
         Without ``kv_num_blocks`` all K entries of every row count.
         """
-        _check_tensor("kv_indices", kv_indices, 4, kv_indices)
+        check_list_tensor("kv_indices", kv_indices, 4, kv_indices)
         if kv_num_blocks is None:
             kv_num_blocks = kv_indices.new_full(kv_indices.shape[:-1], kv_indices.shape[-1])
         return cls(
@@ -264,7 +250,7 @@ class BlockMask:
         if arguments.kv_num_blocks is None:
             return None
         transpose = arguments.transposed_lists
-        return _unchecked(
+        return unchecked_mask(
             kv_num_blocks=arguments.kv_num_blocks,
             kv_indices=arguments.kv_indices,
             q_block_size=arguments.q_block_size,
@@ -274,7 +260,7 @@ class BlockMask:
             q_block_lens=arguments.q_block_lens,
             kv_block_lens=arguments.kv_block_lens,
             _transpose=None if transpose[0] is None else transpose,
-            _transposed_versions=_versions(*arguments.lists),
+            _transposed_versions=versions_of(*arguments.lists),
             _transpose_is_derived=False,
         )
 
@@ -309,7 +295,7 @@ class BlockMask:
             return kept
         if torch.compiler.is_compiling():
             return lists_from_dense(self.to_dense().transpose(-1, -2))
-        versions = _versions(self.kv_num_blocks, self.kv_indices)
+        versions = versions_of(self.kv_num_blocks, self.kv_indices)
         with torch.inference_mode(False):  # a training step may come later, and autograd saves it
             transpose = lists_from_dense(self.to_dense().transpose(-1, -2))
         keep = (
@@ -355,19 +341,19 @@ class BlockMask:
 
     def to_token_mask(self) -> Tensor:
         """Token matrix bool [B|1, H|1, q_len, kv_len]; for small sizes and tests."""
-        q_valid = _valid_tokens(self.q_lens(), self.q_block_size, self.q_len)
-        kv_valid = _valid_tokens(self.kv_lens(), self.kv_block_size, self.kv_len)
+        q_valid = valid_tokens(self.q_lens(), self.q_block_size, self.q_len)
+        kv_valid = valid_tokens(self.kv_lens(), self.kv_block_size, self.kv_len)
         tokens = self.to_dense().repeat_interleave(self.q_block_size, -2)[..., : self.q_len, :]
         tokens = tokens.repeat_interleave(self.kv_block_size, -1)[..., : self.kv_len]
         return tokens & q_valid[:, None, :, None] & kv_valid[:, None, None, :]
 
     def q_lens(self) -> Tensor:
         """Valid query tokens per block, int32 [B|1, Nq], with the end of the sequence."""
-        return _lens(self.q_block_lens, self.q_block_size, self.q_len, self.device)
+        return covered_lens(self.q_block_lens, self.q_block_size, self.q_len, self.device)
 
     def kv_lens(self) -> Tensor:
         """Valid key tokens per block, int32 [B|1, Nk], with the end of the sequence."""
-        return _lens(self.kv_block_lens, self.kv_block_size, self.kv_len, self.device)
+        return covered_lens(self.kv_block_lens, self.kv_block_size, self.kv_len, self.device)
 
     def refine(self, q_factor: int, kv_factor: int | None = None) -> BlockMask:
         """The same mask in blocks ``q_factor`` (and ``kv_factor``, default the same) times smaller.
@@ -392,8 +378,8 @@ class BlockMask:
             dense,
             q_size,
             kv_size,
-            _split_lens(self.q_block_lens, q_size, q_factor, nq),
-            _split_lens(self.kv_block_lens, kv_size, kv_factor, nk),
+            split_lens(self.q_block_lens, q_size, q_factor, nq),
+            split_lens(self.kv_block_lens, kv_size, kv_factor, nk),
             q_len=self.q_len,
             kv_len=self.kv_len,
         )
@@ -456,7 +442,7 @@ class BlockMask:
         """The kept lists of :meth:`transposed`; None without any, or for older lists."""
         if torch.compiler.is_compiling():  # which cannot look at versions
             return self._transpose
-        versions = _versions(self.kv_num_blocks, self.kv_indices)
+        versions = versions_of(self.kv_num_blocks, self.kv_indices)
         return self._transpose if versions == self._transposed_versions else None
 
     def attended_pairs(self) -> int:
@@ -527,19 +513,7 @@ class BlockMask:
         self.__post_init__()
 
 
-def draw_blocks(keep: Tensor, rows: int = 24, columns: int = 64) -> str:
-    """A block matrix [Nq, Nk] as lines of text, of at most ``rows`` x ``columns`` characters.
-
-    A character stands for one block or, of larger matrices, for several: " " for none of them,
-    "\u2591", "\u2592", "\u2593" for a share, "\u2588" for all.
-    """
-    size = min(keep.shape[0], rows), min(keep.shape[1], columns)
-    share = torch.nn.functional.adaptive_avg_pool2d(keep.double()[None], size)[0]
-    shade = (share * 3).ceil().long() + (share == 1)
-    return "\n".join("".join(" \u2591\u2592\u2593\u2588"[i] for i in row) for row in shade.tolist())
-
-
-def _unchecked(**fields: Any) -> BlockMask:
+def unchecked_mask(**fields: Any) -> BlockMask:
     """A mask of these fields as they are."""
     mask: BlockMask = object.__new__(BlockMask)
     mask.__dict__.update(fields)
@@ -549,79 +523,3 @@ def _unchecked(**fields: Any) -> BlockMask:
 def mask_arguments(mask: BlockMask | None, transposed: bool = False) -> MaskArguments:
     """:meth:`BlockMask.as_arguments`, and no arguments for no mask."""
     return MaskArguments() if mask is None else mask.as_arguments(transposed)
-
-
-def _versions(*tensors: Tensor | None) -> tuple[int, ...] | None:
-    """What a write in place changes; None for tensors of inference mode, which do not count."""
-    if any(x is None or x.is_inference() for x in tensors):
-        return None
-    return tuple(x._version for x in tensors if x is not None)
-
-
-def _check_tensor(name: str, value: object, dims: int, like: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if value.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {value.dtype}")
-    if value.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
-    if isinstance(like, Tensor) and value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, but kv_num_blocks is on {like.device}")
-
-
-def _lens(lens: Tensor | None, size: int, length: int, device: torch.device) -> Tensor:
-    blocks = -(-length // size)
-    starts = torch.arange(blocks, dtype=torch.int32, device=device) * size
-    cover = (length - starts).clamp_(max=size)[None]
-    return cover if lens is None else torch.minimum(lens, cover)
-
-
-def _split_lens(lens: Tensor | None, size: int, factor: int, blocks: int) -> Tensor | None:
-    if lens is None or factor == 1:
-        return lens
-    starts = torch.arange(factor, dtype=torch.int32, device=lens.device) * size
-    return (lens[..., None] - starts).clamp_(0, size).flatten(1)[:, :blocks].contiguous()
-
-
-def _valid_tokens(lens: Tensor, size: int, length: int) -> Tensor:
-    """bool [B|1, length]."""
-    position = torch.arange(size, device=lens.device)
-    return (position < lens[..., None]).flatten(1)[:, :length]
-
-
-_TENSORS = ("kv_num_blocks", "kv_indices", "q_block_lens", "kv_block_lens")
-_SIZES = ("q_block_size", "kv_block_size", "q_len", "kv_len")
-
-
-def _flatten(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
-    """For torch's trees: the tensors that are there; which they are, and the sizes."""
-    names = [name for name in _TENSORS if getattr(mask, name) is not None]
-    sizes = [getattr(mask, name) for name in _SIZES]
-    return [getattr(mask, name) for name in names], (tuple(names), tuple(sizes))
-
-
-def _flatten_with_keys(mask: BlockMask) -> tuple[list[Any], tuple[Any, ...]]:
-    leaves, context = _flatten(mask)
-    return [(pytree.GetAttrKey(n), x) for n, x in zip(context[0], leaves, strict=True)], context
-
-
-def _unflatten(leaves: Any, context: Any) -> BlockMask:
-    """Unchecked: the leaves of a tree may be anything."""
-    names, sizes = context
-    named = dict.fromkeys(_TENSORS) | dict(zip(names, leaves, strict=True))
-    fields = named | dict(zip(_SIZES, sizes, strict=True))
-    return _unchecked(
-        **fields, _transpose=None, _transposed_versions=None, _transpose_is_derived=False
-    )
-
-
-pytree.register_pytree_node(
-    BlockMask,
-    _flatten,
-    _unflatten,
-    serialized_type_name="video_attn.BlockMask",
-    to_dumpable_context=lambda context: [list(part) for part in context],
-    from_dumpable_context=lambda context: tuple(tuple(part) for part in context),
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-torch.serialization.add_safe_globals([BlockMask])  # for torch.load of a saved mask

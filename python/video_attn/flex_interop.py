@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from .block_mask import BlockMask, dense_from_lists
+from .block_lists import dense_from_lists
+from .block_mask import BlockMask
 
 _TOKENS = 1 << 22  # pairs of tokens that are looked at in one go
 

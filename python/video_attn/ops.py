@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends as _backends  # noqa: F401  fills the registry
+from . import mask_pytree as _mask_pytree  # noqa: F401  tells torch of BlockMask
 from .block_mask import BlockMask, MaskArguments
 from .calls import BackwardCall, ForwardCall, by_heads, empty_like_heads, empty_lse
 from .quantize import parse_recipe

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_mask import BlockMask, dense_from_lists, lists_from_dense
+from ..block_lists import dense_from_lists, lists_from_dense
+from ..block_mask import BlockMask
 from ..checks import check_int, check_positive_number
 from ..layout import VideoLayout
 from ..static_cache import canonical_device, static_cache

@@ -15,7 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..block_mask import BlockMask, dense_from_lists, lists_from_dense
+from ..block_lists import dense_from_lists, lists_from_dense
+from ..block_mask import BlockMask
 from ..checks import as_int
 from ..layout import LayoutKey, Triple, VideoLayout, as_triple
 from ..static_cache import canonical_device, static_cache
