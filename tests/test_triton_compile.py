@@ -6,6 +6,7 @@ compiled. What is read of each: shared memory against the chip's, spills, the ma
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -38,7 +39,17 @@ def compile_matrix(folder: Path, *options: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def covered(tmp_path_factory) -> list[dict]:
-    return compile_matrix(tmp_path_factory.mktemp("cover"), "--cover")
+    """Compiled once for all workers of pytest-xdist: it takes minutes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    kept = folder / "covered.json"
+    with open(folder / "covered.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            results = compile_matrix(tmp_path_factory.mktemp("cover"), "--cover")
+            kept.write_text(json.dumps(results))
+    return json.loads(kept.read_text())
 
 
 @pytest.fixture(scope="module")
