@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,24 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def card() -> str:
-    """The card, the day and the commit of the records."""
-    for path in sorted(RESULTS.glob(f"*_{MODEL}.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        torch, day = record["versions"]["torch"], record["date"][:10]
-        return f"{record['machine']['gpu']}, torch {torch}, {day}, commit {record['commit'][:7]}"
-    return ""
+    """The card, the days and the commits of the records that are shown."""
+    paths = [RESULTS / f"{name}_{MODEL}.json" for name in dict.fromkeys(p[1] for p in PANELS)]
+    return circumstances([json.loads(p.read_text("utf-8")) for p in paths if p.exists()])
+
+
+def circumstances(records: list[dict[str, Any]]) -> str:
+    """Cards, versions of torch, days and commits of some records, each once."""
+    if not records:
+        return ""
+    cards = _each_once(record["machine"]["gpu"] for record in records)
+    versions = _each_once(record["versions"]["torch"] for record in records)
+    days = _each_once(record["date"][:10] for record in records)
+    commits = _each_once(record["commit"][:7] for record in records)
+    return f"{cards}, torch {versions}, {days}, commit {commits}"
+
+
+def _each_once(words: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(words))
 
 
 def summary_rows() -> list[list[str]]:

@@ -26,8 +26,8 @@ from video_attn.tools.environment import VARIABLES
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (
-    "README.md", "docs/backends.md", "docs/benchmarks.md", "docs/compare.md", "docs/install.md",
-    "docs/radial.md",
+    "README.md", "docs/backends.md", "docs/benchmarks.md", "docs/compare.md", "docs/distributed.md",
+    "docs/install.md", "docs/radial.md",
 )  # fmt: skip
 MACHINES = {
     "CPU": ("cpu", "cpu"),
@@ -170,6 +170,26 @@ def h100_table() -> str:
     return f"{benchmark_summary.card()}; TFLOPS count attended pairs:\n\n{table}"
 
 
+def models_table() -> str:
+    """Whole transformers, dense and sparse, compiled and not, for the README."""
+    rows, cards = [], []
+    for path in sorted(RESULTS.glob("models_*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        cards.append(benchmark_summary.circumstances([record]))
+        for result in record["results"]:
+            problem, metrics = result["problem"], result["metrics"]
+            how = "compiled" if problem["compiled"] else ""
+            precision = "" if problem["precision"] == "native" else problem["precision"]
+            words = filter(None, (problem["attention"], precision, how))
+            rows.append([
+                f"{problem['model']}, {problem['layers']} layers", ", ".join(words),
+                f"{result['median_ms']:.0f}", f"{metrics['speed_up']:.2f}",
+                f"{metrics['density']:.3f}",
+            ])  # fmt: skip
+    table = markdown(["transformer", "attention", "ms", "speed-up", "pairs kept"], rows)
+    return f"{'; '.join(cards)}; random weights:\n\n{table}"
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
@@ -195,6 +215,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "environment": environment_table,
     "benchmarks": benchmarks_table,
     "h100": h100_table,
+    "models": models_table,
+    "distributed": lambda: benchmarks_table("distributed"),
     "kernels": lambda: benchmarks_table("kernel_bench"),
     "radial": lambda: benchmarks_table("radial_"),
 }

@@ -85,7 +85,7 @@ Advance = Callable[[str], None]
 
 def benchmark(case: Case, settings: Settings, advance: Advance) -> list[Row]:
     """All kernels on one case, in turn. A kernel that fails has a row that says why."""
-    if settings.device.type == "cuda":
+    if settings.device.type == "cuda" and settings.device.index is not None:
         torch.cuda.set_device(settings.device)  # where the clock's events are
     try:
         qkv = case.make(settings.device)
