@@ -13,6 +13,7 @@ from ..checks import check_int
 from ..registry import PRECISIONS
 from ..static_cache import canonical_device, static_cache
 from .patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
+from .token_pattern import TokenPattern
 from .video_tokens import VideoTokens
 from .vsa import Gate
 
@@ -51,7 +52,7 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
-class HeadGroups:
+class HeadGroups(TokenPattern):
     """Heads of one layer in groups, each with a pattern and a precision of its own.
 
     Every group is a launch, and one that is no run of neighbouring heads copies its q, k and v: few
@@ -80,38 +81,25 @@ class HeadGroups:
         """Query heads in all groups."""
         return sum(len(group.heads) for group in self.groups)
 
-    def attend(
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         tokens: VideoTokens,
-        *,
-        gate: Gate = None,
-        scale: float | None = None,
-        precision: str = "native",
-        quantization: Any = None,
-        **options: Any,
+        gate: Gate,
+        options: dict[str, Any],
     ) -> Tensor:
-        """Each group's attention over the tokens of one call; arguments as in
-        :meth:`SlidingTile.attend`. Differentiable.
-
-        ``precision`` and ``quantization`` are those of groups that say none.
-        """
-        tokens.check(query, key)
-        self.check_heads(query.shape[1])
         shared = query.shape[1] // key.shape[1]  # query heads that read one key head (GQA)
         parts = []
         for group in self.groups:
             kv_heads = _key_heads(group.heads, shared)
-            chosen: dict[str, Any]
-            if group.precision is None:
-                chosen = {"precision": precision, "quantization": quantization}
-            else:
-                chosen = {"precision": group.precision, "quantization": None}
-            chosen |= {"gate": _gate_of(gate, group.heads), "scale": scale, **options}
+            chosen = options
+            if group.precision is not None:
+                chosen = {**options, "precision": group.precision, "quantization": None}
             q, k, v = (_take(query, group.heads), *(_take(x, kv_heads) for x in (key, value)))
-            parts.append(group.pattern.attend(q, k, v, tokens, **chosen))
+            part_gate = _gate_of(gate, group.heads)
+            parts.append(group.pattern.attend(q, k, v, tokens, gate=part_gate, **chosen))
         order = [head for group in self.groups for head in group.heads]
         out = torch.cat(parts, 1)
         if order == sorted(order):
@@ -120,7 +108,6 @@ class HeadGroups:
         return out.index_select(1, _index(tuple(places), canonical_device(out.device)))
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
-        """Pairs of tokens that are computed, over all pairs; the mean of the heads."""
         shares = [
             len(group.heads) * group.pattern.density(tokens, len(group.heads))
             for group in self.groups
@@ -128,12 +115,10 @@ class HeadGroups:
         return sum(shares) / self.heads
 
     def check_heads(self, heads: int) -> None:
-        """Raises ValueError where the groups are for another number of query heads."""
         if heads != self.heads:
             raise ValueError(f"groups are of {self.heads} query heads, but there are {heads}")
 
     def of_heads(self, start: int, stop: int) -> HeadGroups:
-        """The groups of the query heads from ``start`` to before ``stop``."""
         groups = []
         for group in self.groups:
             inside = [i for i, head in enumerate(group.heads) if start <= head < stop]

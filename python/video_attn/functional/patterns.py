@@ -1,8 +1,8 @@
 """Patterns as small objects: what a model is given, and what says how one layer attends.
 
 A pattern knows no model. :class:`VideoTokens` says how the tokens of a call lie, and ``attend``
-does the rest; the same object serves any number of layers, sizes and models. All are immutable and
-hashable.
+(:class:`TokenPattern`) does the rest; the same object serves any number of layers, sizes and
+models.
 """
 
 from __future__ import annotations
@@ -25,33 +25,27 @@ from ..patterns.valid_text import check_text_length
 from ..patterns.video_sparse import kept_blocks
 from ..static_cache import canonical_device, static_cache
 from .sta import STA_TILE, sliding_tile
-from .video_tokens import VideoTokens, memory_order, whole_gate
+from .token_pattern import TokenPattern
+from .video_tokens import VideoTokens, in_memory_order, whole_gate
 from .vsa import VSA_TILE, Gate, check_count, check_gate, check_score_dtype, video_sparse
 
 _DENSE_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(TokenPattern):
     """Every token sees every valid token."""
 
-    def attend(
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         tokens: VideoTokens,
-        *,
-        gate: Gate = None,
-        scale: float | None = None,
-        **options: Any,
+        gate: Gate,
+        options: dict[str, Any],
     ) -> Tensor:
-        """Attention over all pairs of valid tokens; arguments as in :meth:`SlidingTile.attend`.
-
-        ``gate`` is for patterns with a coarse branch and plays no part.
-        """
-        tokens.check(query, key)
-        return attention(query, key, value, self.mask(tokens, query.device), scale=scale, **options)
+        return attention(query, key, value, self.mask(tokens, query.device), **options)
 
     def mask(
         self, tokens: VideoTokens, device: torch.device | str = "cpu", *, heads: int = 1
@@ -77,16 +71,9 @@ class Dense:
         """1: all pairs."""
         return 1.0
 
-    def check_heads(self, heads: int) -> None:
-        """Raises ValueError where the pattern is for another number of query heads."""
-
-    def of_heads(self, start: int, stop: int) -> Dense:
-        """The pattern of the query heads from ``start`` to before ``stop``."""
-        return self
-
 
 @dataclass(frozen=True)
-class SlidingTile:
+class SlidingTile(TokenPattern):
     """Sliding tile attention: each tile of the video sees a window of tiles around it.
 
     Args:
@@ -110,44 +97,22 @@ class SlidingTile:
         """One window for all heads, or one per head."""
         return cast("tuple[Triple, ...]", self.window)
 
-    def attend(
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         tokens: VideoTokens,
-        *,
-        gate: Gate = None,
-        scale: float | None = None,
-        **options: Any,
+        gate: Gate,
+        options: dict[str, Any],
     ) -> Tensor:
-        """Sliding tile attention over the tokens of one call. Differentiable.
-
-        Args:
-            query: [B, Hq, S, D]. key: [B, Hkv, S, D].
-                value: [B, Hkv, S, Dv]. Any strides with unit last stride.
-            tokens: how they lie.
-            gate: for patterns with a coarse branch; plays no part here.
-            scale, options: ``scale``, ``precision``, ``backend``, ``deterministic`` and
-                ``quantization`` as in :func:`video_attn.attention`.
-
-        Returns:
-            [B, Hq, S, Dv] in the dtype of query.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type or value, before any kernel runs.
-            RuntimeError: no backend can serve; the message says why for each.
-        """
-        tokens.check(query, key)
-        axes = memory_order(query)
-        swap = axes == "bshd"
-        query, key, value = (x.transpose(1, 2) if swap else x for x in (query, key, value))
+        q, k, v, axes = in_memory_order(query, key, value)
         windows = self.windows if len(self.windows) > 1 else self.windows[0]
         out = sliding_tile(
-            query, key, value, tokens.grid, windows, tile=self.tile, text_length=tokens.valid_text,
-            text_first=tokens.text_first, layout=axes, scale=scale, **options,
+            q, k, v, tokens.grid, windows, tile=self.tile, text_length=tokens.valid_text,
+            text_first=tokens.text_first, layout=axes, **options,
         )  # fmt: skip
-        return out.transpose(1, 2) if swap else out
+        return out.transpose(1, 2) if axes == "bshd" else out
 
     def mask(
         self,
@@ -163,24 +128,21 @@ class SlidingTile:
         )
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
-        """Pairs of tokens that are computed, over all pairs; the mean of the heads."""
         heads = len(self.windows) if len(self.windows) > 1 else heads
         return self.mask(tokens, heads=heads).density()
 
     def check_heads(self, heads: int) -> None:
-        """Raises ValueError where the pattern is for another number of query heads."""
         if len(self.windows) > 1:
             check_windows(self.windows, heads, "window")
 
     def of_heads(self, start: int, stop: int) -> SlidingTile:
-        """The pattern of the query heads from ``start`` to before ``stop``."""
         if len(self.windows) == 1:
             return self
         return replace(self, window=self.windows[start:stop])
 
 
 @dataclass(frozen=True)
-class VideoSparse:
+class VideoSparse(TokenPattern):
     """Video sparse attention: each tile sees the tiles whose means score highest.
 
     Args:
@@ -220,43 +182,32 @@ class VideoSparse:
             if isinstance(self.gate, Tensor):
                 raise TypeError("gate must be 'auto', None or a number: tensors come with a call")
 
-    def attend(
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         tokens: VideoTokens,
-        *,
-        gate: Gate = None,
-        scale: float | None = None,
-        **options: Any,
+        gate: Gate,
+        options: dict[str, Any],
     ) -> Tensor:
-        """Video sparse attention over the tokens of one call; arguments as in
-        :meth:`SlidingTile.attend`.
-
-        ``gate``: with the pattern's gate "auto", the weight that the model has learned: a number,
-        or a tensor that broadcasts to [B, Hq, S, Dv]; the video tokens alone will do.
-        """
-        tokens.check(query, key)
         if self.gate != "auto":
             gate = self.gate
         elif gate is None:
             gate = 0.0
         options.setdefault("score_dtype", self.score_dtype)
-        axes = memory_order(query)
-        swap = axes == "bshd"
-        query, key, value = (x.transpose(1, 2) if swap else x for x in (query, key, value))
+        q, k, v, axes = in_memory_order(query, key, value)
         if isinstance(gate, Tensor):
             gate = whole_gate(gate, tokens)
-            gate = gate.transpose(1, 2) if swap and gate.dim() == 4 else gate
+            gate = gate.transpose(1, 2) if axes == "bshd" and gate.dim() == 4 else gate
         tiles = tokens.layout(self.tile).num_tiles
         top_k = self.top_k if self.top_k is None else min(self.top_k, tiles)
         out = video_sparse(
-            query, key, value, tokens.grid, top_k=top_k, top_k_ratio=self.top_k_ratio, gate=gate,
+            q, k, v, tokens.grid, top_k=top_k, top_k_ratio=self.top_k_ratio, gate=gate,
             tile=self.tile, text_length=tokens.valid_text, text_first=tokens.text_first,
-            layout=axes, scale=scale, **options,
+            layout=axes, **options,
         )  # fmt: skip
-        return out.transpose(1, 2) if swap else out
+        return out.transpose(1, 2) if axes == "bshd" else out
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
         """Pairs of tokens that are computed, over all pairs, as if all tiles were full."""
@@ -269,16 +220,9 @@ class VideoSparse:
         seen = video * (kept / tiles * video + text) + text * (video + text)
         return seen / (video + text) ** 2
 
-    def check_heads(self, heads: int) -> None:
-        """Raises ValueError where the pattern is for another number of query heads."""
-
-    def of_heads(self, start: int, stop: int) -> VideoSparse:
-        """The pattern of the query heads from ``start`` to before ``stop``."""
-        return self
-
 
 @dataclass(frozen=True)
-class Radial:
+class Radial(TokenPattern):
     """Radial attention: the farther apart two frames are, the less they see of each other.
 
     Args:
@@ -314,25 +258,19 @@ class Radial:
         if self.scenes is not None and not isinstance(self.scenes, Scenes):
             raise TypeError(f"scenes must be a Scenes or None, got {type(self.scenes).__name__}")
 
-    def attend(
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         tokens: VideoTokens,
-        *,
-        gate: Gate = None,
-        scale: float | None = None,
-        **options: Any,
+        gate: Gate,
+        options: dict[str, Any],
     ) -> Tensor:
-        """Radial attention over the tokens of one call; arguments as in
-        :meth:`SlidingTile.attend`. Nothing is moved.
-        """
-        tokens.check(query, key)
         mask = self.mask(
             tokens, query.device, heads=query.shape[1], transposed=wants_gradient(query, key, value)
         )
-        return attention(query, key, value, mask, scale=scale, **options)
+        return attention(query, key, value, mask, **options)  # nothing is moved
 
     def mask(
         self,
@@ -349,19 +287,16 @@ class Radial:
         return self._mask_of_heads(tokens, device)
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
-        """Pairs of tokens that are computed, over all pairs; the mean of the heads."""
         heads = len(self.rule) if isinstance(self.rule, tuple) else heads
         return self.mask(tokens, heads=heads).density()
 
     def check_heads(self, heads: int) -> None:
-        """Raises ValueError where the pattern is for another number of query heads."""
         if isinstance(self.rule, tuple) and len(self.rule) != heads:
             raise ValueError(
                 f"rule must be one, or one per query head ({heads}); got {len(self.rule)}"
             )
 
     def of_heads(self, start: int, stop: int) -> Radial:
-        """The pattern of the query heads from ``start`` to before ``stop``."""
         if not isinstance(self.rule, tuple):
             return self
         return replace(self, rule=self.rule[start:stop])

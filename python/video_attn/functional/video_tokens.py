@@ -64,11 +64,15 @@ class VideoTokens:
                 )
 
 
-def memory_order(query: Tensor) -> str:
-    """How [B, H, S, D] lies in memory: "bshd" where the heads of a token are neighbours, so that a
-    gather of tokens moves them all at once.
+def in_memory_order(
+    query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """(query, key, value, layout) of tensors [B, H, S, D]: as [B, S, H, D], "bshd", where the heads
+    of a token are neighbours in memory, so that a gather of tokens moves them all at once.
     """
-    return "bshd" if query.stride(1) < query.stride(2) else "bhsd"
+    if query.stride(1) >= query.stride(2):
+        return query, key, value, "bhsd"
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), "bshd"
 
 
 def whole_gate(gate: Tensor, tokens: VideoTokens) -> Tensor:
