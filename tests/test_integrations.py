@@ -34,8 +34,9 @@ from radial_attn.models.cogvideox import (
 )
 from video_attn import Radial, SlidingTile, VideoTokens
 from video_attn.integrations import Schedule, applied_to, apply
+from video_attn.integrations.attention_call import AttentionCall
 from video_attn.integrations.cogvideox import layout_of
-from video_attn.integrations.intercept import AttentionCall, call_with_attention
+from video_attn.integrations.intercept import call_with_attention
 from video_attn.integrations.steps import denoising_step
 from video_attn.patterns.scene import Scenes
 

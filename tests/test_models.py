@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from video_attn import Dense, Radial, RadialRule, SlidingTile, VideoSparse, VideoTokens
 from video_attn.integrations import Schedule, applied_to, apply
-from video_attn.integrations.intercept import AttentionCall, replace_processor
+from video_attn.integrations.attention_call import AttentionCall
+from video_attn.integrations.intercept import replace_processor
 from video_attn.integrations.models import FAMILIES, family_of
 
 TILE, WINDOW = (2, 2, 2), (1, 1, 2)

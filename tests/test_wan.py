@@ -29,7 +29,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from video_attn import Radial
 from video_attn.integrations import Schedule
-from video_attn.integrations.intercept import AttentionCall, call_with_attention
+from video_attn.integrations.attention_call import AttentionCall
+from video_attn.integrations.intercept import call_with_attention
 from video_attn.integrations.wan import apply_sliding_tile
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 13  # 4 latent frames of 4 x 6 tokens

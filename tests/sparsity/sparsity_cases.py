@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vsa_definition import NONE, TEXT, Tokens, definition, tile_numbers, tile_scores
 
-from video_attn.integrations.intercept import AttentionCall
+from video_attn.integrations.attention_call import AttentionCall
 from video_attn.layout import Triple
 
 GRID: Triple = (5, 6, 7)  # ragged under 4x4x4: 2 x 2 x 2 tiles

@@ -16,7 +16,7 @@ from sparsity_cases import GRID, VideoAttention, defined, error, made, video
 from torch import nn
 
 import video_attn.sparsity as ours
-from video_attn.integrations.intercept import AttentionCall
+from video_attn.integrations.attention_call import AttentionCall
 
 
 class Model(nn.Module):

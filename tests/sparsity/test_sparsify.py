@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import video_attn.sparsity as mtsa
-from video_attn.integrations.intercept import AttentionCall
+from video_attn.integrations.attention_call import AttentionCall
 from video_attn.sparsity.config import VSA_DEFAULT
 
 

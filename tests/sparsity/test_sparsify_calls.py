@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import video_attn.sparsity as mtsa
 from video_attn.functional.video_tokens import VideoTokens
-from video_attn.integrations.intercept import AttentionCall
+from video_attn.integrations.attention_call import AttentionCall
 from video_attn.sparsity.masks import UnsupportedError, valid_text
 
 EXTRA = 6

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import video_attn.sparsity as mtsa
 from video_attn.integrations import apply
-from video_attn.integrations.intercept import AttentionCall, replace_processor
+from video_attn.integrations.attention_call import AttentionCall
+from video_attn.integrations.intercept import replace_processor
 from video_attn.integrations.models import family_of
 
 TILE = (2, 2, 2)  # of the 3 x 4 x 5 tokens: 12 tiles, ragged in time and width

@@ -13,9 +13,10 @@ from ..functional.head_groups import LayerPattern
 from ..functional.patterns import Dense
 from ..functional.video_tokens import VideoTokens
 from ..quantize import parse_recipe
+from .attention_call import AttentionCall
 from .context import call, call_state, enter_call, leave_call
 from .context_parallel import attend_in_parallel
-from .intercept import AttentionCall, ReplacedProcessor, replace_processor
+from .intercept import ReplacedProcessor, replace_processor
 from .layer import LayerAttention
 from .models import Family
 from .steps import denoising_step

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..attention import attention
 from ..block_mask import BlockMask
 from ..layout import VideoLayout
-from .intercept import AttentionCall, call_that_attends
+from .attention_call import AttentionCall
+from .intercept import call_that_attends
 
 
 class CogVideoXSparseAttnProcessor2_0:  # noqa: N801  the name that people know

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..functional.head_groups import HeadGroups, LayerPattern
 from ..functional.patterns import VideoSparse
 from ..functional.video_tokens import VideoTokens
-from .intercept import AttentionCall
+from .attention_call import AttentionCall
 
 if TYPE_CHECKING:
     from ..distributed.request import Group

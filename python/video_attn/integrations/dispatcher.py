@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..attention import attention
+from .attention_call import AttentionCall
 from .context_parallel import attend_in_parallel
-from .intercept import AttentionCall
 
 # The name of a backend in diffusers, and the precision that it stands for.
 BACKENDS = {
@@ -88,29 +87,24 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *arguments: Any,
     _parallel_config: Any = None,
+    **keywords: Any,
 ) -> Tensor:
-    """[B, S, H, D], as diffusers has it."""
-    if attn_mask is not None or dropout_p:
+    """[B, S, H, D], as diffusers has it; ``arguments`` and ``keywords`` as torch's attention."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    call = AttentionCall(q, k, v, *arguments, **keywords)
+    call.parallel_config = _parallel_config
+    if call.attn_mask is not None or call.dropout_p:
         if not torch.compiler.is_compiling():
-            _say_once(f"attention with {'a mask' if attn_mask is not None else 'dropout'}")
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=enable_gqa,
-        ).transpose(1, 2)  # fmt: skip
-    if _parallel_config is not None:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        call = AttentionCall(q, k, v, scale=scale, parallel_config=_parallel_config)
+            _say_once(f"attention with {'a mask' if call.attn_mask is not None else 'dropout'}")
+        return call.dense().transpose(1, 2)
+    if call.parallel_config is not None:
         return attend_in_parallel(call, None, None, precision=precision).transpose(1, 2)
     return attention(
-        query, key, value, precision=precision, is_causal=is_causal, scale=scale, layout="bshd"
-    )
+        query, key, value, precision=precision, is_causal=call.is_causal, scale=call.scale,
+        layout="bshd",
+    )  # fmt: skip
 
 
 @functools.cache

@@ -25,77 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .attention_call import AttentionCall
+
 Result = TypeVar("Result")
-
-
-class AttentionCall:
-    """What a module asked of attention.
-
-    Attributes:
-        query, key, value: [B, H, S, D], as views of what the module passed; under autocast they
-            have its dtype, as torch's attention would give them.
-        attn_mask, dropout_p, is_causal, scale, enable_gqa: as in
-            ``torch.nn.functional.scaled_dot_product_attention``.
-        backend, parallel_config: what diffusers' dispatcher was told, else None.
-        gate: what the module's ``to_gate_compress`` made of this call, [B, H, tokens, D], else
-            None.
-        dispatched: whether diffusers' dispatcher was called, and not torch.
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        gate: Tensor | None = None,
-        dispatched: bool = False,
-        backend: Any = None,
-        parallel_config: Any = None,
-    ) -> None:
-        self.query, self.key, self.value = query, key, value
-        self.attn_mask, self.dropout_p, self.is_causal = attn_mask, dropout_p, is_causal
-        self.scale, self.enable_gqa, self.gate = scale, enable_gqa, gate
-        self.dispatched, self.backend, self.parallel_config = dispatched, backend, parallel_config
-
-    def dense(self) -> Tensor:
-        """What the module meant, [B, H, S, Dv]: with its mask and its own backend."""
-        options: dict[str, Any] = {
-            "attn_mask": self.attn_mask,
-            "dropout_p": self.dropout_p,
-            "is_causal": self.is_causal,
-            "scale": self.scale,
-            "enable_gqa": self.enable_gqa,
-        }
-        if not self.dispatched:
-            return F.scaled_dot_product_attention(self.query, self.key, self.value, **options)
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        out = dispatch_attention_fn(
-            self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2),
-            backend=self.backend, parallel_config=self.parallel_config, **options,
-        )  # fmt: skip
-        return out.transpose(1, 2)
-
-    def refuse_more(self, *, attn_mask: bool = True) -> None:
-        """Raises ValueError where the call asks for more than attention over keys: that is never
-        ignored. ``attn_mask=False`` allows a mask, whose meaning the caller knows.
-        """
-        for name, asked in (
-            ("attn_mask", attn_mask and self.attn_mask is not None),
-            ("dropout_p", self.dropout_p != 0.0),
-            ("is_causal", self.is_causal),
-            (
-                "heads that differ without enable_gqa",
-                not self.enable_gqa and self.query.shape[1] != self.key.shape[1],
-            ),
-        ):
-            if asked:
-                raise ValueError(f"block-sparse attention cannot serve a call with {name}")
 
 
 Attend = Callable[[AttentionCall], Tensor]
@@ -351,43 +283,35 @@ def _answer_dispatch(
     if attention_kwargs:
         raise ValueError(f"attention_kwargs must be empty, got {sorted(attention_kwargs)}")
     processor, gate = _traced.processor if torch.compiler.is_compiling() else _running.get()
-    query, key, value = _autocast(query, key, value)
     attn_mask = None if processor.without_mask else attn_mask
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     call = AttentionCall(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p,
-        is_causal, scale, enable_gqa, gate, True, backend, parallel_config,
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+        enable_gqa=enable_gqa,
     )  # fmt: skip
+    call.gate, call.dispatched = gate, True
+    call.backend, call.parallel_config = backend, parallel_config
+    _autocast(call)
     return processor.attend(call).transpose(1, 2)
 
 
-def _answer(
-    attend: Attend,
-    gate: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    query, key, value = _autocast(query, key, value)
-    return attend(
-        AttentionCall(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, gate
-        )
-    )  # fmt: skip
+def _answer(attend: Attend, gate: Tensor | None, *arguments: Any, **keywords: Any) -> Tensor:
+    """``arguments`` and ``keywords`` are those of torch's attention."""
+    call = AttentionCall(*arguments, **keywords)
+    call.gate = gate
+    _autocast(call)
+    return attend(call)
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
+def _autocast(call: AttentionCall) -> None:
     """Under autocast, what torch's attention does with its inputs: one dtype for all."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [x.to(dtype) if x.dtype != torch.float64 else x for x in tensors]
+    device = call.query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        call.query, call.key, call.value = (
+            x.to(dtype) if x.dtype != torch.float64 else x
+            for x in (call.query, call.key, call.value)
+        )
 
 
 def _gate(

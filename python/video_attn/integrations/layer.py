@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .intercept import AttentionCall, ReplacedProcessor
+from .attention_call import AttentionCall
+from .intercept import ReplacedProcessor
 
 # (number of the layer in its handle, call) -> [B, H, S, Dv]
 Serve = Callable[[int, AttentionCall], Tensor]
@@ -73,10 +74,11 @@ def _attend(
     processor: Any = attention.processor
     call = AttentionCall(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p,
-        is_causal, scale, enable_gqa, gate, dispatched,
-        getattr(processor, "_attention_backend", None),
-        getattr(processor, "_parallel_config", None),
+        is_causal, scale=scale, enable_gqa=enable_gqa,
     )  # fmt: skip
+    call.gate, call.dispatched = gate, dispatched
+    call.backend = getattr(processor, "_attention_backend", None)
+    call.parallel_config = getattr(processor, "_parallel_config", None)
     return attention.serve(attention.index, call).transpose(1, 2).contiguous()
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.video_tokens import VideoTokens
+from ..integrations.attention_call import AttentionCall
 from ..integrations.context import call_state
 from ..integrations.intercept import (
-    AttentionCall,
     ReplacedProcessor,
     call_rebound,
     call_with_attention,
@@ -222,7 +222,8 @@ def attend_alone(
     """The method of a module on tensors [B, H, S, D], outside of its forward."""
     if state.attributes is None:
         raise ValueError(f"module {state.name!r} has no method")
-    call = AttentionCall(query, key, value, gate=gate)
+    call = AttentionCall(query, key, value)
+    call.gate = gate
     return compute(state, call, call_tokens(state, None, call))
 
 

@@ -12,7 +12,7 @@ from ..block_mask import BlockMask
 from ..functional.patterns import Dense, Radial, SlidingTile, VideoSparse
 from ..functional.video_tokens import VideoTokens
 from ..functional.vsa import video_sparse
-from ..integrations.intercept import AttentionCall
+from ..integrations.attention_call import AttentionCall
 from ..quantize import parse_recipe
 from .config import (
     AttentionAttributes,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..integrations.intercept import AttentionCall
+from ..integrations.attention_call import AttentionCall
 from .attend import CROSS, explained, gate_of, warn_dense
 from .masks import UnsupportedError
 from .state import ModuleState

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import wants_gradient
-from ..integrations.intercept import AttentionCall, ReplacedProcessor
+from ..integrations.attention_call import AttentionCall
+from ..integrations.intercept import ReplacedProcessor
 from ..integrations.layer import LayerAttention
 from ..layout import Triple
 from .config import AttentionAttributes, merged, resolved

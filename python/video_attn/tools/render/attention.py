@@ -20,7 +20,8 @@ from ...functional import named_attention
 from ...functional.head_groups import LayerPattern
 from ...functional.patterns import Dense, Radial
 from ...functional.video_tokens import VideoTokens
-from ...integrations.intercept import AttentionCall, replace_processor
+from ...integrations.attention_call import AttentionCall
+from ...integrations.intercept import replace_processor
 from ...integrations.layer import LayerAttention
 from ...integrations.models import AttentionLayer, Family, family_of
 from ...integrations.steps import TRANSFORMERS, denoising_step, unwrapped
