@@ -58,17 +58,24 @@ class Placement:
         """Some token is held by more than one rank."""
         return self.source_lengths != self.lengths
 
-    def arrivals(self, device: torch.device) -> Tensor | None:
-        """int64: the slots of what all ranks send, when the sources of all arrive in rank order.
-
-        None: they arrive as the slots are, one after another.
-        """
+    def is_in_order(self) -> bool:
+        """What all ranks send, one after another, lies as the slots do."""
         kept = self._on_device  # type: ignore[attr-defined]
-        if ("arrivals", device) not in kept:
+        if "in order" not in kept:
             slots = torch.cat([self.source_slots(r) for r in range(len(self.slots))])
-            in_order = torch.equal(slots, torch.arange(self.length))
-            kept["arrivals", device] = None if in_order else slots.to(device)
-        return kept["arrivals", device]
+            kept["in order"] = torch.equal(slots, torch.arange(self.length))
+        return kept["in order"]
+
+    def holes(self, device: torch.device) -> Tensor | None:
+        """int64: the slots that are nobody's; None: there are none."""
+        kept = self._on_device  # type: ignore[attr-defined]
+        if ("holes", device) not in kept:
+            taken = torch.zeros(self.length, dtype=torch.bool)
+            for own in self.slots:
+                taken[own] = True
+            holes = (~taken).nonzero().flatten()
+            kept["holes", device] = holes.to(device) if holes.numel() else None
+        return kept["holes", device]
 
     def on_device(self, rank: int, name: str, device: torch.device) -> Tensor | slice:
         """``slots``, ``sources`` or ``source_slots`` of a rank, as a slice where they are one."""

@@ -79,16 +79,21 @@ def current_traffic() -> Traffic | None:
 
 @dataclass
 class Pending:
-    """Bytes on their way; ``wait`` orders the current stream after their arrival."""
+    """Messages on their way; ``wait`` orders the current stream after their arrival."""
 
     received: Tensor  # uint8, the messages of all ranks one after another
     work: Any
-    keep: Tensor  # what is being sent must live until it is gone
+    keep: Any  # what is being sent must live until it is gone
+    scatter: Sequence[Tensor] = ()  # where to ``received`` belongs, if it has not arrived in place
 
     def wait(self) -> Tensor:
         if self.work is not None:
             self.work.wait()
-            self.work = None
+            self.work, self.keep = None, None
+            for target, part in zip(
+                self.scatter, self.received.split([x.numel() for x in self.scatter]), strict=True
+            ) if self.scatter else ():  # fmt: skip
+                target.copy_(part)
         return self.received
 
 
@@ -104,18 +109,90 @@ def start_exchange(
 
     A collective: every rank of the team must call it, also one that has nothing to send.
     """
-    if traffic is not None:
-        others = [0 if p == team.rank else count for p, count in enumerate(send_bytes)]
-        traffic.messages.append((label, tuple(others)))
+    _count(send_bytes, team, label, traffic)
     if team.size == 1:
         return Pending(sent, None, sent)
     received = torch.empty(sum(receive_bytes), dtype=torch.uint8, device=sent.device)
     work = dist.all_to_all_single(
-        received, sent, list(receive_bytes), list(send_bytes), group=team.group, async_op=True
-    )
+        received, sent, list(receive_bytes), list(send_bytes),
+        group=_carrier(team.group, sent.device), async_op=True,
+    )  # fmt: skip
     return Pending(received, work, sent)
+
+
+def start_messages(
+    sends: Sequence[Tensor],
+    receives: Sequence[Tensor],
+    team: Team,
+    label: str,
+    traffic: Traffic | None,
+) -> Pending:
+    """Sends the contiguous tensor ``sends[p]`` to each other rank p, and receives in place.
+
+    What a rank has for itself does not travel: its own entries are not looked at. A collective.
+    """
+    me = team.rank
+    out = [as_bytes(x) if p != me else _nothing(x) for p, x in enumerate(sends)]
+    into = [as_bytes(x) if p != me else _nothing(x) for p, x in enumerate(receives)]
+    _count([x.numel() for x in out], team, label, traffic)
+    none = _nothing(sends[0])
+    if team.size == 1:
+        return Pending(none, None, None)
+    group = _carrier(team.group, none.device)
+    if _backend_of(group, none.device).name() == "nccl":
+        return Pending(none, dist.all_to_all(into, out, group=group, async_op=True), (out, into))
+    flat, sizes = torch.cat(out), [x.numel() for x in into]  # gloo knows no list of messages
+    arrived = torch.empty(sum(sizes), dtype=torch.uint8, device=none.device)
+    work = dist.all_to_all_single(
+        arrived, flat, sizes, [x.numel() for x in out], group=group, async_op=True
+    )
+    return Pending(arrived, work, flat, into)
 
 
 def as_bytes(x: Tensor) -> Tensor:
     """The memory of a contiguous tensor as flat uint8."""
-    return x.view(-1).view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)
+    return x.view(-1).view(torch.uint8) if x.numel() else _nothing(x)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def _count(sizes: Sequence[int], team: Team, label: str, traffic: Traffic | None) -> None:
+    if traffic is not None:
+        others = tuple(0 if p == team.rank else n for p, n in enumerate(sizes))
+        traffic.messages.append((label, others))
+
+
+_carriers: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def _carrier(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """The group whose stream carries the tensors of ``group``.
+
+    An attention kernel takes all multiprocessors of a GPU, and a transfer that is queued behind it
+    would start when it ends. With NCCL the transfers therefore have a stream of high priority: that
+    of ``group`` if it was made so, otherwise a communicator of the same ranks, made once.
+    """
+    if device.type != "cuda":
+        return group
+    if group not in _carriers:
+        backend = _backend_of(group, device)
+        _carriers[group] = group
+        if backend.name() == "nccl" and not backend.options.is_high_priority_stream:
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            _carriers[group] = dist.new_group(
+                dist.get_process_group_ranks(group), timeout=backend.options._timeout,
+                backend="nccl", pg_options=options, use_local_synchronization=True,
+            )  # fmt: skip
+            # Its first exchange is one of all ranks, whatever they then have to send.
+            dist.barrier(_carriers[group], device_ids=[_index(device)])
+    return _carriers[group]
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
+    return group._get_backend(device)

@@ -1,8 +1,9 @@
 """Ulysses: every rank trades its part of the tokens for all tokens of its part of the heads.
 
-After S. A. Jacobs et al., "DeepSpeed Ulysses", 2023. One all-to-all brings q, k and v together, one
+After S. A. Jacobs et al., "DeepSpeed Ulysses", 2023. One exchange brings q, k and v together, one
 takes the output back. Messages are [tokens, batch, channels of the receiver's heads], so what has
 arrived is the whole sequence of a rank's heads and is attended to in place, through its strides.
+What a rank has of its own heads does not travel: it is copied to where it is read.
 
 Heads and tokens need not be divisible by the number of ranks: a rank may have fewer heads than
 another, or none.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .placement import Placement, take
-from .team import Pending, Team, Traffic, as_bytes, current_traffic, start_exchange
+from .team import Pending, Team, Traffic, current_traffic, start_messages
+from .words import as_words, gather, scatter
 
 Heads = tuple[int, int]  # first, past the last
 
@@ -69,6 +71,16 @@ def chunk_shares(shares: Sequence[HeadShare], chunks: int, group: int) -> list[l
     return parts
 
 
+@dataclass
+class Travelling:
+    """A started swap: what came from each rank [tokens, B, channels], and what was given to it."""
+
+    pending: Pending
+    given: Sequence[Tensor]
+    parts: list[Tensor]
+    whole: Tensor | None = None  # all parts, if they lie one after another in the order of slots
+
+
 @dataclass(frozen=True)
 class Swap:
     """One trade of tokens for heads among the ranks of a team.
@@ -86,8 +98,17 @@ class Swap:
     label: str
     traffic: Traffic | None
 
-    def adjoint(self, label: str) -> Swap:
+    @property
+    def gradient(self) -> Swap:
+        """Of the way back of gradients."""
+        label = f"{self.label}, gradient"
         return Swap(self.team, self.placement, self.heads, self.copies, label, self.traffic)
+
+    @property
+    def is_one_to_one(self) -> bool:
+        """Every token and head that a rank holds is sent, and to one rank only."""
+        pairs = [pair for heads in self.heads for pair in pairwise(heads)]
+        return not self.placement.has_copies and all(a[1] <= b[0] for a, b in pairs)
 
     def _lengths(self) -> list[int]:
         return self.placement.lengths if self.copies else self.placement.source_lengths
@@ -95,167 +116,146 @@ class Swap:
     def _slots(self, rank: int, device: torch.device) -> Tensor | slice:
         return self.placement.on_device(rank, "slots" if self.copies else "source_slots", device)
 
-    def _widths(self, channels: Sequence[int], rank: int) -> list[int]:
-        """Channels of the heads of ``rank``, tensor by tensor."""
-        counts = (heads[rank][1] - heads[rank][0] for heads in self.heads)
-        return [n * d for n, d in zip(counts, channels, strict=True)]
+    def _sources(self, device: torch.device) -> Tensor | slice:
+        """The tokens of this rank that take part."""
+        if self.copies:
+            return slice(0, self.placement.lengths[self.team.rank])
+        return self.placement.on_device(self.team.rank, "sources", device)
+
+    def _counts(self, rank: int) -> list[int]:
+        """Heads of ``rank``, tensor by tensor."""
+        return [heads[rank][1] - heads[rank][0] for heads in self.heads]
+
+    def _messages(
+        self, like: Sequence[Tensor], lengths: Sequence[int], mine: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(memory, in it a message for each rank [tokens, B, channels of its heads], or, with
+        ``mine``, of this rank's).
+        """
+        me, x = self.team.rank, like[0]
+        widths = [
+            sum(n * y.shape[3] for n, y in zip(self._counts(me if mine else p), like, strict=True))
+            for p in range(self.team.size)
+        ]
+        sizes = [n * x.shape[0] * w for n, w in zip(lengths, widths, strict=True)]
+        flat = torch.empty(sum(sizes), dtype=x.dtype, device=x.device)
+        return flat, [
+            part.view(n, x.shape[0], w)
+            for part, n, w in zip(flat.split(sizes), lengths, widths, strict=True)
+        ]
 
     # -- tokens -> heads ---------------------------------------------------------------------------
 
-    def start_to_heads(self, xs: Sequence[Tensor]) -> Pending:
+    def start_to_heads(self, xs: Sequence[Tensor]) -> Travelling:
         """Sends the parts [B, H, held, D] of this rank; all have one dtype."""
-        x, me = xs[0], self.team.rank
-        batch, channels = x.shape[0], [y.shape[3] for y in xs]
-        if not self.copies:
-            sources = self.placement.on_device(me, "sources", x.device)
-            xs = [take(y, sources, 2) for y in xs]
-        tokens = xs[0].shape[2]
-        rows = [sum(self._widths(channels, p)) for p in range(self.team.size)]
-        buffer = torch.empty(tokens * batch * sum(rows), dtype=x.dtype, device=x.device)
-        start = 0
-        for p, row in enumerate(rows):
-            part = buffer[start : start + tokens * batch * row].view(tokens, batch, row)
-            start += part.numel()
-            offset = 0
-            for y, heads in zip(xs, self.heads, strict=True):
-                first, last = heads[p]
-                width = (last - first) * y.shape[3]
-                if width:
-                    target = part[..., offset : offset + width].unflatten(-1, (last - first, -1))
-                    target.copy_(y[:, first:last].permute(2, 0, 1, 3))
-                offset += width
-        unit, mine = batch * x.element_size(), rows[me]
-        return start_exchange(
-            as_bytes(buffer), [tokens * row * unit for row in rows],
-            [n * mine * unit for n in self._lengths()], self.team, self.label, self.traffic,
-        )  # fmt: skip
+        me, lengths = self.team.rank, self._lengths()
+        in_place = self.placement.is_in_order() and not (self.copies and self.placement.has_copies)
+        _, sends = self._messages(
+            xs, [0 if p == me else lengths[me] for p in range(self.team.size)], mine=False
+        )
+        flat, parts = self._messages(
+            xs, [n if in_place or p != me else 0 for p, n in enumerate(lengths)], mine=True
+        )
+        for p, part in enumerate(sends):
+            if p != me:
+                self._pack(part, xs, p)
+        pending = start_messages(sends, parts, self.team, self.label, self.traffic)
+        if not in_place:
+            return Travelling(pending, xs, parts)
+        self._pack(parts[me], xs, me)
+        return Travelling(pending, xs, parts, flat.view(sum(lengths), *parts[me].shape[1:]))
 
-    def finish_to_heads(
-        self, pending: Pending, batch: int, channels: Sequence[int], dtype: torch.dtype
-    ) -> list[Tensor]:
+    def _pack(self, rows: Tensor, xs: Sequence[Tensor], rank: int) -> None:
+        sources = self._sources(xs[0].device)
+        targets = _columns(rows, self._counts(rank), [x.shape[3] for x in xs])
+        for target, x, heads in zip(targets, xs, self.heads, strict=True):
+            first, last = heads[rank]
+            gather(target, x[:, first:last].permute(2, 0, 1, 3), sources, 0)
+
+    def finish_to_heads(self, travelling: Travelling) -> list[Tensor]:
         """[B, heads of this rank, slots, D] of each tensor; slots that are nobody's are 0."""
-        widths = self._widths(channels, self.team.rank)
-        received = pending.wait().view(dtype)
-        rows = received.view(sum(self._lengths()), batch, sum(widths))
-        rows = self._in_order_of_slots(rows)
-        parts = rows.split(widths, -1)
-        return [
-            part.unflatten(-1, (width // d, d)).permute(1, 2, 0, 3)
-            for part, width, d in zip(parts, widths, channels, strict=True)
-        ]
+        travelling.pending.wait()
+        channels = [x.shape[3] for x in travelling.given]
+        whole = travelling.whole
+        if whole is None:
+            whole = self._in_order_of_slots(travelling)
+        parts = _columns(whole, self._counts(self.team.rank), channels)
+        return [part.permute(1, 2, 0, 3) for part in parts]
 
-    def _in_order_of_slots(self, rows: Tensor) -> Tensor:
-        placement = self.placement
+    def _in_order_of_slots(self, travelling: Travelling) -> Tensor:
+        placement, me = self.placement, self.team.rank
+        like, device = travelling.parts[me], travelling.parts[me].device
+        shape = (placement.length, *like.shape[1:])
         if self.copies and placement.has_copies:
-            whole = rows.new_zeros(placement.length, *rows.shape[1:])
-            for p, part in enumerate(rows.split(placement.lengths)):
-                slots = self._slots(p, rows.device)
-                whole[slots] += part
+            parts = list(travelling.parts)
+            parts[me] = like.new_empty(self._lengths()[me], *like.shape[1:])
+            self._pack(parts[me], travelling.given, me)
+            whole = like.new_zeros(shape)
+            for p, part in enumerate(parts):
+                whole[self._slots(p, device)] += part
             return whole
-        arrivals = placement.arrivals(rows.device)
-        if arrivals is None:
-            return rows
-        whole = rows.new_zeros(placement.length, *rows.shape[1:])
-        return whole.index_copy_(0, arrivals, rows)
+        whole = like.new_empty(shape)
+        holes = placement.holes(device)
+        if holes is not None:
+            as_words(whole)[0].index_fill_(0, holes, 0)
+        for p, part in enumerate(travelling.parts):
+            if p != me:
+                scatter(whole, part, self._slots(p, device), 0)
+        channels = [x.shape[3] for x in travelling.given]
+        own, sources = _columns(whole, self._counts(me), channels), self._sources(device)
+        for target, x, heads in zip(own, travelling.given, self.heads, strict=True):
+            mine = take(x[:, slice(*heads[me])].permute(2, 0, 1, 3), sources, 0)
+            scatter(target, mine, self._slots(me, device), 0)
+        return whole
 
     # -- heads -> tokens ---------------------------------------------------------------------------
 
-    def start_to_tokens(self, ys: Sequence[Tensor]) -> Pending:
+    def start_to_tokens(self, ys: Sequence[Tensor]) -> Travelling:
         """Sends [B, heads of this rank, slots, D] of each tensor back to who holds the tokens."""
-        y = ys[0]
-        batch, row = y.shape[0], sum(z.shape[1] * z.shape[3] for z in ys)
-        lengths = self._lengths()
-        buffer = torch.empty(sum(lengths) * batch * row, dtype=y.dtype, device=y.device)
-        rows = buffer.view(sum(lengths), batch, row)
-        for p, part in enumerate(rows.split(lengths)):
-            slots, offset = self._slots(p, y.device), 0
-            for z in ys:
-                width = z.shape[1] * z.shape[3]
-                if width and part.shape[0]:
-                    target = part[..., offset : offset + width].unflatten(-1, z.shape[1::2])
-                    target.copy_(take(z, slots, 2).permute(2, 0, 1, 3))
-                offset += width
-        unit, channels = batch * y.element_size(), [z.shape[3] for z in ys]
-        mine = lengths[self.team.rank]
-        widths = [sum(self._widths(channels, p)) for p in range(self.team.size)]
-        return start_exchange(
-            as_bytes(buffer), [n * row * unit for n in lengths],
-            [mine * width * unit for width in widths], self.team, self.label, self.traffic,
-        )  # fmt: skip
+        me, lengths, device = self.team.rank, self._lengths(), ys[0].device
+        _, sends = self._messages(
+            ys, [0 if p == me else n for p, n in enumerate(lengths)], mine=True
+        )
+        _, parts = self._messages(
+            ys, [0 if p == me else lengths[me] for p in range(self.team.size)], mine=False
+        )
+        channels = [y.shape[3] for y in ys]
+        for p, rows in enumerate(sends):
+            if p != me:
+                targets = _columns(rows, self._counts(me), channels)
+                for target, y in zip(targets, ys, strict=True):
+                    gather(target, y.permute(2, 0, 1, 3), self._slots(p, device), 0)
+        pending = start_messages(sends, parts, self.team, self.label, self.traffic)
+        return Travelling(pending, ys, parts)
 
-    def finish_to_tokens(
-        self, pending: Pending, into: Sequence[Tensor], sums: bool = False
-    ) -> None:
-        """Writes what arrived into tensors [B, H, held, D], or adds where heads were sent twice."""
-        batch, me = into[0].shape[0], self.team.rank
-        tokens, channels = self._lengths()[me], [x.shape[3] for x in into]
-        received, start = pending.wait().view(into[0].dtype), 0
-        index: Tensor | slice = slice(0, into[0].shape[2])
-        if not self.copies:
-            index = self.placement.on_device(me, "sources", into[0].device)
-        for p in range(self.team.size):
-            widths = self._widths(channels, p)
-            count = tokens * batch * sum(widths)
-            part = received[start : start + count].view(tokens, batch, sum(widths))
-            start += count
-            for x, heads, piece in zip(into, self.heads, part.split(widths, -1), strict=True):
-                first, last = heads[p]
-                if first == last or tokens == 0:
+    def finish_to_tokens(self, travelling: Travelling, into: Sequence[Tensor], adds: bool) -> None:
+        """Writes what arrived into tensors [B, H, held, D]; ``adds`` where heads come twice."""
+        travelling.pending.wait()
+        me, device = self.team.rank, into[0].device
+        sources, channels = self._sources(device), [x.shape[3] for x in into]
+        for p, part in enumerate(travelling.parts):
+            if p == me:
+                slots = self._slots(me, device)
+                pieces = [take(y.permute(2, 0, 1, 3), slots, 0) for y in travelling.given]
+            else:
+                pieces = _columns(part, self._counts(p), channels)
+            for x, heads, piece in zip(into, self.heads, pieces, strict=True):
+                if piece.numel() == 0:
                     continue
-                piece = piece.unflatten(-1, (last - first, -1)).permute(1, 2, 0, 3)
-                if sums:
-                    x[:, first:last, index] += piece
+                target = x[:, slice(*heads[p])].permute(2, 0, 1, 3)
+                if adds:
+                    target[sources] += piece
                 else:
-                    x[:, first:last, index] = piece
+                    scatter(target, piece, sources, 0)
 
 
-class ToHeads(torch.autograd.Function):
-    """Completes a swap of tokens for heads that was started before; its backward swaps back."""
-
-    @staticmethod
-    def forward(ctx: Any, swap: Swap, pending: Pending, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.swap, ctx.shapes, ctx.dtype = swap, [x.shape for x in xs], xs[0].dtype
-        channels = [x.shape[3] for x in xs]
-        return tuple(swap.finish_to_heads(pending, xs[0].shape[0], channels, xs[0].dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        swap = ctx.swap.adjoint(f"{ctx.swap.label}, gradient")
-        pending = swap.start_to_tokens(grads)
-        sums = [_tokens(shape, ctx.dtype, grads[0].device).zero_() for shape in ctx.shapes]
-        swap.finish_to_tokens(pending, sums, sums=True)
-        return None, None, *sums
-
-
-class ToTokens(torch.autograd.Function):
-    """Completes the swaps back of several chunks of heads of one output; backward swaps again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, swaps: list[Swap], pending: list[Pending], heads: int, *ys: Tensor
-    ) -> Tensor:
-        ctx.swaps = swaps
-        shape = (ys[0].shape[0], heads, swaps[0].placement.lengths[swaps[0].team.rank])
-        result = _tokens((*shape, ys[0].shape[3]), ys[0].dtype, ys[0].device)
-        for swap, one in zip(swaps, pending, strict=True):
-            swap.finish_to_tokens(one, [result])
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        swaps = [s.adjoint(f"{s.label}, gradient") for s in ctx.swaps]
-        pending = [s.start_to_heads([grad]) for s in swaps]
-        grads = [
-            s.finish_to_heads(one, grad.shape[0], [grad.shape[3]], grad.dtype)[0]
-            for s, one in zip(swaps, pending, strict=True)
-        ]
-        return None, None, None, *grads
-
-
-def _tokens(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[B, H, S, D] that lies in memory as [B, S, H, D], as the layers around attention want it."""
-    batch, heads, tokens, channels = shape
-    return torch.empty(batch, tokens, heads, channels, dtype=dtype, device=device).transpose(1, 2)
+def _columns(rows: Tensor, counts: Sequence[int], channels: Sequence[int]) -> list[Tensor]:
+    """Views [tokens, B, heads, D] of tensors whose channels lie side by side in rows."""
+    widths = [n * d for n, d in zip(counts, channels, strict=True)]
+    return [
+        part.unflatten(-1, (n, d))
+        for part, n, d in zip(rows.split(widths, -1), counts, channels, strict=True)
+    ]
 
 
 def swap_of(

@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from .placement import Placement
-from .team import Pending, Team
-from .ulysses import (
-    Heads,
-    HeadShare,
-    Swap,
-    ToHeads,
-    ToTokens,
-    chunk_shares,
-    share_heads,
-    swap_of,
-)
+from .team import Team
+from .trade import Arrive, Depart, Home, Leave, Trade
+from .ulysses import Heads, HeadShare, Swap, chunk_shares, share_heads, swap_of
 
 MAX_CHUNKS = 4
 CHUNK_BYTES = 16 * 2**20  # a chunk that brings less than this from the others is not worth a launch
@@ -52,49 +44,63 @@ def ulysses_attention(
     shares = share_heads(q.shape[1], k.shape[1], team.size)
     chunks = _number_of_chunks(tensors, placements, shares, team.size, chunks)
     parts = chunk_shares(shares, chunks, group) if chunks > 1 else [shares]
-    started = [_start(tensors, part, team, placements) for part in parts]
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    swaps_back: list[Swap] = []
-    pending_back: list[Pending] = []
-    for part, swaps_in in zip(parts, started, strict=True):
-        mine = part[team.rank]
-        whole = [
-            x
-            for swap, pending, xs in swaps_in
-            for x in ToHeads.apply(swap, pending, *xs)
-        ]  # fmt: skip
-        out, lse = _attend(core, whole, mine, group, head_dim_v)
-        back = swap_of(team, placements[0], [[s.q for s in part]], True, "ulysses: out")
-        with torch.no_grad():
-            pending_back.append(back.start_to_tokens([out]))
-        swaps_back.append(back)
-        outs.append(out)
-        if lse is not None:
-            lses.append(lse)
-    result = ToTokens.apply(swaps_back, pending_back, q.shape[1], *outs)
-    return result, _lse_home(lses, swaps_back, q.shape[1]) if return_lse else None
+    there = Trade([_way_in(part, len(tensors), team, placements) for part in parts])
+    back = there.gradient()
+    ties = Depart.apply(there, back, *tensors)
+    homeward = _Homeward(parts, team, placements[0])
+    for chunk, part in enumerate(parts):
+        whole = Arrive.apply(there, back, chunk, ties[chunk])
+        homeward.send(chunk, *_attend(core, whole, part[team.rank], group, head_dim_v))
+    held = placements[0].lengths[team.rank]
+    return homeward.results((q.shape[0], q.shape[1], held), head_dim_v, return_lse)
 
 
-def _start(
-    tensors: Sequence[Tensor],
-    part: Sequence[HeadShare],
-    team: Team,
-    placements: tuple[Placement, Placement],
-) -> list[tuple[Swap, Pending, Sequence[Tensor]]]:
+def _way_in(
+    part: Sequence[HeadShare], tensors: int, team: Team, placements: tuple[Placement, Placement]
+) -> list[tuple[Swap, list[int]]]:
     """The swaps of one chunk: all tensors in one message where queries and keys lie alike."""
     q_heads, kv_heads = [s.q for s in part], [s.kv for s in part]
-    heads = [q_heads, kv_heads, kv_heads, *[q_heads] * (len(tensors) - 3)]
-    together = [([0], placements[0]), ([1, 2], placements[1])]
+    heads = [q_heads, kv_heads, kv_heads, *[q_heads] * (tensors - 3)]
+    together = [(placements[0], [0]), (placements[1], [1, 2])]
     if placements[0] is placements[1]:
-        together = [(list(range(len(tensors))), placements[0])]
-    started: list[tuple[Swap, Pending, Sequence[Tensor]]] = []
-    for indices, placement in together:
-        xs = [tensors[i] for i in indices]
-        swap = swap_of(team, placement, [heads[i] for i in indices], False, "ulysses: q, k, v")
-        with torch.no_grad():
-            started.append((swap, swap.start_to_heads(xs), xs))
-    return started
+        together = [(placements[0], list(range(tensors)))]
+    return [
+        (swap_of(team, placement, [heads[i] for i in places], False, "ulysses: q, k, v"), places)
+        for placement, places in together
+    ]
+
+
+class _Homeward:
+    """The way of the outputs, and of their log-sum-exps if they are wanted."""
+
+    def __init__(
+        self, parts: Sequence[Sequence[HeadShare]], team: Team, placement: Placement
+    ) -> None:
+        swaps = [
+            [(swap_of(team, placement, [[s.q for s in part]], True, "ulysses: out"), [0])]
+            for part in parts
+        ]
+        self.out, self.lse = Trade(swaps), Trade(swaps)
+        self.out_back, self.lse_back = self.out.gradient(), self.lse.gradient()
+        self.ties: list[Tensor] = []
+        self.lses: list[Tensor] = []
+
+    def send(self, chunk: int, out: Tensor, lse: Tensor | None) -> None:
+        self.ties.append(Leave.apply(self.out, self.out_back, chunk, out))
+        if lse is not None:
+            self.lses.append(lse)
+
+    def results(
+        self, shape: tuple[int, int, int], head_dim_v: int, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        lse = None
+        if return_lse:
+            ties = [
+                Leave.apply(self.lse, self.lse_back, chunk, one[..., None])
+                for chunk, one in enumerate(self.lses)
+            ]
+            lse = Home.apply(self.lse, self.lse_back, (*shape, 1), *ties)[..., 0]
+        return Home.apply(self.out, self.out_back, (*shape, head_dim_v), *self.ties), lse
 
 
 def _attend(
@@ -112,13 +118,6 @@ def _attend(
         chosen = torch.tensor(index, device=q.device)
         k, v = k.index_select(1, chosen), v.index_select(1, chosen)
     return core([q, k, v, *whole[3:]], share.q)
-
-
-def _lse_home(lses: list[Tensor], swaps: list[Swap], heads: int) -> Tensor:
-    rows = [lse[..., None] for lse in lses]
-    with torch.no_grad():
-        pending = [swap.start_to_tokens([x]) for swap, x in zip(swaps, rows, strict=True)]
-    return ToTokens.apply(swaps, pending, heads, *rows)[..., 0]
 
 
 def _number_of_chunks(
