@@ -18,7 +18,8 @@ from problem_masks import list_tensors
 from problems import Built, Problem, random_problems, require_backend, run_attention
 from torch import Tensor
 
-from video_attn import BlockMask, attention
+from video_attn import BlockMask, attention, ops
+from video_attn.calls import by_heads
 
 CPU = torch.device("cpu")
 ON_CPU = [("reference", CPU), ("cpu", CPU)]
@@ -143,6 +144,32 @@ def test_out_has_the_memory_order_of_q(memory, backend, device):
         heads_first = x.stride(1) > x.stride(2)
         assert heads_first == (memory != "bshd"), f"{name} has strides {x.stride()}"
         assert x.shape[:3] == like.shape[:3] and x.dtype == like.dtype
+
+
+@everywhere
+def test_backward_of_some_heads_at_a_time(backend, device, monkeypatch):
+    """Lists transposed in the backward pass are so for some heads: parts of larger tensors."""
+    problem = replace(
+        SMALL, dtype=torch.float16, kv_heads=3, head_dim=8, head_dim_v=8,
+        q_block_size=8, kv_block_size=8,
+    )  # fmt: skip
+    built = build(problem, backend, device)
+    of = built.mask
+    lists = BlockMask.from_indices(
+        of.kv_indices, 8, 8, q_len=of.q_len, kv_len=of.kv_len, kv_num_blocks=of.kv_num_blocks,
+        q_block_lens=of.q_block_lens, kv_block_lens=of.kv_block_lens,
+    )  # fmt: skip
+    built = replace(built, mask=lists)
+    heads = []
+
+    def spy(*args):
+        for part in by_heads(*args):
+            heads.append(part.k.shape[1])
+            yield part
+
+    monkeypatch.setattr(ops, "by_heads", spy)
+    oracle.check_against_oracle(run_attention(built, backend), built, backend)
+    assert heads == [1, 1, 1]
 
 
 @everywhere

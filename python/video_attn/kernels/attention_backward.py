@@ -51,6 +51,7 @@ def attention_bwd_kernel_prepare(
     grad_out, grad_lse, out, lse, pivot, delta,
     stride_grad_out_b, stride_grad_out_h, stride_grad_out_s,
     stride_out_b, stride_out_h, stride_out_s,
+    stride_lse_b, stride_lse_h, stride_lse_s,
     stride_grad_lse_b, stride_grad_lse_h, stride_grad_lse_s,
     HQ, DV, q_len, n_tiles,
     BDV: tl.constexpr, BM: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
@@ -69,14 +70,15 @@ def attention_bwd_kernel_prepare(
     b_grad = load_tile(  # [BM, BDV]
         p_grad, start, o_m, m_m, o_dv, stride_grad_out_s, DV, VEC, True
     )
-    o_row = (i_b * HQ + i_h) * q_len + start + o_m
-    b_lse = tl.load(lse + o_row, mask=m_m, other=0.0)  # [BM]
+    p_lse = lse + i_b * stride_lse_b + i_h * stride_lse_h
+    b_lse = tl.load(p_lse + (start + o_m) * stride_lse_s, mask=m_m, other=0.0)  # [BM]
     m_seen = b_lse != float("-inf")
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
     if grad_lse is not None:
-        p_lse = grad_lse + i_b * stride_grad_lse_b + i_h * stride_grad_lse_h
-        b_grad_lse = tl.load(p_lse + (start + o_m) * stride_grad_lse_s, mask=m_m, other=0.0)  # [BM]
-        b_delta -= tl.where(m_seen, b_grad_lse, 0.0)
+        p_grad_lse = grad_lse + i_b * stride_grad_lse_b + i_h * stride_grad_lse_h
+        p_grad_lse += (start + o_m) * stride_grad_lse_s
+        b_delta -= tl.where(m_seen, tl.load(p_grad_lse, mask=m_m, other=0.0), 0.0)
+    o_row = (i_b * HQ + i_h) * q_len + start + o_m
     tl.store(delta + o_row, b_delta, mask=m_m)
     tl.store(pivot + o_row, tl.where(m_seen, b_lse * _LOG2_E, float("inf")), mask=m_m)
 
@@ -299,7 +301,8 @@ def attention_backward(
 def _prepare(x: Saved, pivot: Tensor, delta: Tensor) -> Launch:
     batch, heads, length, head_dim = x.out.shape
     args = head_args(grad_out=x.grad_out, out=x.out) | named_strides("grad_lse", x.grad_lse, "bhs")
-    args |= {"lse": x.lse, "pivot": pivot, "delta": delta, "HQ": heads, "q_len": length}
+    args |= named_strides("lse", x.lse, "bhs")
+    args |= {"pivot": pivot, "delta": delta, "HQ": heads, "q_len": length}
     dim = padded(head_dim)
     args |= {"DV": columns(head_dim, dim, args["VEC"]), "BDV": dim, "BM": _PREPARE_ROWS}
     args |= {"n_tiles": -(-length // _PREPARE_ROWS), "WIDE": wide_rows(_PREPARE_ROWS, args)}
