@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from . import once as _once  # noqa: F401  before all others
 from .attention import attention
@@ -35,10 +37,23 @@ from .patterns.sliding_tile import sliding_tile_mask
 from .registry import use_backend
 from .static_cache import clear_caches
 
+if _TYPE_CHECKING:
+    from .tools.calibrate import calibrate
+
 try:
     __version__ = _version("video-attn")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
+
+
+def __getattr__(name: str) -> _Any:
+    """``calibrate`` is a tool, above the library: it is imported when somebody asks for it."""
+    if name == "calibrate":
+        from .tools.calibrate import calibrate
+
+        return calibrate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BlockMask",
@@ -53,6 +68,7 @@ __all__ = [
     "VideoSparse",
     "VideoTokens",
     "attention",
+    "calibrate",
     "clear_caches",
     "named_attention",
     "radial",

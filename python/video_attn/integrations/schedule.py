@@ -14,7 +14,7 @@ from ..functional.head_groups import HeadGroups, LayerPattern
 from ..functional.patterns import Dense, Radial, SlidingTile, VideoSparse
 from ..layout import Triple, as_triple
 from ..patterns.radial import RadialRule
-from .schedule_file import layer_pattern, read_schedule_file
+from .schedule_file import ScheduleFile, layer_pattern, read_schedule_file
 
 Choice = LayerPattern | RadialRule | Literal["dense"]
 Key = int | tuple[int, int]
@@ -136,7 +136,13 @@ class Schedule:
             OSError: the file cannot be read. TypeError, ValueError: it is no schedule; the message
                 says where.
         """
-        file = read_schedule_file(path)
+        return cls.of_file(read_schedule_file(path), num_steps=num_steps, name=str(path))
+
+    @classmethod
+    def of_file(
+        cls, file: ScheduleFile, *, num_steps: int | None = None, name: str = "the schedule"
+    ) -> Schedule:
+        """The schedule of a file's content; see :meth:`load`. ``name``: of it, in errors."""
         steps_in_all = file.num_steps if num_steps is None else num_steps
         entries = sorted(file.steps, key=lambda entry: entry.first)
         patterns = [
@@ -150,7 +156,7 @@ class Schedule:
         if len(entries) == 1 and entries[0].first == 0 and file.num_steps is None:
             return cls(overrides=cast("Mapping[Key, Choice]", patterns[0]), **options)
         if entries and steps_in_all is None:
-            raise ValueError(f"{path} tells steps apart, but not how many there are: say num_steps")
+            raise ValueError(f"{name} tells steps apart, but not how many there are: say num_steps")
         steps: dict[int, Mapping[int, Any]] = {}
         ends = [entry.first for entry in entries[1:]] + [steps_in_all or 0]
         for entry, end, of_layer in zip(entries, ends, patterns, strict=True):

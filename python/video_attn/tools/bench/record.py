@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ... import native
 from ...device import device_info
@@ -140,6 +137,10 @@ def write_record(record: Record, path: Path) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on standard output; the first column to the left, figures to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=title, title_justify="left")
     for n, column in enumerate(columns):
         table.add_column(column, justify="left" if n == 0 else "right", no_wrap=True)

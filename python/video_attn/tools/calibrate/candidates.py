@@ -49,11 +49,19 @@ class Candidate:
             text = "dense"
         return text if self.precision == "native" else f"{text} {self.precision}"
 
+    @property
+    def key(self) -> str:
+        """Everything that its output depends on."""
+        return f"{self.pattern!r}, {self.precision}"
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, tokens: VideoTokens, **options: Any
     ) -> Tensor:
         """The attention of [B, H, S, D] heads by this candidate."""
         return self.pattern.attend(query, key, value, tokens, precision=self.precision, **options)
+
+
+OWN = Candidate(Dense())  # what a model does by itself
 
 
 def candidates_for(
@@ -66,7 +74,8 @@ def candidates_for(
     block_size: int = 128,
     rule: RadialRule | None = None,
 ) -> list[Candidate]:
-    """All candidates of these kinds for a video of ``tokens``; dense is always one of them.
+    """All candidates of these kinds for a video of ``tokens``; what the model does by itself, dense
+    attention in its own precision, is always one of them, the first.
 
     Args:
         kinds: of "sta", "vsa", "radial" and "dense".
@@ -90,8 +99,10 @@ def candidates_for(
                  "pooling")  # fmt: skip
         fixed = dict(zip(names, base.key, strict=True))
         patterns += [Radial(RadialRule(**fixed | {"decay_factor": d}), block_size) for d in DECAYS]
-    patterns.append(Dense())
-    return [Candidate(pattern, precision) for precision in precisions for pattern in patterns]
+    if "dense" in kinds:
+        patterns.append(Dense())
+    found = [Candidate(pattern, precision) for precision in precisions for pattern in patterns]
+    return list(dict.fromkeys([OWN, *found]))
 
 
 def windows_of(tokens: VideoTokens, tile: Triple) -> list[Triple]:

@@ -2,7 +2,8 @@
 
 seconds = launch + heads · (tokens · per_token + pairs · per_pair), with the pairs of tokens that a
 head computes. The first is what a launch costs however small, the second what is done to every
-token (moving it to tile order, quantizing), the third the attention itself.
+token (moving it to tile order, quantizing), the third the attention itself. A layer whose heads
+part ways pays tokens · heads · per_parted_token more: q, k, v and the output are moved.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from ...device import device_info
+from ...functional.head_groups import HeadGroup, HeadGroups, LayerPattern
 from ...functional.patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
 from ...functional.video_tokens import VideoTokens
 from ...layout import Triple
 from ...patterns.radial import RadialRule
 from .. import UsageError
+from ..bench.record import versions
 from ..bench.timing import time_interleaved
 from .candidates import Candidate
 
-GRIDS_GPU: tuple[Triple, ...] = ((6, 32, 32), (12, 32, 48), (18, 48, 48))
+GRIDS_GPU: tuple[Triple, ...] = ((6, 32, 32), (18, 48, 48))
 GRIDS_CPU: tuple[Triple, ...] = ((4, 8, 8), (4, 12, 16), (8, 16, 16))
-HEADS = (1, 4)
+HEADS_GPU, HEADS_CPU = (2, 8), (1, 4)  # one head may leave most of a GPU idle
 _PAIRS = "pairs of tokens"
 
 
@@ -45,8 +49,9 @@ class CostModel(BaseModel):
     """The costs of one machine.
 
     Args:
-        machine: its name. head_dim, dtype: what was measured.
+        machine: its name. head_dim, dtype, grids: what was measured.
         costs: by :attr:`Candidate.kind` and precision, as "sta 6x8x8, native".
+        per_parted_token: seconds for each token of each head of a layer whose heads part ways.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +59,9 @@ class CostModel(BaseModel):
     head_dim: int
     dtype: str
     costs: dict[str, Cost]
+    per_parted_token: float = Field(default=0.0, ge=0)
+    grids: list[Triple] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
 
     @property
     def is_count(self) -> bool:
@@ -79,6 +87,10 @@ class CostModel(BaseModel):
     def launch(self, candidate: Candidate) -> float:
         """What one more launch costs."""
         return self._cost(candidate).launch
+
+    def parting(self, tokens: VideoTokens, heads: int) -> float:
+        """What a layer of so many heads pays when they do not all have one candidate."""
+        return heads * tokens.sequence_length * self.per_parted_token
 
     def _cost(self, candidate: Candidate) -> Cost:
         key = cost_key(candidate)
@@ -120,42 +132,56 @@ def measure_costs(
     backend: str | None = None,
     repeats: int = 5,
     grids: Sequence[Triple] | None = None,
+    heads: Sequence[int] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> CostModel:
     """Times each kind of launch at several sizes, densities and numbers of heads, and fits.
 
     Args:
         candidates: their kinds and precisions are measured, not they themselves.
-        grids: sizes of video in tokens; the default suits the device.
-        progress: told what is measured next.
+        grids: sizes of video in tokens; the default suits the device. On a GPU add the size that
+            is to be predicted: what is near to what was measured is predicted best.
+        heads: numbers of heads. progress: told what is measured next.
     """
-    grids = (GRIDS_GPU if device.type == "cuda" else GRIDS_CPU) if grids is None else grids
+    gpu = device.type == "cuda"
+    grids = list(dict.fromkeys(grids or (GRIDS_GPU if gpu else GRIDS_CPU)))
+    heads = heads or (HEADS_GPU if gpu else HEADS_CPU)
+
+    def time(pattern: LayerPattern, tokens: VideoTokens, count: int, precision: str) -> float:
+        shape = (1, tokens.sequence_length, count, head_dim)  # as models lay them out
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in "qkv")
+
+        def run() -> Tensor:
+            return pattern.attend(q, k, v, tokens, precision=precision, backend=backend)
+
+        return time_interleaved({"run": run}, device=device, repeats=repeats)["run"].median
+
     costs = {}
     for key, like in {cost_key(candidate): candidate for candidate in candidates}.items():
         progress(key)
         rows, seconds = [], []
-        for grid, heads in itertools.product(grids, HEADS):
+        for grid, count in itertools.product(grids, heads):
             tokens = VideoTokens(grid)
             length = tokens.sequence_length
-            q, k, v = (
-                torch.randn(1, heads, length, head_dim, device=device, dtype=dtype)
-                for _ in range(3)
-            )
             for pattern in _two_widths(like.pattern, tokens):
-                candidate = Candidate(pattern, like.precision)
-                runs = {
-                    "run": lambda c=candidate, x=(q, k, v), t=tokens: c.attend(
-                        *x, t, backend=backend
-                    )
-                }
-                timing = time_interleaved(runs, device=device, repeats=repeats)["run"]
-                rows.append((1.0, heads * length, heads * pattern.density(tokens) * length**2))
-                seconds.append(timing.median)
+                rows.append((1.0, count * length, count * pattern.density(tokens) * length**2))
+                seconds.append(time(pattern, tokens, count, like.precision))
         costs[key] = fit(np.array(rows), np.array(seconds))
+    progress("heads that part ways")
+    tokens, count = VideoTokens(grids[-1]), max(heads)
+    together, apart = (time(p, tokens, count, "native") for p in _apart(count))
     return CostModel(
         machine=device_info(device).name, head_dim=head_dim,
-        dtype=str(dtype).removeprefix("torch."), costs=costs,
+        dtype=str(dtype).removeprefix("torch."), costs=costs, grids=grids, versions=versions(),
+        per_parted_token=max(0.0, apart - together) / (count * tokens.sequence_length),
     )  # fmt: skip
+
+
+def _apart(heads: int) -> tuple[LayerPattern, LayerPattern]:
+    """One pattern in one launch for all heads, and for every other head a launch of its own."""
+    pattern = SlidingTile((1, 1, 1))
+    groups = [HeadGroup(range(n, heads, 2), pattern) for n in range(2)]
+    return pattern, HeadGroups(groups)
 
 
 def count_pairs(candidates: Sequence[Candidate], head_dim: int = 0) -> CostModel:

@@ -10,10 +10,10 @@ from torch import Tensor
 from ...functional.video_tokens import VideoTokens
 from .candidates import Candidate
 
-CHUNK_BYTES = 256 << 20  # of fp32 scores at a time
+CHUNK_BYTES = 128 << 20  # of fp32 scores at a time
 
 
-def head_errors(
+def errors_of_head(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -22,33 +22,37 @@ def head_errors(
     *,
     scale: float | None = None,
     backend: str | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Relative L2 error of every head with every candidate, against dense attention in fp32.
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Relative L2 error of one head with every candidate, against dense attention in fp32.
 
-    One head is looked at at a time, so that beside its inputs this takes less than 1 GB.
+    Beside its inputs it takes less than 1 GB.
 
     Args:
-        query: [B, Hq, S, D]. key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv]; on the device to use.
+        query: [B, 1, S, D]. key: [B, 1, S, D]. value: [B, 1, S, Dv]; on the device to use.
         scale: of the scores, None for 1/sqrt(D).
-        progress: called after every head and candidate.
+        progress: told after every candidate how many are done.
 
     Returns:
-        fp64 [Hq, candidates] on the CPU: ‖out − dense‖ / ‖dense‖ over batch, tokens and channels.
+        ‖out − dense‖ / ‖dense‖ over batch, tokens and channels, of each candidate.
     """
-    shared = query.shape[1] // key.shape[1]
-    errors = torch.empty(query.shape[1], len(candidates), dtype=torch.float64, device="cpu")
-    for head in range(query.shape[1]):
-        q = query[:, head, None]
-        k, v = (x[:, head // shared, None] for x in (key, value))
-        exact = dense_in_fp32(q, k, v, scale)
-        size = exact.norm().double()
-        for column, candidate in enumerate(candidates):
-            out = candidate.attend(q, k, v, tokens, scale=scale, backend=backend)
-            gap = (out.float() - exact).norm().double()
-            errors[head, column] = gap / size if size > 0 else gap
-            progress()
+    exact = dense_in_fp32(query, key, value, scale)
+    size = exact.norm().double()
+    errors = []
+    for done, candidate in enumerate(candidates, 1):
+        out = candidate.attend(query, key, value, tokens, scale=scale, backend=backend)
+        gap = (out.float() - exact).norm().double()
+        errors.append(float(gap / size if size > 0 else gap))
+        progress(done)
     return errors
+
+
+def head_of(capture_tensors: Sequence[Tensor], head: int, device: torch.device) -> list[Tensor]:
+    """q, k, v [B, 1, S, D] of query head ``head`` on ``device``, of all heads' tensors."""
+    query, key, value = capture_tensors
+    shared = query.shape[1] // key.shape[1]
+    places = (head, head // shared, head // shared)
+    return [x[:, n, None].to(device) for x, n in zip((query, key, value), places, strict=True)]
 
 
 def dense_in_fp32(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..plot.style import INK, QUERY, SEEN, headline, new_figure, pixels, save
+from .calibration import Calibration, Place
 from .choose import Choice
-from .search import Calibration
 
 MARKS = {"sta": "S", "vsa": "V", "radial": "R", "dense": "D"}
 
@@ -19,7 +19,7 @@ def draw(found: Calibration, path: Path, budgets: Sequence[float] = ()) -> None:
     curve of error against time.
 
     Args:
-        budgets: of the curve; those that no candidate meets are left out.
+        budgets: of the curve.
     """
     step = min(place[0] for place in found.choices)
     layers = sorted(layer for of_step, layer in found.choices if of_step == step)
@@ -63,14 +63,11 @@ def draw(found: Calibration, path: Path, budgets: Sequence[float] = ()) -> None:
 def curve(found: Calibration, budgets: Sequence[float] = ()) -> list[tuple[float, float, float]]:
     """(budget, mean error reached, predicted seconds) of several budgets, of what was measured."""
     points = []
-    for budget in budgets or (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
-        try:
-            choices = found.at(budget)
-        except ValueError:  # no candidate is as exact as that
-            continue
+    for budget in budgets or (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
+        choices = found.at(budget)
         points.append((budget, _mean_error(choices), sum(c.seconds for c in choices.values())))
     return points
 
 
-def _mean_error(choices: dict[tuple[int, int], Choice]) -> float:
+def _mean_error(choices: dict[Place, Choice]) -> float:
     return float(np.mean([error for choice in choices.values() for error in choice.errors]))

@@ -1,237 +1,148 @@
-"""calibrate(): from a folder of captures to a schedule."""
+"""search(): the errors of every candidate on a folder of captures, and what is chosen of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ...functional.video_tokens import VideoTokens
-from ...integrations.schedule_file import (
-    GroupEntry,
-    ScheduleFile,
-    StepsEntry,
-    entry_of,
-)
 from .. import UsageError
-from ..bench.record import machine_info, versions
 from ..capture import Capture, find_captures, load_capture
-from .candidates import Candidate
-from .choose import Choice, choose
+from .calibration import Calibration, Place
+from .candidates import OWN, Candidate
+from .choose import BUDGETS
 from .costs import CostModel
-from .errors import head_errors
+from .errors import errors_of_head, head_of
+from .memory import Memory, hash_of
 
 OVER = ("worst", "mean")
-Place = tuple[int, int]  # (step, layer)
+Progress = Callable[[str, int, int], None]  # what is done now, so many of so many
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What a search has found.
-
-    Args:
-        candidates: what could be chosen. tokens: of the video.
-        errors: [heads, candidates] of each (step, layer), over its captures.
-        choices: of each (step, layer). dense_seconds: predicted for dense attention everywhere.
-        costs: what times come from. budget, per: as asked for. captures: {file: SHA-256}.
-    """
-
-    candidates: Sequence[Candidate]
-    tokens: VideoTokens
-    errors: dict[Place, NDArray[np.float64]]
-    choices: dict[Place, Choice]
-    costs: CostModel
-    budget: float
-    per: str
-    captures: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def seconds(self) -> float:
-        """Predicted for one call of every captured layer in every captured step."""
-        return sum(choice.seconds for choice in self.choices.values())
-
-    @property
-    def dense_seconds(self) -> float:
-        """The same with dense attention in the model's own precision."""
-        dense = next(c for c in self.candidates if c.kind == "dense")
-        return sum(
-            self.costs.seconds(dense, self.tokens, len(errors)) for errors in self.errors.values()
-        )
-
-    def at(self, budget: float) -> dict[Place, Choice]:
-        """The choices for another budget, of what was measured already."""
-        return _choose_all(self.errors, self.candidates, self.tokens, self.costs, budget, self.per)
-
-    def schedule_file(self, num_steps: int | None = None) -> ScheduleFile:
-        """The schedule, for ``Schedule.load``: a step's choices hold until the next one's.
-
-        Raises:
-            UsageError: several steps, and no number of steps.
-        """
-        steps = sorted({step for step, _ in self.choices})
-        if len(steps) > 1 and num_steps is None:
-            raise UsageError(
-                f"the captures are of steps {', '.join(map(str, steps))}: say of how many, with "
-                "--num-steps"
-            )
-        entries = []
-        for number, step in enumerate(steps):
-            layers = {
-                layer: self._groups(choice)
-                for (of_step, layer), choice in sorted(self.choices.items()) if of_step == step
-            }  # fmt: skip
-            entries.append(StepsEntry(first=step if number else 0, layers=layers))
-        several = len(steps) > 1
-        return ScheduleFile(
-            format="video_attn schedule 1", num_steps=num_steps if several else None, steps=entries,
-            about=self.about(),
-        )  # fmt: skip
-
-    def _groups(self, choice: Choice) -> list[GroupEntry]:
-        groups = []
-        for number, heads in choice.groups.items():
-            candidate = self.candidates[number]
-            alone = len(heads) == len(choice.candidates) and candidate.precision == "native"
-            groups.append(
-                GroupEntry(
-                    heads=None if alone else heads,
-                    pattern=entry_of(candidate.pattern),
-                    precision=None if alone else candidate.precision,
-                )
-            )
-        return groups
-
-    def about(self) -> dict[str, Any]:
-        """Where the schedule comes from: budget, errors, times, machine, versions, captures."""
-        return {
-            "budget": self.budget,
-            "per": self.per,
-            "predicted_seconds": self.seconds,
-            "dense_seconds": self.dense_seconds,
-            "grid": list(self.tokens.grid),
-            "text_length": self.tokens.text_length,
-            "layers": [
-                {
-                    "step": step, "layer": layer, "seconds": choice.seconds,
-                    "candidates": [self.candidates[n].name for n in choice.candidates],
-                    "errors": [round(error, 5) for error in choice.errors],
-                }
-                for (step, layer), choice in sorted(self.choices.items())
-            ],
-            "costs_of": self.costs.machine,
-            "machine": machine_info(),
-            "versions": versions(),
-            "captures": self.captures,
-        }  # fmt: skip
-
-
-def calibrate(
+def search(
     captured: Sequence[Path],
     candidates: Callable[[VideoTokens], Sequence[Candidate]],
-    costs: Callable[[Sequence[Candidate], Capture], CostModel],
+    costs: Callable[[Sequence[Candidate], Capture, VideoTokens], CostModel],
     *,
     budget: float = 0.1,
     per: str = "head",
     over: str = "worst",
+    num_steps: int | None = None,
     device: torch.device | str = "cpu",
     backend: str | None = None,
     kept: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda text, done, all_: None,
+    progress: Progress = lambda text, done, of: None,
 ) -> Calibration:
     """Finds the cheapest candidate of every head in every captured layer and step.
 
     Args:
-        captured: folders of captures, as ``video-attn render --save_inputs`` writes them, one for
-            each prompt say. All must be of one size of video, and each must tell its grid and
-            layer.
+        captured: folders of captures, one for each prompt say. All must be of one size of video,
+            and each must tell its grid and layer.
         candidates: for a video, what may be chosen; :func:`.candidates_for` with its options.
         costs: what launches take; :func:`.measure_costs`, or a model that was kept.
-        budget: the largest relative L2 error. per: of each "head", or of a "layer" (root mean
-            square of its heads).
+        budget, per: see :class:`.Chooser`.
         over: of several captures of one layer and step the "worst" error counts, or the "mean".
+        num_steps: of the runs to come, where captures tell steps apart.
         device, backend: where candidates run, and by what.
-        kept: a file that keeps the errors of each capture, so that a search that was killed goes on
+        kept: a file that keeps the errors of each head, so that a search that was killed goes on
             where it was.
         progress: told the capture, and how many of its heads and candidates are done of how many.
 
     Raises:
         CaptureError, UsageError: captures that do not tell enough, or do not fit together.
-        ValueError: no candidate is within the budget.
     """
-    if over not in OVER:
-        raise UsageError(f"over must be one of {', '.join(OVER)}; got {over!r}")
+    _check(budget, per, over)
     found: dict[Place, list[NDArray[np.float64]]] = {}
+    files: dict[Place, list[Path]] = {}
     hashes: dict[str, str] = {}
-    tokens: VideoTokens | None = None
-    chosen: Sequence[Candidate] = ()
-    model: CostModel | None = None
-    memory = _Memory(kept)
+    first: tuple[VideoTokens, Sequence[Candidate], CostModel, torch.Size] | None = None
+    memory = Memory(kept)
     for path in [path for folder in captured for path in find_captures(folder)]:
+        now = partial(progress, path.name)
         capture = load_capture(path).as_bhsd()
-        of_capture = _tokens(capture, path)
-        if tokens is None:
-            tokens, chosen = of_capture, candidates(of_capture)
-            model = costs(chosen, capture)
-        elif of_capture != tokens:
-            raise UsageError(
-                f"{path} is of {of_capture}, but the captures before it of {tokens}: calibrate one "
-                "size of video at a time"
-            )
-        digest = hashes[str(path)] = _hash(path)
-        names = [candidate.name for candidate in chosen]
-        errors = memory.errors(digest, names)
-        if errors is None:
-            errors = _errors(capture, tokens, chosen, torch.device(device), backend, path, progress)
-            memory.keep(digest, names, errors)
+        tokens = tokens_of(capture, path)
+        if first is None:
+            chosen = candidates(tokens)
+            if OWN not in chosen:
+                raise UsageError("candidates must have Dense() in precision 'native' among them")
+            first = tokens, chosen, costs(chosen, capture, tokens), capture.q.shape
+        _check_alike(path, (tokens, *capture.q.shape[:2]), (first[0], *first[3][:2]))
+        digest = hashes[str(path)] = hash_of(path)
+        errors = _errors(
+            capture, tokens, first[1], torch.device(device), backend, memory, digest, now
+        )  # fmt: skip
         place = (capture.facts.step or 0, capture.facts.layer or 0)
         found.setdefault(place, []).append(errors)
-    assert tokens is not None and model is not None  # find_captures finds one or raises
+        files.setdefault(place, []).append(path)
+    assert first is not None  # find_captures finds one or raises
     reduce = np.max if over == "worst" else np.mean
     all_errors = {place: reduce(np.stack(several), 0) for place, several in found.items()}
-    choices = _choose_all(all_errors, chosen, tokens, model, budget, per)
-    return Calibration(chosen, tokens, all_errors, choices, model, budget, per, hashes)
+    return Calibration(
+        first[1], first[0], first[3][0], all_errors, first[2], budget, per, num_steps, files,
+        hashes,
+    )  # fmt: skip
 
 
-def _choose_all(
-    errors: dict[Place, NDArray[np.float64]], candidates: Sequence[Candidate],
-    tokens: VideoTokens, costs: CostModel, budget: float, per: str,
-) -> dict[Place, Choice]:  # fmt: skip
-    add = [costs.head_seconds(candidate, tokens) for candidate in candidates]
-    launch = [costs.launch(candidate) for candidate in candidates]
-    choices = {}
-    for (step, layer), of_layer in sorted(errors.items()):
-        try:
-            choices[step, layer] = choose(of_layer, add, launch, budget, per)
-        except ValueError as error:
-            raise ValueError(f"step {step}, layer {layer}: {error}") from error
-    return choices
+def _check(budget: float, per: str, over: str) -> None:
+    if not 0 <= budget <= 1:
+        raise UsageError(f"budget must be from 0 (dense) to 1 (anything), got {budget:g}")
+    for name, given, allowed in (("per", per, BUDGETS), ("over", over, OVER)):
+        if given not in allowed:
+            raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {given!r}")
+
+
+def _check_alike(path: Path, given: tuple, first: tuple) -> None:
+    if given != first:
+        names = ("tokens", "batch", "heads")
+        differ = [f"{n}: {g}, not {f}" for n, g, f in zip(names, given, first, strict=True)
+                  if g != f]  # fmt: skip
+        raise UsageError(
+            f"{path} differs from the captures before it ({'; '.join(differ)}): calibrate one "
+            "size of video at a time"
+        )
 
 
 def _errors(
     capture: Capture, tokens: VideoTokens, candidates: Sequence[Candidate], device: torch.device,
-    backend: str | None, path: Path, progress: Callable[[str, int, int], None],
+    backend: str | None, memory: Memory, digest: str, progress: Callable[[int, int], None],
 ) -> NDArray[np.float64]:  # fmt: skip
-    q, k, v = (x.to(device) for x in (capture.q, capture.k, capture.v))
-    whole, done = q.shape[1] * len(candidates), 0
+    """[heads, candidates]; what the memory knows is not measured again."""
+    qkv, heads = (capture.q, capture.k, capture.v), capture.q.shape[1]
+    suffix = "" if backend is None else f", {backend}"
+    keys = [candidate.key + suffix for candidate in candidates]
+    errors = np.empty((heads, len(candidates)))
+    for head in range(heads):
+        done = [memory.known(digest, key, head) for key in keys]
+        missing = [n for n, error in enumerate(done) if error is None]
+        if missing:
+            count = head * len(candidates) + len(candidates) - len(missing)
+            q, k, v = head_of(qkv, head, device)
+            measured = errors_of_head(
+                q, k, v, tokens, [candidates[n] for n in missing], scale=capture.facts.scale,
+                backend=backend, progress=partial(_one_more, progress, count, errors.size),
+            )  # fmt: skip
+            memory.keep(digest, [keys[n] for n in missing], head, measured)
+            for n, error in zip(missing, measured, strict=True):
+                done[n] = error
+        errors[head] = done
+    return errors
 
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        progress(path.name, done, whole)
 
-    return head_errors(
-        q, k, v, tokens, candidates, scale=capture.facts.scale, backend=backend, progress=one_more
-    ).numpy()
+def _one_more(progress: Callable[[int, int], None], before: int, of: int, done: int) -> None:
+    progress(before + done, of)
 
 
-def _tokens(capture: Capture, path: Path) -> VideoTokens:
+def tokens_of(capture: Capture, path: Path) -> VideoTokens:
+    """How the tokens of a capture lie.
+
+    Raises:
+        UsageError: it does not say, or is no self-attention of all tokens.
+    """
     facts = capture.facts
     if facts.grid is None or facts.layer is None:
         raise UsageError(
@@ -247,41 +158,3 @@ def _tokens(capture: Capture, path: Path) -> VideoTokens:
             f"{tokens.sequence_length}"
         )
     return tokens
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-class _Memory:
-    """Errors that were measured, in a JSON file that is replaced whole after every capture."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.content: dict[str, dict[str, list[float]]] = {}
-        if path is not None and path.exists():
-            try:
-                self.content = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{path} is not a file of this program: {error}") from error
-
-    def errors(self, capture: str, names: Sequence[str]) -> NDArray[np.float64] | None:
-        """[heads, candidates], if all of these candidates were measured on this capture."""
-        known = self.content.get(capture, {})
-        if not all(name in known for name in names):
-            return None
-        return np.array([known[name] for name in names]).T
-
-    def keep(self, capture: str, names: Sequence[str], errors: NDArray[np.float64]) -> None:
-        of_capture = self.content.setdefault(capture, {})
-        for name, column in zip(names, errors.T, strict=True):
-            of_capture[name] = column.tolist()
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(f".{self.path.name}.part")
-            part.write_text(json.dumps(self.content), encoding="utf-8")
-            part.replace(self.path)

@@ -93,7 +93,7 @@ def render(
     """
     arguments = call_arguments(pipe, wanted.call)
     path.parent.mkdir(parents=True, exist_ok=True)
-    steps = arguments.get("num_inference_steps") or _default(pipe, "num_inference_steps")
+    steps = arguments.get("num_inference_steps") or default_of(pipe, "num_inference_steps")
     writer = None
     if capture is not None:
         writer = CaptureWriter(capture.folder, kind.label, capture.selection, capture.file_format)
@@ -105,7 +105,7 @@ def render(
     def before_first(tokens: VideoTokens, query: Tensor) -> None:
         say(_tokens_text(tokens, query))
         if writer is not None:
-            say(_plan(pipe, writer, query, steps))
+            say(plan(pipe, writer, query, steps))
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -197,7 +197,7 @@ def _compiled(pipe: Any) -> Iterator[None]:
         torch.compiler.reset()  # the next attention type must not count as a recompilation
 
 
-def _default(pipe: Any, name: str) -> Any:
+def default_of(pipe: Any, name: str) -> Any:
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
@@ -210,7 +210,7 @@ def _tokens_text(tokens: VideoTokens, query: Tensor) -> str:
     )
 
 
-def _plan(pipe: Any, writer: CaptureWriter, query: Tensor, steps: int) -> str:
+def plan(pipe: Any, writer: CaptureWriter, query: Tensor, steps: int) -> str:
     """How much will be written.
 
     Raises:
