@@ -41,7 +41,10 @@ CODE_VARIANTS = (
     "per_thread",
     "fp16_sums",
 )  # the last two are "lens" with an option
-POOL_KERNELS = ("block_mean", "block_mean_backward", "select_top_k", "step_lists")
+POOL_KERNELS = (
+    *("block_mean", "block_mean_backward", "select_top_k", "step_lists"),
+    *("block_means", "block_scores", "add_coarse"),
+)
 QUANTIZERS = ("channel_statistics", "quantize_tokens", "quantize_channels")
 
 
@@ -130,7 +133,7 @@ def _quantizer_launch(case: Case) -> Launch:
 
 
 def _pool_launch(case: Case) -> Launch:
-    from video_attn.kernels import block_pool, step_lists
+    from video_attn.kernels import block_pool, block_rank, step_lists
 
     x = _meta(1, HEADS, LENGTH, case.head_dim, dtype=DTYPES[case.itemsize])
     side = Side(case.grain, LENGTH, _meta(1, LENGTH // case.grain, dtype=torch.int32))
@@ -139,6 +142,13 @@ def _pool_launch(case: Case) -> Launch:
         return block_pool.block_mean(x, mean, side)
     if case.kernel == "block_mean_backward":
         return block_pool.block_mean_backward(mean, x, side)
+    if case.kernel == "block_means":
+        return block_rank.block_means((x, x, x), (mean, mean, mean), side, side)
+    if case.kernel == "block_scores":
+        scores = _meta(*mean.shape[:3], mean.shape[2])
+        return block_rank.block_scores((mean, mean, mean), scores, mean, side.lens, 0.1)
+    if case.kernel == "add_coarse":
+        return block_rank.add_coarse(x, mean, x, side)
     if case.kernel == "select_top_k":
         scores = _meta(1, HEADS, 10, LENGTH, dtype=x.dtype)
         lens = _meta(1, LENGTH, dtype=torch.int32)

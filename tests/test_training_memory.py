@@ -70,14 +70,14 @@ def test_scores_of_all_tiles_are_there_for_some_heads_only(monkeypatch):
     monkeypatch.setattr(coarse, "_LEAST_ROOM", 0)
     q, k, v = (x.detach() for x in qkv(heads=8, dim=64))
     with _Peak() as watch:
-        selected, _ = compress_and_select(
+        selected, *_ = compress_and_select(
             q, k, v, None, None, block_size=V, top_k=TOP, scale=0.1, gate=None
         )
     one_head = TILES**2 * coarse._BYTES
     assert selected.shape == (1, 8, TILES, TOP)
     assert watch.peak <= 0.05 * sum(x.nbytes for x in (q, k, v)) + one_head + 8 * 2**20
     monkeypatch.setattr(coarse, "_LEAST_ROOM", 2**30)
-    whole, _ = compress_and_select(
+    whole, *_ = compress_and_select(
         q, k, v, None, None, block_size=V, top_k=TOP, scale=0.1, gate=None
     )
     assert torch.equal(whole, selected)

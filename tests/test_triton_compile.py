@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHIPS = sorted(launch_tables.SHARED_MEMORY)
 SMALL = (
     "prepare", "block_mean", "block_mean_backward", "select_top_k", "step_lists",
+    "block_means", "block_scores", "add_coarse",
     "channel_statistics", "quantize_tokens", "quantize_channels",
 )  # fmt: skip
 # What the products of codes multiply: those of Q and K, those of P and V.

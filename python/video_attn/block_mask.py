@@ -514,10 +514,16 @@ class BlockMask:
 
 
 def unchecked_mask(**fields: Any) -> BlockMask:
-    """A mask of these fields as they are."""
+    """A mask of these fields as they are; the tensors of it that are optional may be left out."""
     mask: BlockMask = object.__new__(BlockMask)
-    mask.__dict__.update(fields)
+    mask.__dict__.update(_OPTIONAL | fields)
     return mask
+
+
+_OPTIONAL: dict[str, Any] = {
+    "q_block_lens": None, "kv_block_lens": None,
+    "_transpose": None, "_transposed_versions": None, "_transpose_is_derived": False,
+}  # fmt: skip
 
 
 def mask_arguments(mask: BlockMask | None, transposed: bool = False) -> MaskArguments:

@@ -86,6 +86,42 @@ class BackwardCall:
         return dq, dk, dv
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class RankCall:
+    """The first steps of video sparse attention: block means, scores, the best blocks, coarse part.
+
+    Args:
+        q: [B, Hq, Sq, D]. k: [B, Hkv, Sk, D]. v: [B, Hkv, Sk, Dv], or None without a coarse part;
+            the last stride is 1.
+        q_side, kv_side: their blocks. top_k: key blocks for each query block. scale: of the scores.
+        score_dtype: half precision that means and scores are rounded to for the choice; or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    q_side: Side
+    kv_side: Side
+    top_k: int
+    scale: float
+    score_dtype: torch.dtype | None = None
+
+
+class Ranking(NamedTuple):
+    """The results of a :class:`RankCall`.
+
+    Args:
+        selected: int32 [B, Hq, Nq, top_k], ascending. counts: int32 [B, Hq, Nq], all top_k.
+        coarse: [B, Hq, Nq, Dv] in the dtype of v, or None without v.
+        means: of q, k and v (or None), [B, H, N, D] in their dtype.
+    """
+
+    selected: Tensor
+    counts: Tensor
+    coarse: Tensor | None
+    means: tuple[Tensor, Tensor, Tensor | None]
+
+
 class BlockOps(NamedTuple):
     """Means of blocks and the choice of the best ones, the first steps of video sparse attention.
 
@@ -95,12 +131,18 @@ class BlockOps(NamedTuple):
         block_mean_backward: ``(grad [B, H, N, D], dx [B, H, S, D], side)``; fills ``dx``.
         select_top_k: ``(scores [B, H, Nq, Nk], indices int32 [B, H, Nq, k], k, key lens)``; fills
             ``indices``.
+        rank: all of a :class:`RankCall` at once; None: by the functions above and torch.
+        add_coarse: ``(out [B, H, S, Dv], coarse [B, H, N, Dv], gate, side)``; adds gate * coarse of
+            its block to the valid rows of ``out``. The gate is a number or a tensor [B|1, H|1,
+            S|1, Dv|1] whose last stride is 1. None: by torch.
     """
 
     refusal: Callable[[str, str], str | None]
     block_mean: Callable[[Tensor, Tensor, Side], None]
     block_mean_backward: Callable[[Tensor, Tensor, Side], None]
     select_top_k: Callable[[Tensor, Tensor, int, Tensor | None], None]
+    rank: Callable[[RankCall], Ranking] | None = None
+    add_coarse: Callable[[Tensor, Tensor, Tensor | float, Side], None] | None = None
 
 
 def by_heads(call: BackwardCall, bytes_per_list: int) -> Iterator[BackwardCall]:

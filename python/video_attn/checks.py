@@ -100,6 +100,24 @@ def forward_mode_is_on() -> bool:
     return forward_ad._current_level >= 0
 
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody but autograd looks at what is done with these tensors.
+
+    No mode, no transform of ``torch.func``, no tracer, no subclass, no tensor without values: the
+    operators could do nothing but call the code that is then called directly, which is quicker.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and all(type(x) in _PLAIN_TYPES and x.device.type in ("cpu", "cuda") for x in tensors)
+    )
+
+
 def may_be_overwritten(x: Tensor) -> bool:
     """Whether a result of ours may be changed in place: no derivative and no transform needs it."""
     if torch.compiler.is_compiling():

@@ -15,12 +15,11 @@ from torch.autograd import forward_ad
 from . import flops
 from .block_mask import BlockMask, MaskArguments, mask_arguments
 from .calls import ForwardCall
-from .checks import forward_mode_is_on, wants_gradient
+from .checks import forward_mode_is_on, is_plain, wants_gradient
 from .ops import NO_DERIVATIVE, NO_SECOND_DERIVATIVE, backward, forward, library, run_forward
 from .quantize import recipe_text
 from .transforms import fold_into_batch, register_vmap
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _ops = torch.ops.video_attn
 
 
@@ -70,21 +69,6 @@ def _transposes_now(mask: BlockMask, q: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return mask.transpose_bytes * 16 <= q.numel() * q.element_size()
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether nobody but autograd looks at what is done with these tensors.
-
-    No mode, no transform of ``torch.func``, no tracer, no subclass, no tensor without values: the
-    operators could do nothing but call the code that is then called directly, which is quicker.
-    """
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and all(type(x) in _PLAIN_TYPES and x.device.type in ("cpu", "cuda") for x in tensors)
-    )
 
 
 def has_tangent(*tensors: Any) -> bool:

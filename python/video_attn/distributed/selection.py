@@ -35,11 +35,13 @@ def attend_selected(
     layout, lens = selection.layout, selection.lens
     length = layout.num_tiles * layout.tile_volume
     tile_lens = None if lens is None else lens[:, : layout.num_tiles]
-    selected, coarse = compress_and_select(
+    selected, counts, coarse = compress_and_select(
         q[:, :, :length], k[:, :, :length], v[:, :, :length], tile_lens, tile_lens,
         block_size=layout.tile_volume, top_k=selection.top_k, scale=options.scale, gate=gate,
     )  # fmt: skip
-    mask = selected_tiles_mask(selected, layout, text_blocks=selection.text_blocks, block_lens=lens)
+    mask = selected_tiles_mask(
+        selected, layout, counts=counts, text_blocks=selection.text_blocks, block_lens=lens
+    )
     out = attention(
         q, k, v, mask, scale=options.scale, precision=options.precision, backend=options.backend,
         deterministic=options.deterministic, quantization=options.quantization,
@@ -175,10 +177,11 @@ def _select(
             return none.to(q.device), all_v[:, :1, :0] if needs_coarse else None
         all_lens = None if selection.lens is None else selection.lens[:, :tiles].clamp(max=1)
         own_lens = None if lens is None else lens.clamp(max=1)
-        return compress_and_select(  # of blocks of one token: the means themselves
+        selected, _, coarse = compress_and_select(  # of blocks of one token: the means themselves
             q_mean, all_k, all_v, own_lens, all_lens,
             block_size=1, top_k=selection.top_k, scale=options.scale, gate=gate,
         )  # fmt: skip
+        return selected, coarse
 
 
 def _listed(selection: Selection, own: _Own, selected: Tensor, lead: Sequence[int]) -> Tensor:

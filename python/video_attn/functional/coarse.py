@@ -6,7 +6,7 @@ Nor is one kept for the backward pass, which makes it again from the means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,13 +62,20 @@ def _transformed() -> bool:
     return forward_mode_is_on() or torch._C._are_functorch_transforms_active()
 
 
-def head_groups(q_mean: Tensor, k_mean: Tensor, room: int) -> Iterator[tuple[slice, slice]]:
-    """(query heads, key heads) of as many key heads as ``room`` allows, one at least."""
+def head_groups(
+    q_mean: Tensor, k_mean: Tensor, room: int, head_bytes: int | None = None
+) -> Iterator[tuple[slice, slice]]:
+    """(query heads, key heads) of as many key heads as ``room`` allows, one at least.
+
+    ``head_bytes``: what one query head takes; default: all blocks by all blocks of the means.
+    """
     if torch.compiler.is_compiling():
         yield slice(None), slice(None)
         return
     group = q_mean.shape[1] // k_mean.shape[1]
-    one_head = q_mean.shape[0] * group * q_mean.shape[2] * k_mean.shape[2] * _BYTES
+    if head_bytes is None:
+        head_bytes = q_mean.shape[2] * k_mean.shape[2] * _BYTES
+    one_head = q_mean.shape[0] * group * head_bytes
     step = max(1, max(room, _LEAST_ROOM) // max(1, one_head))
     for first in range(0, k_mean.shape[1], step):
         yield slice(first * group, (first + step) * group), slice(first, first + step)
@@ -107,7 +114,14 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *means, kv_lens = ctx.saved_tensors
-        with torch.enable_grad():
-            q, k, v = (x.detach().requires_grad_() for x in means)
-            out = _average(block_scores(q, k, ctx.scale), v, kv_lens)
-        return *torch.autograd.grad(out, (q, k, v), grad), None, None
+        return *average_gradients(means, kv_lens, ctx.scale, grad), None, None
+
+
+def average_gradients(
+    means: Sequence[Tensor], kv_lens: Tensor | None, scale: float, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of the means of q, k and v, from that of the coarse branch."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in means)
+        out = _average(block_scores(q, k, scale), v, kv_lens)
+    return torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))

@@ -28,7 +28,8 @@ from torch import Tensor
 from ..attention import Options, attention, check_options, check_scale
 from ..block_mask import BlockMask
 from ..block_ops import block_mean, select_top_k
-from ..checks import check_bool, check_int, check_number, may_be_overwritten
+from ..calls import RankCall, Side
+from ..checks import check_bool, check_int, check_number, may_be_overwritten, wants_gradient
 from ..layout import Triple, VideoLayout
 from ..patterns.valid_text import (
     TextLength,
@@ -38,6 +39,7 @@ from ..patterns.valid_text import (
 )
 from ..patterns.video_sparse import kept_blocks, selected_tiles_mask
 from .coarse import per_kv_head, rank_and_average
+from .ranking import fused_block_ops, rank
 from .video import TOKEN_DIM, video_layout
 
 if TYPE_CHECKING:
@@ -134,17 +136,18 @@ def video_sparse(
     lens = block_lens(valid, video, q.device)
     tile_lens = None if lens is None else lens[:, : video.num_tiles]
     length = video.num_tiles * video.tile_volume
-    selected, coarse = compress_and_select(
+    selected, counts, coarse = compress_and_select(
         q[:, :, :length], k[:, :, :length], v[:, :, :length], tile_lens, tile_lens,
         block_size=video.tile_volume, top_k=top_k, scale=scale, gate=gate,
         backend=options.get("backend"), score_dtype=score_dtype,
     )  # fmt: skip
     mask = selected_tiles_mask(
-        selected, video, text_blocks=listed_text_blocks(valid, video), block_lens=lens
-    )
+        selected, video, counts=counts, text_blocks=listed_text_blocks(valid, video),
+        block_lens=lens,
+    )  # fmt: skip
     out = attention(q, k, v, mask, **options)
     if coarse is not None:
-        out = add_coarse(out, coarse, gate, video.tile_volume)
+        out = add_coarse(out, coarse, gate, video.tile_volume, backend=options.get("backend"))
     out = out.transpose(1, 2) if layout == "bshd" else out
     out = video.from_tiles(out, TOKEN_DIM[layout])
     return (out, mask) if return_mask else out
@@ -170,12 +173,19 @@ def compress_and_select(
     gate: Gate,
     backend: str | None = None,
     score_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(selected int32 [B, Hq, Nq, top_k], coarse [B, Hq, Nq, Dv] or None where the gate is 0).
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(selected int32 [B, Hq, Nq, top_k], counts int32 [B, Hq, Nq], all top_k, if they are there,
+    coarse [B, Hq, Nq, Dv] or None where the gate is 0).
 
     q [B, Hq, Nq*block_size, D], k and v likewise, padded blocks; lens int32 [B|1, N] or None.
     """
     no_coarse = isinstance(gate, float) and gate == 0
+    room = sum([x.numel() * x.element_size() for x in (q, k, v)]) // 20
+    ops = fused_block_ops(backend, q, k, v, q_lens, kv_lens)
+    if ops is not None:
+        sides = Side(block_size, q.shape[2], q_lens), Side(block_size, k.shape[2], kv_lens)
+        values = None if no_coarse else v
+        return rank(ops, RankCall(q, k, values, *sides, top_k, scale, score_dtype), room)
     # Autocast would round the scores to half precision.
     with (
         _without_autocast(q.device.type),
@@ -191,10 +201,9 @@ def compress_and_select(
                 scores = _rounded_scores(*means, scale, score_dtype)
             return select_top_k(scores, top_k, kv_lens, backend=backend)
 
-        room = sum(x.numel() * x.element_size() for x in (q, k, v)) // 20
         selected, coarse = rank_and_average(q_mean, k_mean, v_mean, kv_lens, scale, room, select)
         coarse = None if coarse is None else coarse.to(v.dtype)
-    return selected, coarse
+    return selected, None, coarse
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
@@ -204,7 +213,13 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Non
 
 
 def add_coarse(
-    out: Tensor, coarse: Tensor, gate: Gate, block_size: int, lens: Tensor | None = None
+    out: Tensor,
+    coarse: Tensor,
+    gate: Gate,
+    block_size: int,
+    lens: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """out + gate * coarse, each row of ``coarse`` [B, H, N, Dv] going to all tokens of its block.
 
@@ -215,6 +230,15 @@ def add_coarse(
     """
     blocks = coarse.shape[2]
     length = blocks * block_size
+    weights = gate if isinstance(gate, Tensor) else None
+    if may_be_overwritten(out) and not wants_gradient(coarse, weights):
+        ops = fused_block_ops(backend, out, coarse, weights, lens)
+        if ops is not None and (weights is None or 1 in (weights.shape[3], weights.stride(3))):
+            assert ops.add_coarse is not None  # where there is one, there are both
+            ops.add_coarse(
+                out, coarse, 1.0 if gate is None else gate, Side(block_size, length, lens)
+            )
+            return out
     video, spread = out[:, :, :length].unflatten(2, (blocks, block_size)), coarse[:, :, :, None]
     weight = None
     if isinstance(gate, Tensor) and gate.shape[2] != 1:

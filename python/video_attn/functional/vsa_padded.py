@@ -17,8 +17,8 @@ from ..attention import (
     check_scale,
     check_shapes,
 )
-from ..block_mask import BlockMask
 from ..checks import as_int, check_int
+from ..patterns.video_sparse import selected_blocks_mask
 from .vsa import add_coarse, check_count, check_gate, check_score_dtype, compress_and_select
 
 if TYPE_CHECKING:
@@ -107,17 +107,14 @@ def video_sparse_attn(
     else:
         q_lens = block_lens("q_variable_block_sizes", given["q_variable_block_sizes"], q, nq, size)
     options["scale"] = check_scale(options.get("scale"), q.shape[3])
-    selected, coarse = compress_and_select(
+    selected, counts, coarse = compress_and_select(
         q, k, v, q_lens, kv_lens, block_size=size, top_k=top_k, scale=options["scale"], gate=gate,
         backend=options.get("backend"), score_dtype=score_dtype,
     )  # fmt: skip
-    mask = BlockMask.from_indices(
-        selected, size, size, q_len=q.shape[2], kv_len=k.shape[2],
-        q_block_lens=q_lens, kv_block_lens=kv_lens,
-    )  # fmt: skip
+    mask = selected_blocks_mask(selected, counts, size, q.shape[2], k.shape[2], q_lens, kv_lens)
     out = attention(q, k, v, mask, **options)
     if coarse is not None:
-        out = add_coarse(out, coarse, gate, size, q_lens)
+        out = add_coarse(out, coarse, gate, size, q_lens, backend=options.get("backend"))
     return out.transpose(1, 2) if layout == "bshd" else out
 
 

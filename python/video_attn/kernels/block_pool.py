@@ -14,6 +14,32 @@ _MEAN_TILE = 4096  # numbers in registers at a time
 _SCORES = 2048  # of a row in registers at a time
 
 
+@triton.jit
+def mean_of_slot(
+    x, mean, lens, stride_x_b, stride_x_h, stride_x_s, stride_mean_b, stride_mean_h, stride_mean_s,
+    stride_lens_b, i, H, N, D, length,
+    SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """mean_n = sum of the valid rows of slot n / their number, 0 where there is none.
+
+    i: number of the slot among those of all heads, 64-bit.
+    """
+    i_n, i_h, i_b = i % N, i // N % H, i // N // H
+    p_lens = lens if lens is None else lens + i_b * stride_lens_b
+    _, start, _, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
+    o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
+    p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
+    p_mean = head_rows(mean, i_b, i_h, stride_mean_b, stride_mean_h, VEC)
+    b_sum = tl.zeros([BM, BD], ACC)
+    for i_m in range(0, n_valid, BM):
+        m_m = i_m + o_m < n_valid
+        b_sum += load_tile(p_x, start + i_m, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(n_valid, 1)
+    p_mean += i_n * stride_mean_s * VEC
+    m_d = o_d < (BD if D is None else D * VEC)
+    tl.store(p_mean + o_d, b_mean.to(mean.dtype.element_ty), mask=m_d)
+
+
 @sized_jit
 def block_mean_kernel(
     x, mean, lens,
@@ -22,22 +48,12 @@ def block_mean_kernel(
     SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     ACC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """mean_n = sum of the valid rows of slot n / their number, 0 where there is none."""
-    pid = tl.program_id(0).to(tl.int64)
-    i_n, i_h, i_b = pid % N, pid // N % H, pid // N // H
-    p_lens = lens if lens is None else lens + i_b * stride_lens_b
-    _, start, _, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
-    o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
-    p_x = head_rows(x, i_b, i_h, stride_x_b, stride_x_h, VEC)
-    p_mean = head_rows(mean, i_b, i_h, stride_mean_b, stride_mean_h, VEC)
-    b_sum = tl.zeros([BM, BD], ACC)
-    for i in range(0, n_valid, BM):
-        m_m = i + o_m < n_valid
-        b_sum += load_tile(p_x, start + i, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
-    b_mean = tl.sum(b_sum, 0) / tl.maximum(n_valid, 1)
-    p_mean += i_n * stride_mean_s * VEC
-    m_d = o_d < (BD if D is None else D * VEC)
-    tl.store(p_mean + o_d, b_mean.to(mean.dtype.element_ty), mask=m_d)
+    """The means of all slots of x, one program for each."""
+    mean_of_slot(
+        x, mean, lens, stride_x_b, stride_x_h, stride_x_s, stride_mean_b, stride_mean_h,
+        stride_mean_s, stride_lens_b, tl.program_id(0).to(tl.int64), H, N, D, length,
+        SLOT, BD, BM, ACC, VEC,
+    )  # fmt: skip
 
 
 @sized_jit
@@ -85,7 +101,7 @@ def _keys(p_row, p_lens, o, n_keys, LOW_BITS: tl.constexpr):
 
 @sized_jit
 def select_top_k_kernel(
-    scores, indices, lens,
+    scores, indices, counts, lens,
     stride_scores_b, stride_scores_h, stride_scores_s, stride_lens_b,
     H, R, n_keys, top_k,
     LOW_BITS: tl.constexpr, BN: tl.constexpr,
@@ -93,7 +109,8 @@ def select_top_k_kernel(
     """Ascending indices of the ``top_k`` largest scores of a row, of equal ones the lower index.
 
     The k-th largest key is found bit by bit, from the top: a bit is set if k keys are still not
-    smaller. All keys above it are taken, and of those equal to it the first ones.
+    smaller. All keys above it are taken, and of those equal to it the first ones. ``counts`` is
+    filled with ``top_k``, where it is given.
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_r, i_h, i_b = i_row % R, i_row // R % H, i_row // R // H
@@ -119,6 +136,8 @@ def select_top_k_kernel(
     for i in range(BN, n_keys, BN):
         n_ties -= tl.sum((_keys(p_row, p_lens, i + o, n_keys, LOW_BITS) > kth).to(tl.int32))
 
+    if counts is not None:
+        tl.store(counts + i_row, top_k)
     p_out = indices + i_row * top_k
     n_taken = 0
     for i in range(0, n_keys, BN):
@@ -151,12 +170,28 @@ def _mean_launch(kernel: object, args: dict, mean: Tensor, side: Side) -> Launch
     return Launch(kernel, batch * heads * slots, args, {"num_warps": 4, "num_stages": 2})
 
 
-def select_top_k(scores: Tensor, indices: Tensor, top_k: int, key_lens: Tensor | None) -> Launch:
-    """The launch that fills ``indices`` int32 [B, H, R, top_k], contiguous, from ``scores``."""
+def select_top_k(
+    scores: Tensor,
+    indices: Tensor,
+    top_k: int,
+    key_lens: Tensor | None,
+    counts: Tensor | None = None,
+) -> Launch:
+    """The launch that fills ``indices`` int32 [B, H, R, top_k], contiguous, from ``scores``.
+
+    ``counts`` int32 [B, H, R], contiguous: filled with ``top_k``.
+    """
     batch, heads, rows, keys = scores.shape
     block = min(_SCORES, padded(keys))
     args = named_strides("scores", scores, "bhs") | lens_args("lens", key_lens)
-    args |= {"indices": indices, "H": heads, "R": rows, "n_keys": keys, "top_k": top_k}
+    args |= {
+        "indices": indices,
+        "counts": counts,
+        "H": heads,
+        "R": rows,
+        "n_keys": keys,
+        "top_k": top_k,
+    }
     args |= {"LOW_BITS": _LOW_BITS[scores.dtype], "BN": block}
     warps = max(1, block // 512)
     return Launch(

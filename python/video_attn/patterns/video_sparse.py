@@ -8,15 +8,17 @@ with Trainable Sparse Attention", 2025.
 from __future__ import annotations
 
 import math
+import operator
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from ..block_mask import BlockMask
+from ..block_mask import BlockMask, unchecked_mask
 from ..checks import check_number
 from ..compiler import constant_result
 from ..layout import VideoLayout
+from ..static_cache import static_cache
 
 _MAX_DENOMINATOR = 10**6
 
@@ -45,10 +47,37 @@ def kept_blocks(ratio: float, num_blocks: int) -> int:
     return max(1, math.ceil(meant * num_blocks))
 
 
+def selected_blocks_mask(
+    selected: Tensor,
+    counts: Tensor | None,
+    block_size: int,
+    q_len: int,
+    kv_len: int,
+    q_block_lens: Tensor | None,
+    kv_block_lens: Tensor | None,
+) -> BlockMask:
+    """The mask where each block sees the blocks ``selected`` for it, int32 [B, H, Nq, k] ascending.
+
+    ``counts`` int32 [B, H, Nq], all k, where a kernel has filled one beside ``selected``: the lists
+    are then taken as they are.
+    """
+    if counts is None:
+        return BlockMask.from_indices(
+            selected, block_size, block_size, q_len=q_len, kv_len=kv_len,
+            q_block_lens=q_block_lens, kv_block_lens=kv_block_lens,
+        )  # fmt: skip
+    return unchecked_mask(
+        kv_num_blocks=counts, kv_indices=selected, q_block_size=block_size,
+        kv_block_size=block_size, q_len=q_len, kv_len=kv_len,
+        q_block_lens=q_block_lens, kv_block_lens=kv_block_lens,
+    )  # fmt: skip
+
+
 def selected_tiles_mask(
     selected: Tensor,
     layout: VideoLayout,
     *,
+    counts: Tensor | None = None,
     text_blocks: int | None = None,
     block_lens: Tensor | None = None,
 ) -> BlockMask:
@@ -57,26 +86,37 @@ def selected_tiles_mask(
     Args:
         selected: int32 [B, H, num_tiles, k], ascending tile numbers.
         layout: of queries and keys alike, in padded tile order, text last.
+        counts: int32 [B, H, num_tiles], all k, or None.
         text_blocks: text blocks that every query sees (default all); queries in text blocks see
             everything.
         block_lens: int32 [B|1, num_blocks], valid tokens of each block; None: all are full.
     """
     size, length = layout.tile_volume, layout.padded_length
     if layout.num_text_blocks == 0:
-        return BlockMask.from_indices(
-            selected, size, size, q_len=length, kv_len=length,
-            q_block_lens=block_lens, kv_block_lens=block_lens,
-        )  # fmt: skip
-    tiles, (*leading, _, kept) = layout.num_tiles, selected.shape
+        return selected_blocks_mask(selected, counts, size, length, length, block_lens, block_lens)
+    (*leading, tiles, kept) = selected.shape
     text_blocks = layout.num_text_blocks if text_blocks is None else text_blocks
-    every = torch.arange(tiles + text_blocks, dtype=torch.int32, device=selected.device)
-    text = every[tiles:].expand(*leading, tiles, -1)
-    unused = every.new_zeros(()).expand(*leading, tiles, tiles - kept)
-    video_rows = torch.cat([selected, text, unused], -1)
-    text_rows = every.expand(*leading, layout.num_text_blocks, -1)
-    counts = every.new_full((*leading, layout.num_blocks), kept + text_blocks)
-    counts[..., tiles:] = tiles + text_blocks
-    return BlockMask.from_indices(
-        torch.cat([video_rows, text_rows], 2), size, size, q_len=length, kv_len=length,
-        kv_num_blocks=counts, q_block_lens=block_lens, kv_block_lens=block_lens,
+    rows, counts = _rows_beside(
+        operator.index(tiles), operator.index(kept), layout.num_text_blocks, text_blocks,
+        selected.device,
     )  # fmt: skip
+    rows = rows.repeat(*leading, 1, 1)
+    rows[:, :, :tiles, :kept] = selected
+    return BlockMask.from_indices(
+        rows, size, size, q_len=length, kv_len=length, kv_num_blocks=counts.expand(*leading, -1),
+        q_block_lens=block_lens, kv_block_lens=block_lens,
+    )  # fmt: skip
+
+
+@static_cache
+def _rows_beside(
+    tiles: int, kept: int, text_rows: int, text_blocks: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(lists [tiles + text_rows, tiles + text_blocks], counts): all but the selected tiles."""
+    every = torch.arange(tiles + text_blocks, dtype=torch.int32)
+    rows = every.repeat(tiles + text_rows, 1)
+    rows[:tiles] = 0
+    rows[:tiles, kept : kept + text_blocks] = every[tiles:]
+    counts = torch.full((tiles + text_rows,), kept + text_blocks, dtype=torch.int32)
+    counts[tiles:] = tiles + text_blocks
+    return rows.to(device), counts.to(device)

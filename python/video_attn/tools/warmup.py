@@ -188,7 +188,7 @@ def _launches(job: Job) -> list[Launch]:
 
 
 def _block_launches(job: Job, k: Tensor, mask: BlockMask | None) -> list[Launch]:
-    from ..kernels import block_pool
+    from ..kernels import block_pool, block_rank
 
     assert mask is not None and job.block is not None
     side = Side(job.block, job.tokens, mask.kv_block_lens)
@@ -200,6 +200,12 @@ def _block_launches(job: Job, k: Tensor, mask: BlockMask | None) -> list[Launch]
         block_pool.block_mean(k, mean, side),
         block_pool.block_mean_backward(mean, k, side),
         block_pool.select_top_k(scores, indices, indices.shape[3], mask.kv_block_lens),
+        block_pool.select_top_k(
+            scores, indices, indices.shape[3], mask.kv_block_lens, mask.kv_num_blocks
+        ),
+        block_rank.block_means((k, k, k), (mean, mean, mean), side, side),
+        block_rank.block_scores((mean, mean, mean), scores, mean, mask.kv_block_lens, 0.1),
+        block_rank.add_coarse(k, mean, 1.0, side),
     ]
 
 
