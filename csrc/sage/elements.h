@@ -1,5 +1,5 @@
-// Elements of the caller's tensors: fp16, bf16 or fp32, four neighbouring channels at a time, in
-// one access where they are aligned.
+// Elements of the caller's tensors: fp16, bf16 or fp32, neighbouring channels at a time, in as few
+// accesses as their alignment allows.
 #pragma once
 
 #include "params.h"
@@ -24,45 +24,59 @@ SAGE_DEVICE uint32_t from_float(Element dtype, float x) {
   return dtype == Element::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
 }
 
-// The first `count` of four neighbouring channels, of the first `rows` of kRows tokens that lie
-// `stride` elements apart; zeros in place of the others. Where the channels are whole and aligned,
-// all are asked for before the first is waited for.
-template <int kRows>
-SAGE_DEVICE void load_rows(float (&y)[kRows][4], const void* data, Element dtype, int64_t offset,
-                           int64_t stride, int rows, int count) {
+// Eight neighbouring channels, of which `count` exist, of kRows tokens of a tile: visit(r, values)
+// for each r, with zeros for tokens row(r) >= valid and for channels that do not exist. `offset` is
+// that of the tile's first token, tokens lie `stride` elements apart. Where the channels are whole
+// and aligned, 16 bytes are read at a time, and all are asked for before the first is waited for.
+template <int kRows, class Row, class Visit>
+SAGE_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int64_t stride,
+                            int valid, int count, Row row, Visit visit) {
   const int size = dtype == Element::kFloat32 ? 4 : 2;
   const auto* bytes = static_cast<const uint8_t*>(data) + offset * size;
   const int64_t step = stride * size;
-  if (count < 4 || (reinterpret_cast<uintptr_t>(bytes) | step) % (4 * size) != 0) {
+  if (count <= 0) valid = 0;
+  const bool is_whole = count <= 0 || count >= 8;
+  if (!is_whole || (reinterpret_cast<uintptr_t>(bytes) | step) % 16 != 0) {
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      float y[8];
       SAGE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const uint8_t* element = bytes + r * step + i * size;
-        y[r][i] = r >= rows || i >= count ? 0.0f
-                  : size == 4 ? *reinterpret_cast<const float*>(element)
-                              : to_float(dtype, *reinterpret_cast<const uint16_t*>(element));
+      for (int i = 0; i < 8; ++i) {
+        const uint8_t* element = bytes + row(r) * step + i * size;
+        y[i] = row(r) >= valid || i >= count ? 0.0f
+               : size == 4 ? *reinterpret_cast<const float*>(element)
+                           : to_float(dtype, *reinterpret_cast<const uint16_t*>(element));
       }
+      visit(r, y);
     }
   } else if (size == 4) {
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Words4 words = r < rows ? *reinterpret_cast<const Words4*>(bytes + r * step) : Words4{};
+      float y[8];
       SAGE_UNROLL
-      for (int i = 0; i < 4; ++i) y[r][i] = from_bits(words.w[i]);
+      for (int half = 0; half < 2; ++half) {
+        const auto* place = reinterpret_cast<const Words4*>(bytes + row(r) * step) + half;
+        const Words4 words = row(r) < valid ? *place : Words4{};
+        SAGE_UNROLL
+        for (int i = 0; i < 4; ++i) y[half * 4 + i] = from_bits(words.w[i]);
+      }
+      visit(r, y);
     }
   } else {
-    Words2 words[kRows];
+    Words4 words[kRows];
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      words[r] = r < rows ? *reinterpret_cast<const Words2*>(bytes + r * step) : Words2{};
+      const auto* place = reinterpret_cast<const Words4*>(bytes + row(r) * step);
+      words[r] = row(r) < valid ? *place : Words4{};
     }
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      float y[8];
       SAGE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        y[r][i] = to_float(dtype, words[r].w[i / 2] >> (i % 2 * 16) & 0xFFFFu);
+      for (int i = 0; i < 8; ++i) {
+        y[i] = to_float(dtype, words[r].w[i / 2] >> (i % 2 * 16) & 0xFFFFu);
       }
+      visit(r, y);
     }
   }
 }

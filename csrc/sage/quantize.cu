@@ -13,9 +13,11 @@ const char* launch_statistics(const QuantizeParams& p, void* stream) {
 
 template <int kDim, QkCode kQk, VCode kV>
 const char* launch_codes(const QuantizeParams& p, void* stream) {
-  const int64_t q_tiles = static_cast<int64_t>(p.heads) * tiles_in(p.q_side.length);
-  const int64_t kv_tiles = static_cast<int64_t>(p.kv_heads) * tiles_in(p.kv_side.length);
-  return launch<QuantizeKernel<kDim, kQk, kV>>(p, p.batch * (q_tiles + 2 * kv_tiles), 1, 1, stream);
+  const int heads = p.heads + 2 * p.kv_heads;
+  if (heads > 65535) return "more than 65535 heads of q, k and v together";
+  const int tiles =
+      tiles_in(p.q_side.length > p.kv_side.length ? p.q_side.length : p.kv_side.length);
+  return launch<QuantizeKernel<kDim, kQk, kV>>(p, tiles, heads, p.batch, stream);
 }
 
 template <int kDim>

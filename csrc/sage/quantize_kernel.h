@@ -4,8 +4,8 @@
 //   FinishKernel      from them the mean of K, and the mean and scale of V
 //   QuantizeKernel    one tile of Q, K or V per block: codes, scales, and for Q the lse's shift
 //
-// The definition: quantize.py. Threads of a block: padded_dim, in four groups of 16 rows of a tile
-// (or every fourth token); each thread has four neighbouring channels.
+// The definition: quantize.py. Threads of a block: padded_dim, in eight groups of 8 rows of a tile;
+// each thread has eight neighbouring channels, 16 bytes of a row of 16-bit elements.
 #pragma once
 
 #include "elements.h"
@@ -15,8 +15,9 @@
 
 namespace video_attn::sage {
 
-inline constexpr int kRowGroups = 4;
+inline constexpr int kRowGroups = 8;
 inline constexpr int kGroupRows = kTile / kRowGroups;
+inline constexpr int kLaneChannels = 8;
 inline constexpr int kChunkTiles = 8;
 inline constexpr float kSmallestAmax = 7.888609052210118e-31f;  // 2^-100
 inline constexpr uint32_t kInfinityBits = 0x7F800000u;
@@ -83,9 +84,26 @@ SAGE_DEVICE float scaled(float x, float inverse) { return inverse == 0.0f ? 0.0f
 
 template <int kDim>
 struct Lane {
-  static constexpr int kLanes = kDim / 4;  // that share a row: 16 or 32
+  static constexpr int kLanes = kDim / kLaneChannels;  // that share a row: 8 or 16
   SAGE_DEVICE static int group() { return thread_index() / kLanes; }
-  SAGE_DEVICE static int channel() { return thread_index() % kLanes * 4; }
+  SAGE_DEVICE static int channel() { return thread_index() % kLanes * kLaneChannels; }
+
+  // Row `r` of this thread's eight: two runs of four, 8 apart, which are eight neighbouring bytes
+  // of every channel of an FP8 tile of V (tiles.h, v_token).
+  SAGE_DEVICE static int row(int r) {
+    return group() / 2 * 16 + group() % 2 * 4 + r % 4 + r / 4 * 8;
+  }
+
+  // visit_rows of this thread's part of a tile of x.
+  template <class Visit>
+  SAGE_DEVICE static void visit(const Tensor4& x, int batch, int head, int tile, int valid, int dim,
+                                Visit visit_row) {
+    const int64_t offset = batch * x.batch_stride + head * x.head_stride +
+                           static_cast<int64_t>(tile) * kTile * x.token_stride + channel();
+    visit_rows<kGroupRows>(
+        x.data, x.dtype, offset, x.token_stride, valid, dim - channel(),
+        [](int r) { return row(r); }, visit_row);
+  }
 };
 
 // -- StatisticsKernel, FinishKernel ------------------------------------------------------------
@@ -96,44 +114,18 @@ struct StatisticsKernel {
   using Params = QuantizeParams;
   static constexpr int kThreads = kDim;
   static constexpr int kSharedBytes = kRowGroups * kDim * sizeof(ChannelStatistics);
-  static constexpr int kBlocksPerProcessor = 1;
+  static constexpr int kBlocksPerProcessor = 512 / kThreads;
   static constexpr Feature kNeeds = Feature::kNone;
 
   SAGE_DEVICE static void run(const Params& p) {
-    const int chunk = static_cast<int>(block_index_x()), head = block_index_y();
-    const int role = block_index_z() / p.batch, batch = block_index_z() % p.batch;
-    if (role == 0 && !p.smooth_k) return;
-    const Tensor4& x = role == 0 ? p.k : p.v;
-    const int channels = (role == 0 ? p.head_dim : p.head_dim_v) - Lane<kDim>::channel();
-    const int64_t base = batch * x.batch_stride + head * x.head_stride + Lane<kDim>::channel();
-    ChannelStatistics mine[4];
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i) mine[i] = {0.0f, -kPlusInfinity, kPlusInfinity, 0u};
-    for (int tile = chunk * kChunkTiles; tile < (chunk + 1) * kChunkTiles; ++tile) {
-      if (tile >= tiles_in(p.kv_side.length)) break;
-      const int first = Lane<kDim>::group() * kGroupRows;
-      const int rows = valid_in_tile(p.kv_side, batch, tile) - first;
-      if (rows <= 0) continue;
-      float y[kGroupRows][4];
-      load_rows(y, x.data, x.dtype,
-                base + (static_cast<int64_t>(tile) * kTile + first) * x.token_stride,
-                x.token_stride, rows, channels);
-      SAGE_UNROLL
-      for (int r = 0; r < kGroupRows; ++r) {
-        if (r >= rows) continue;
-        SAGE_UNROLL
-        for (int i = 0; i < 4; ++i) add(mine[i], {y[r][i], y[r][i], y[r][i], magnitude(y[r][i])});
-      }
+    const int role = block_index_z() / p.batch;
+    if (role == 0) {
+      if (p.smooth_k) gather<true, false>(p, p.k, p.head_dim);
+    } else if (p.smooth_v) {
+      gather<true, true>(p, p.v, p.head_dim_v);
+    } else {
+      gather<false, true>(p, p.v, p.head_dim_v);
     }
-    auto* shared = reinterpret_cast<ChannelStatistics*>(shared_memory());
-    SAGE_UNROLL
-    for (int i = 0; i < 4; ++i)
-      shared[Lane<kDim>::group() * kDim + Lane<kDim>::channel() + i] = mine[i];
-    block_barrier();
-    ChannelStatistics all = shared[thread_index()];
-    SAGE_UNROLL
-    for (int i = 1; i < kRowGroups; ++i) add(all, shared[i * kDim + thread_index()]);
-    partial(p, role, static_cast<int64_t>(batch) * p.kv_heads + head, chunk)[thread_index()] = all;
   }
 
   SAGE_DEVICE static void add(ChannelStatistics& to, const ChannelStatistics& x) {
@@ -142,13 +134,55 @@ struct StatisticsKernel {
     to.smallest = -maximum(-to.smallest, -x.smallest);
     to.amax_bits = to.amax_bits > x.amax_bits ? to.amax_bits : x.amax_bits;
   }
+
+ private:
+  // Sums, the largest magnitudes, or with both also the extremes: K, V, and V with smooth_v.
+  template <bool kSums, bool kMagnitudes>
+  SAGE_DEVICE static void gather(const Params& p, const Tensor4& x, int dim) {
+    const int chunk = static_cast<int>(block_index_x()), head = block_index_y();
+    const int role = block_index_z() / p.batch, batch = block_index_z() % p.batch;
+    ChannelStatistics mine[kLaneChannels];
+    SAGE_UNROLL
+    for (auto& channel : mine) channel = {0.0f, -kPlusInfinity, kPlusInfinity, 0u};
+    for (int tile = chunk * kChunkTiles; tile < (chunk + 1) * kChunkTiles; ++tile) {
+      if (tile >= tiles_in(p.kv_side.length)) break;
+      const int valid = valid_in_tile(p.kv_side, batch, tile);
+      Lane<kDim>::visit(x, batch, head, tile, valid, dim, [&](int r, const float (&y)[8]) {
+        const bool counts = Lane<kDim>::row(r) < valid;  // the others are zeros
+        SAGE_UNROLL
+        for (int i = 0; i < kLaneChannels; ++i) {
+          ChannelStatistics& to = mine[i];
+          if (kSums) to.sum += y[i];
+          if (kMagnitudes) {
+            const uint32_t bits = magnitude(y[i]);
+            to.amax_bits = to.amax_bits > bits ? to.amax_bits : bits;
+          }
+          if (kSums && kMagnitudes && counts) {
+            to.largest = maximum(to.largest, y[i]);
+            to.smallest = -maximum(-to.smallest, -y[i]);
+          }
+        }
+      });
+    }
+    auto* shared = reinterpret_cast<ChannelStatistics*>(shared_memory());
+    SAGE_UNROLL
+    for (int i = 0; i < kLaneChannels; ++i) {
+      shared[Lane<kDim>::group() * kDim + Lane<kDim>::channel() + i] = mine[i];
+    }
+    block_barrier();
+    ChannelStatistics all = shared[thread_index()];
+    SAGE_UNROLL
+    for (int i = 1; i < kRowGroups; ++i) add(all, shared[i * kDim + thread_index()]);
+    partial(p, role, static_cast<int64_t>(batch) * p.kv_heads + head, chunk)[thread_index()] = all;
+  }
 };
 
-// grid: kv heads, batch, 2 (K first); kRowGroups threads per channel, which share the chunks
+// grid: kv heads, batch, 2 (K first); four threads per channel, which share the chunks
 template <int kDim>
 struct FinishKernel {
   using Params = QuantizeParams;
-  static constexpr int kThreads = kRowGroups * kDim;
+  static constexpr int kSharers = 4;
+  static constexpr int kThreads = kSharers * kDim;
   static constexpr int kSharedBytes = kThreads * sizeof(ChannelStatistics);
   static constexpr int kBlocksPerProcessor = 1;
   static constexpr Feature kNeeds = Feature::kNone;
@@ -159,7 +193,7 @@ struct FinishKernel {
     if (role == 0 && !p.smooth_k) return;
     const int count = valid_tokens(p, batch);
     ChannelStatistics all{0.0f, -kPlusInfinity, kPlusInfinity, 0u};
-    for (int chunk = thread_index() / kDim; chunk < chunks_of(p); chunk += kRowGroups) {
+    for (int chunk = thread_index() / kDim; chunk < chunks_of(p); chunk += kSharers) {
       StatisticsKernel<kDim>::add(all, partial(p, role, head, chunk)[channel]);
     }
     auto* shared = reinterpret_cast<ChannelStatistics*>(shared_memory());
@@ -167,7 +201,7 @@ struct FinishKernel {
     shared[thread_index()] = all;
     block_barrier();
     if (thread_index() >= kDim) return;
-    for (int i = 1; i < kRowGroups; ++i) {
+    for (int i = 1; i < kSharers; ++i) {
       StatisticsKernel<kDim>::add(all, shared[i * kDim + channel]);
     }
     const float mean = count > 0 ? divide(all.sum, static_cast<float>(count)) : 0.0f;
@@ -191,116 +225,125 @@ struct FinishKernel {
   }
 
   SAGE_DEVICE static int valid_tokens(const Params& p, int batch) {
-    int count = 0;
+    if (p.kv_side.lens.data == nullptr) return p.kv_side.length;
+    uint32_t count = 0;
     for (int tile = thread_index(); tile < tiles_in(p.kv_side.length); tile += kThreads) {
       count += valid_in_tile(p.kv_side, batch, tile);
     }
-    int* shared = reinterpret_cast<int*>(shared_memory());
-    shared[thread_index()] = count;
+    SAGE_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
+    auto* of_warps = reinterpret_cast<uint32_t*>(shared_memory());
+    if (thread_index() % 32 == 0) of_warps[thread_index() / 32] = count;
     block_barrier();
     count = 0;
-    for (int i = 0; i < kThreads; ++i) count += shared[i];
-    return count;
+    for (int i = 0; i < kThreads / 32; ++i) count += of_warps[i];
+    return static_cast<int>(count);
   }
 };
 
 // -- QuantizeKernel ----------------------------------------------------------------------------
 
-// grid: all tiles of Q, then of K, then of V
+// grid: tiles of the longer side, heads of V, K and Q one after the other, batch. The heads of V
+// and K come last first: what StatisticsKernel has read last may still be in the L2 cache.
 template <int kDim, QkCode kQk, VCode kV>
 struct QuantizeKernel {
   using Params = QuantizeParams;
   static constexpr int kThreads = kDim;
-  static constexpr int kSharedBytes = 2 * kTile * sizeof(uint32_t);
-  static constexpr int kBlocksPerProcessor = 1;
+  static constexpr int kSharedBytes = kVTileBytes<VCode::kFp8, kDim>;
+  static constexpr int kBlocksPerProcessor = 512 / kThreads;
   static constexpr Feature kNeeds = kV == VCode::kFp8 ? Feature::kFp8 : Feature::kNone;
 
   SAGE_DEVICE static void run(const Params& p) {
-    const int q_tiles = tiles_in(p.q_side.length), kv_tiles = tiles_in(p.kv_side.length);
-    const int64_t all_q = static_cast<int64_t>(p.batch) * p.heads * q_tiles;
-    const int64_t all_kv = static_cast<int64_t>(p.batch) * p.kv_heads * kv_tiles;
-    int64_t i = block_index_x();
-    if (i < all_q) {
-      tokens_to_codes(p, p.q, p.q_side, p.heads, i, p.q_groups, true, p.q_codes, p.q_scale);
-    } else if ((i -= all_q) < all_kv) {
-      tokens_to_codes(p, p.k, p.kv_side, p.kv_heads, i, p.k_groups, false, p.k_codes, p.k_scale);
+    const int tile = static_cast<int>(block_index_x()), batch = block_index_z();
+    const int of_kv = 2 * p.kv_heads - 1 - block_index_y();  // V above K; negative: Q
+    if (tile >= tiles_in(of_kv < 0 ? p.q_side.length : p.kv_side.length)) return;
+    if (of_kv < 0) {
+      queries_to_codes(p, batch, -1 - of_kv, tile);
+    } else if (of_kv < p.kv_heads) {
+      keys_to_codes(p, batch, of_kv, tile);
     } else {
-      values_to_codes(p, i - all_kv);
+      values_to_codes(p, batch, of_kv - p.kv_heads, tile);
     }
   }
 
  private:
-  using Rows = float[kGroupRows][4];
+  using Rows = float[kGroupRows][kLaneChannels];
 
-  // The 16 rows of this thread's group in tile i of all tiles; zeros for tokens that do not count.
-  SAGE_DEVICE static void load(Rows& x, const Tensor4& from, const Side& side, int heads, int dim,
-                               int64_t i, const float* mean) {
-    const int tiles = tiles_in(side.length);
-    const int tile = static_cast<int>(i % tiles);
-    const int64_t head = i / tiles;
-    const int batch = static_cast<int>(head / heads);
-    const int channel = Lane<kDim>::channel(), first = Lane<kDim>::group() * kGroupRows;
+  // The rows of this thread, minus a mean unless it is null; zeros for tokens that do not count.
+  SAGE_DEVICE static void load(Rows& x, const Tensor4& from, const Side& side, int batch, int head,
+                               int tile, int dim, const float* mean) {
     const int valid = valid_in_tile(side, batch, tile);
-    const int64_t base = batch * from.batch_stride + head % heads * from.head_stride + channel;
-    float centre[4];
+    float centre[kLaneChannels];
     SAGE_UNROLL
-    for (int c = 0; c < 4; ++c) centre[c] = mean == nullptr ? 0.0f : mean[channel + c];
-    load_rows(x, from.data, from.dtype,
-              base + (static_cast<int64_t>(tile) * kTile + first) * from.token_stride,
-              from.token_stride, valid - first, dim - channel);
-    SAGE_UNROLL
-    for (int r = 0; r < kGroupRows; ++r) {
-      SAGE_UNROLL
-      for (int c = 0; c < 4; ++c) x[r][c] = first + r < valid ? x[r][c] - centre[c] : 0.0f;
+    for (int c = 0; c < kLaneChannels; ++c) {
+      centre[c] = mean == nullptr ? 0.0f : mean[Lane<kDim>::channel() + c];
     }
+    Lane<kDim>::visit(from, batch, head, tile, valid, dim, [&](int r, const float (&y)[8]) {
+      SAGE_UNROLL
+      for (int c = 0; c < kLaneChannels; ++c) {
+        x[r][c] = Lane<kDim>::row(r) < valid ? y[c] - centre[c] : 0.0f;
+      }
+    });
   }
 
-  SAGE_DEVICE static void tokens_to_codes(const Params& p, const Tensor4& from, const Side& side,
-                                          int heads, int64_t i, int groups, bool is_query,
-                                          uint8_t* codes, float* scales) {
-    const int tiles = tiles_in(side.length);
-    const int64_t head = i / tiles;
-    const bool shifts = is_query && p.smooth_k, smooths = !is_query && p.smooth_k;
-    const int64_t kv_head = head / heads * p.kv_heads + head % heads / (p.heads / p.kv_heads);
+  SAGE_DEVICE static void queries_to_codes(const Params& p, int batch, int head, int tile) {
+    const int64_t index = static_cast<int64_t>(batch) * p.heads + head;
     Rows x;
-    load(x, from, side, heads, p.head_dim, i, smooths ? k_mean(p, head) : nullptr);
-    if (shifts) store_lse_shift(p, x, k_mean(p, kv_head), head, static_cast<int>(i % tiles));
+    load(x, p.q, p.q_side, batch, head, tile, p.head_dim, nullptr);
+    if (p.smooth_k) {
+      const int kv_head = head / (p.heads / p.kv_heads);
+      store_lse_shift(p, x, k_mean(p, static_cast<int64_t>(batch) * p.kv_heads + kv_head), index,
+                      tile);
+    }
+    const int64_t i = index * tiles_in(p.q_side.length) + tile;
+    store_codes<true>(x, p.q_groups, p.q_codes + i * kQkTileBytes<kDim>,
+                      p.q_scale + i * p.q_groups);
+  }
+
+  SAGE_DEVICE static void keys_to_codes(const Params& p, int batch, int head, int tile) {
+    const int64_t index = static_cast<int64_t>(batch) * p.kv_heads + head;
+    Rows x;
+    load(x, p.k, p.kv_side, batch, head, tile, p.head_dim, p.smooth_k ? k_mean(p, index) : nullptr);
+    const int64_t i = index * tiles_in(p.kv_side.length) + tile;
+    store_codes<false>(x, p.k_groups, p.k_codes + i * kQkTileBytes<kDim>,
+                       p.k_scale + i * p.k_groups);
+  }
+
+  // Codes and scales of one tile of Q or K.
+  template <bool kIsQuery>
+  SAGE_DEVICE static void store_codes(const Rows& x, int groups, uint8_t* codes, float* scales) {
     auto* amax = reinterpret_cast<uint32_t*>(shared_memory());
     auto* inverse = reinterpret_cast<float*>(amax + kTile);
-    const int first = Lane<kDim>::group() * kGroupRows, channel = Lane<kDim>::channel();
+    const int channel = Lane<kDim>::channel();
     SAGE_UNROLL
     for (int r = 0; r < kGroupRows; ++r) {
       const uint32_t row_amax = max_over_row(x[r]);
-      if (channel == 0) amax[first + r] = row_amax;
+      if (channel == 0) amax[Lane<kDim>::row(r)] = row_amax;
     }
     block_barrier();
     if (thread_index() < kTile) {
       const int row = thread_index();
-      const int group = is_query ? q_group(groups, row) : k_group(groups, row);
-      uint32_t group_amax = 0;
-      bool is_first = true;
-      for (int other = 0; other < kTile; ++other) {
-        if ((is_query ? q_group(groups, other) : k_group(groups, other)) != group) continue;
-        group_amax = group_amax > amax[other] ? group_amax : amax[other];
-        is_first = is_first && other >= row;
-      }
-      const ScalePair pair = scale_pair(group_amax, kQk == QkCode::kInt8 ? 127.0f : 448.0f);
+      const ScalePair pair = scale_pair(max_over_group<kIsQuery>(amax, row, groups),
+                                        kQk == QkCode::kInt8 ? 127.0f : 448.0f);
       inverse[row] = pair.inverse;
-      if (is_first) scales[i * groups + group] = pair.scale;
+      const int group = kIsQuery ? q_group(groups, row) : k_group(groups, row);
+      scales[group] = pair.scale;  // all rows of a group write the same
     }
     block_barrier();
     SAGE_UNROLL
     for (int r = 0; r < kGroupRows; ++r) {
-      const int offset = chunk_offset<kDim>(first + r, channel / 16) + channel % 16;
-      *reinterpret_cast<uint32_t*>(codes + i * kQkTileBytes<kDim> + offset) =
-          four_codes(x[r], inverse[first + r]);
+      const int row = Lane<kDim>::row(r);
+      const int offset = chunk_offset<kDim>(row, channel / 16) + channel % 16;
+      *reinterpret_cast<Words2*>(codes + offset) = {
+          {four_codes(x[r], 0, inverse[row]), four_codes(x[r], 4, inverse[row])}};
     }
   }
 
-  SAGE_DEVICE static uint32_t four_codes(const float (&x)[4], float inverse) {
+  SAGE_DEVICE static uint32_t four_codes(const float (&x)[kLaneChannels], int first,
+                                         float inverse) {
     float y[4];
     SAGE_UNROLL
-    for (int c = 0; c < 4; ++c) y[c] = scaled(x[c], inverse);
+    for (int c = 0; c < 4; ++c) y[c] = scaled(x[first + c], inverse);
     if constexpr (kQk == QkCode::kFp8) {
       return pack_fp8(y[0], y[1], y[2], y[3]);
     } else {
@@ -311,67 +354,115 @@ struct QuantizeKernel {
     }
   }
 
-  SAGE_DEVICE static uint32_t max_over_row(const float (&x)[4]) {
+  SAGE_DEVICE static uint32_t max_over_row(const float (&x)[kLaneChannels]) {
     uint32_t largest = 0;
     SAGE_UNROLL
-    for (int c = 0; c < 4; ++c) largest = largest > magnitude(x[c]) ? largest : magnitude(x[c]);
+    for (int c = 0; c < kLaneChannels; ++c) largest = larger(largest, magnitude(x[c]));
     SAGE_UNROLL
     for (int mask = 1; mask < Lane<kDim>::kLanes; mask *= 2) {
-      const uint32_t other = shuffle_xor(largest, mask);
-      largest = largest > other ? largest : other;
+      largest = larger(largest, shuffle_xor(largest, mask));
     }
     return largest;
   }
 
+  // The largest of the rows that share a scale with `row`, which is this thread: rows whose numbers
+  // differ in certain bits, the lowest five of which say a lane (tiles.h, q_group and k_group).
+  template <bool kIsQuery>
+  SAGE_DEVICE static uint32_t max_over_group(const uint32_t* amax, int row, int groups) {
+    const int bits = groups == 1 ? 63 : !kIsQuery ? 1 | 8 | 16 | 32 : groups == 4 ? 15 : 8;
+    uint32_t largest = larger(amax[row], amax[row ^ (bits & 32)]);
+    SAGE_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) {
+      const uint32_t other = shuffle_xor(largest, mask);
+      if (bits & mask) largest = larger(largest, other);
+    }
+    return largest;
+  }
+
+  SAGE_DEVICE static uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
   // What K minus its mean leaves out of the scores of a query: scale * (q . mean).
   SAGE_DEVICE static void store_lse_shift(const Params& p, const Rows& x, const float* mean,
                                           int64_t head, int tile) {
-    const int channel = Lane<kDim>::channel();
+    float centre[kLaneChannels], dot[kGroupRows];
+    SAGE_UNROLL
+    for (int c = 0; c < kLaneChannels; ++c) centre[c] = mean[Lane<kDim>::channel() + c];
     SAGE_UNROLL
     for (int r = 0; r < kGroupRows; ++r) {
-      float dot = 0.0f;
+      dot[r] = 0.0f;
       SAGE_UNROLL
-      for (int c = 0; c < 4; ++c) dot = fused_multiply_add(x[r][c], mean[channel + c], dot);
+      for (int c = 0; c < kLaneChannels; ++c) {
+        dot[r] = fused_multiply_add(x[r][c], centre[c], dot[r]);
+      }
       SAGE_UNROLL
-      for (int mask = 1; mask < Lane<kDim>::kLanes; mask *= 2) dot += shuffle_xor(dot, mask);
-      const int token = tile * kTile + Lane<kDim>::group() * kGroupRows + r;
-      if (channel == 0 && token < p.q_side.length) {
-        p.lse_shift[head * p.q_side.length + token] = dot * p.scale;
+      for (int mask = 1; mask < Lane<kDim>::kLanes; mask *= 2) {
+        dot[r] += shuffle_xor(dot[r], mask);
+      }
+    }
+    if (Lane<kDim>::channel() != 0) return;
+    SAGE_UNROLL
+    for (int r = 0; r < kGroupRows; ++r) {
+      const int token = tile * kTile + Lane<kDim>::row(r);
+      if (token < p.q_side.length) {
+        p.lse_shift[head * p.q_side.length + token] = dot[r] * p.scale;
       }
     }
   }
 
-  SAGE_DEVICE static void values_to_codes(const Params& p, int64_t i) {
-    const int64_t head = i / tiles_in(p.kv_side.length);
-    const int channel = Lane<kDim>::channel(), group = Lane<kDim>::group();
-    Rows x;
-    load(x, p.v, p.kv_side, p.kv_heads, p.head_dim_v, i,
-         p.smooth_v ? p.v_mean + head * kDim : nullptr);
+  SAGE_DEVICE static void values_to_codes(const Params& p, int batch, int head, int tile) {
+    const int64_t index = static_cast<int64_t>(batch) * p.kv_heads + head;
+    float inverse[kLaneChannels];
     SAGE_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const float inverse = v_inverse(p, head)[channel + c];
-      SAGE_UNROLL
-      for (int r = 0; r < kGroupRows; ++r) x[r][c] = scaled(x[r][c], inverse);
+    for (int c = 0; c < kLaneChannels; ++c) {
+      inverse[c] = v_inverse(p, index)[Lane<kDim>::channel() + c];
     }
+    Rows x;
+    load(x, p.v, p.kv_side, batch, head, tile, p.head_dim_v,
+         p.smooth_v ? p.v_mean + index * kDim : nullptr);
+    SAGE_UNROLL
+    for (int r = 0; r < kGroupRows; ++r) {
+      SAGE_UNROLL
+      for (int c = 0; c < kLaneChannels; ++c) x[r][c] = scaled(x[r][c], inverse[c]);
+    }
+    const int64_t i = index * tiles_in(p.kv_side.length) + tile;
     uint8_t* codes = p.v_codes + i * kVTileBytes<kV, kDim>;
     if constexpr (kV == VCode::kFloat16) {
       SAGE_UNROLL
       for (int r = 0; r < kGroupRows; ++r) {
-        const int offset = v16_offset(group * kGroupRows + r, channel / 8) + channel % 8 * 2;
-        *reinterpret_cast<Words2*>(codes + offset) = {
-            {pack_half2(x[r][0], x[r][1]), pack_half2(x[r][2], x[r][3])}};
+        const int offset = v16_offset(Lane<kDim>::row(r), Lane<kDim>::channel() / 8);
+        *reinterpret_cast<Words4*>(codes + offset) = {
+            {pack_half2(x[r][0], x[r][1]), pack_half2(x[r][2], x[r][3]),
+             pack_half2(x[r][4], x[r][5]), pack_half2(x[r][6], x[r][7])}};
       }
     } else {
-      SAGE_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        Words4 words;
-        SAGE_UNROLL
-        for (int w = 0; w < 4; ++w) {
-          words.w[w] = pack_fp8(x[v_token(w * 4)][c], x[v_token(w * 4 + 1)][c],
-                                x[v_token(w * 4 + 2)][c], x[v_token(w * 4 + 3)][c]);
-        }
-        *reinterpret_cast<Words4*>(codes + chunk_offset<kTile>(channel + c, group)) = words;
-      }
+      transpose(x, codes);
+    }
+  }
+
+  // Where 16 tokens of a channel wait in shared memory, so that neither the eight neighbouring
+  // channels of a thread nor the neighbouring bytes of the tile meet in a bank.
+  SAGE_DEVICE static int waiting_place(int channel, int chunk) {
+    return (channel ^ (channel >> 5 & 1)) * kTile + (chunk ^ (channel >> 3 & 3)) * 16;
+  }
+
+  // A tile of V in FP8, rows of tokens: by way of shared memory, written 16 bytes per thread.
+  SAGE_DEVICE static void transpose(const Rows& x, uint8_t* codes) {
+    uint8_t* shared = shared_memory();
+    const int chunk = Lane<kDim>::group() / 2, half = Lane<kDim>::group() % 2;
+    SAGE_UNROLL
+    for (int c = 0; c < kLaneChannels; ++c) {
+      const int place = waiting_place(Lane<kDim>::channel() + c, chunk) + half * 8;
+      *reinterpret_cast<Words2*>(shared + place) = {{pack_fp8(x[0][c], x[1][c], x[4][c], x[5][c]),
+                                                     pack_fp8(x[2][c], x[3][c], x[6][c], x[7][c])}};
+    }
+    block_barrier();
+    SAGE_UNROLL
+    for (int n = 0; n < kTile / 16; ++n) {  // of all 16-byte pieces, every kThreads-th
+      const int piece = n * kThreads + thread_index();
+      const int channel = piece / 4, other = piece % 4;
+      const int offset = chunk_offset<kTile>(channel, other);
+      *reinterpret_cast<Words4*>(codes + offset) =
+          *reinterpret_cast<const Words4*>(shared + waiting_place(channel, other));
     }
   }
 };
