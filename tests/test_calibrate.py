@@ -26,6 +26,7 @@ from video_attn.tools.capture import Capture, Facts
 from video_attn.tools.capture.files import file_name, save_capture
 from video_attn.tools.render.model import load_pipeline
 
+ROOT = next(p for p in Path(__file__).resolve().parents if (p / "benchmarks").is_dir())
 GRID, TILE, DIM = (6, 8, 8), (2, 2, 2), 32
 TOKENS = VideoTokens(GRID)
 OPTIONS = {"sta_tile": TILE, "vsa_tile": TILE, "block_size": 16}
@@ -477,3 +478,20 @@ def test_steps_that_a_run_has_not(tmp_path, capsys):
     words += ["--captured", str(tmp_path / "q"), "--output", str(tmp_path / "s.json")]
     assert cli.main(["calibrate", *words, *COMMAND, *SMALL]) == 2
     assert "there are steps 0 to 2 in this run" in capsys.readouterr().err
+
+
+def test_the_benchmark_runs_what_was_chosen(tmp_path, capsys, monkeypatch):
+    """On a tiny video: the errors of the layer as it runs are within each budget."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_calibrate
+
+    path = tmp_path / "record.json"
+    words = ["--grid", "4x8x8", "--heads", "4", "--device", "cpu", "--repeats", "1", "--budgets",
+             "0.1", "0.5", "--precisions", "native", "--output", str(path)]  # fmt: skip
+    assert bench_calibrate.main(words) == 0
+    assert "4 heads at 256 tokens" in capsys.readouterr().out
+    dense, *budgets = json.loads(path.read_text())["results"]
+    assert dense["provider"] == "dense" and dense["metrics"]["search_seconds"] > 0
+    for result in budgets:
+        metrics = result["metrics"]
+        assert metrics["worst_error"] <= metrics["budget"] and metrics["predicted_ms"] > 0

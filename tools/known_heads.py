@@ -32,33 +32,50 @@ def known_head(
     """
     length = math.prod(grid)
     if kind == "by content":
-        q = _by_content(grid, dim, seed)
+        q = _by_content(grid, dim, seed, device)
     elif kind == "global":
-        q = torch.zeros(length, dim)
+        q = torch.zeros(length, dim, device=device)
     else:
-        q = _near(grid, dim, widths or _LOCAL[kind], seed)
+        q = _near(grid, dim, widths or _LOCAL[kind], seed, device)
     v = torch.randn(length, dim, generator=torch.Generator().manual_seed(seed + 99))
     return [x[None, None].to(device) for x in (q, q, v)]
 
 
-def _positions(grid: Grid) -> Tensor:
-    axes = [torch.arange(n, dtype=torch.float64) for n in grid]
+def smooth_features(
+    grid: Grid, dim: int, *, length: float = 8.0, seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
+    """fp32 [S, dim]: random waves, so that tokens up to about ``length`` apart are alike, as those
+    of a video are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    frequencies = torch.randn(3, dim, generator=generator) / length
+    phases = torch.rand(dim, generator=generator) * 2 * math.pi
+    positions = _positions(grid, device).float()
+    return (positions @ frequencies.to(device) + phases.to(device)).cos() * 2**0.5
+
+
+def _positions(grid: Grid, device: torch.device | str) -> Tensor:
+    axes = [torch.arange(n, dtype=torch.float64, device=device) for n in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
-def _near(grid: Grid, dim: int, widths: Widths, seed: int) -> Tensor:
+def _near(
+    grid: Grid, dim: int, widths: Widths, seed: int, device: torch.device | str
+) -> Tensor:  # fmt: skip
     """Attention falls off with distance: random Fourier features of a Gaussian."""
     generator = torch.Generator().manual_seed(seed)
     frequencies = torch.randn(3, dim // 2, generator=generator, dtype=torch.float64)
-    angles = _positions(grid) / torch.tensor(widths, dtype=torch.float64) @ frequencies
+    scale = torch.tensor(widths, dtype=torch.float64, device=device)
+    angles = _positions(grid, device) / scale @ frequencies.to(device)
     features = torch.cat([angles.cos(), angles.sin()], 1) * (2 / dim) ** 0.5
     return (features * (12 * dim**0.5) ** 0.5).float()
 
 
-def _by_content(grid: Grid, dim: int, seed: int) -> Tensor:
+def _by_content(grid: Grid, dim: int, seed: int, device: torch.device | str) -> Tensor:
     """Cubes of two tokens a side in six groups, scattered over the video, that see their group."""
     generator = torch.Generator().manual_seed(seed)
     cubes = [-(-n // 2) for n in grid]
-    t, h, w = (_positions(grid) // 2).long().T
-    group = torch.randint(0, 6, cubes, generator=generator)[t, h, w]
+    t, h, w = (_positions(grid, device) // 2).long().T
+    group = torch.randint(0, 6, cubes, generator=generator).to(device)[t, h, w]
     return torch.nn.functional.one_hot(group, dim).float() * 8

@@ -103,7 +103,11 @@ class Calibration:
 
     def pattern_of(self, step: int, layer: int) -> LayerPattern:
         """What a layer was given: what ``apply`` will run there."""
-        return layer_pattern(self._groups(self.choices[step, layer]))
+        return self.pattern_for(self.choices[step, layer])
+
+    def pattern_for(self, choice: Choice) -> LayerPattern:
+        """What a layer does by a choice."""
+        return layer_pattern(self._groups(choice))
 
     def schedule(self) -> Schedule:
         """The schedule, as ``apply`` takes it."""

@@ -163,7 +163,7 @@ def measure_costs(
         for grid, count in itertools.product(grids, heads):
             tokens = VideoTokens(grid)
             length = tokens.sequence_length
-            for pattern in _two_widths(like.pattern, tokens):
+            for pattern in _widths(like.pattern, tokens):
                 rows.append((1.0, count * length, count * pattern.density(tokens) * length**2))
                 seconds.append(time(pattern, tokens, count, like.precision))
         costs[key] = fit(np.array(rows), np.array(seconds))
@@ -193,10 +193,11 @@ def count_pairs(candidates: Sequence[Candidate], head_dim: int = 0) -> CostModel
     )  # fmt: skip
 
 
-def _two_widths(pattern: Pattern, tokens: VideoTokens) -> list[Pattern]:
+def _widths(pattern: Pattern, tokens: VideoTokens) -> list[Pattern]:
     """The same kernels with few pairs and with many, so that pairs and tokens tell apart."""
     if isinstance(pattern, SlidingTile):
-        return [SlidingTile(window, pattern.tile) for window in ((1, 1, 1), (2, 3, 3))]
+        windows = ((1, 1, 1), (2, 3, 3), (3, 5, 5))
+        return [SlidingTile(window, pattern.tile) for window in windows]
     if isinstance(pattern, VideoSparse):
         return [VideoSparse(top_k_ratio=ratio, tile=pattern.tile) for ratio in (0.1, 0.5)]
     if isinstance(pattern, Radial):
