@@ -16,6 +16,7 @@ from video_attn.device import DeviceInfo
 
 started: list[tuple[Any, ...]] = []
 _addresses: dict[int, int] = {}
+_LEAST_ADDRESS = 2**32  # no length or stride of the tests is as large
 
 
 def forget() -> None:
@@ -44,8 +45,9 @@ class _Launcher:
 
 def _said(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
-        number = _addresses.setdefault(argument.data_ptr(), len(_addresses))
-        return number, argument.dtype
+        argument = argument.data_ptr()
+    if isinstance(argument, int) and argument > _LEAST_ADDRESS:
+        return "address", _addresses.setdefault(argument, len(_addresses))
     return argument
 
 

@@ -41,16 +41,21 @@ class _Plan:
     launches: list[_Planned]
     temporaries: list[tuple[torch.Size, torch.dtype]]
 
-    def run(self, tensors: Mapping[str, Tensor | None], device: torch.device) -> None:
-        temporary = [torch.empty(s, dtype=dtype, device=device) for s, dtype in self.temporaries]
+    def run(self, addresses: dict[str | int, int], device: torch.device) -> None:
+        kept = []  # in memory until all is launched
+        for number, (shape, dtype) in enumerate(self.temporaries):
+            kept.append(torch.empty(shape, dtype=dtype, device=device))
+            addresses[number] = kept[-1].data_ptr()
         for start, values, slots in self.launches:
+            # Triton takes an address as it is; a tensor it asks for its own, and then the driver.
             values = values.copy()
             for position, name in slots:
-                values[position] = tensors[name] if isinstance(name, str) else temporary[name]
+                values[position] = addresses[name]
             start(*values)
 
 
 _plans: dict[Hashable, _Plan] = {}
+_HERE = contextlib.nullcontext()
 
 
 def run_planned(
@@ -65,15 +70,25 @@ def run_planned(
         tensors: all tensors of the call, given and resulting. ``launches()`` may use temporary ones
             besides; with any other, a copy say, there is no plan.
     """
-    device = next(x.device for x in tensors.values() if x is not None)
-    ids = [id(x) for x in tensors.values()]
-    same = tuple(map(ids.index, ids))  # q may be k: then all of this plan's calls have it so
-    key = (options, device, same, *map(_signature, tensors.values()))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        plan = _plans.get(key)
+    # Triton asks whether 16 divides an address, and nothing else about it.
+    key: list[Hashable] = [options]
+    addresses: dict[str | int, int] = {}
+    for name, x in tensors.items():
+        if x is None:
+            key.append(None)
+            continue
+        address = addresses[name] = x.data_ptr()
+        key += (x.shape, x.stride(), x.dtype, address % 16)
+        device = x.device
+    found = list(addresses.values())
+    if len(set(found)) < len(found):  # q may be k: then all of this plan's calls have it so
+        key.append(tuple(map(found.index, found)))
+    key.append(device)
+    signature = tuple(key)
+    with _on(device):
+        plan = _plans.get(signature)
         if plan is not None:
-            plan.run(tensors, device)
+            plan.run(addresses, device)
             return
         made = [launch for launch in launches() if launch.grid > 0]
         compiled = [launch.run() for launch in made]
@@ -82,12 +97,14 @@ def run_planned(
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         if plan is not None:
-            _plans[key] = plan
+            _plans[signature] = plan
 
 
-def _signature(x: Tensor | None) -> Hashable:
-    # Triton asks whether 16 divides an address, and nothing else about it.
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ``device`` is the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def _plan(
