@@ -164,8 +164,8 @@ def doubt_cuda(version: tuple[int, int], archs: Sequence[str]) -> str | None:
         f"ptxas of CUDA {version[0]}.{version[1]} is known to give an operand of a tensor core "
         "product that stays in registers to another product (wrong results on H100 and H200; "
         f"{first[0]}.{first[1]} to {last[0]}.{last[1]} do). These kernels are written so that it "
-        "does not; after a change of them run tests/test_wgmma_operands.py, or build with a newer "
-        "toolkit"
+        "does not; after a change of them run tests/hopper/test_wgmma_operands.py, or build with a "
+        "newer toolkit"
     )
 
 

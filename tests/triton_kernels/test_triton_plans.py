@@ -16,7 +16,7 @@ import pytest
 
 from video_attn.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = '''
 import fake_gpu

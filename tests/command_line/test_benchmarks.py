@@ -22,7 +22,7 @@ from video_attn.tools.bench import Result, Timing, WrongResultError, record_path
 from video_attn.tools.bench import record as record_module
 from video_attn.tools.bench import timing as timing_module
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)

@@ -295,7 +295,7 @@ def test_tensors_that_are_not_read_in_vectors_use_no_descriptors():
 
 
 def test_the_tuner_knows_every_row(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     from compile_cases import Case
     from tune_triton import candidates
 
@@ -396,7 +396,7 @@ def test_importing_the_package_does_not_import_triton():
 @pytest.mark.gpu
 def test_head_dims_of_all_kinds_on_a_gpu(tmp_path, gpu):
     """A few hundred pairs of the plane of head dims, odd addresses too."""
-    script = Path(__file__).with_name("head_dims_gpu.py")
+    script = Path(__file__).parents[1] / "head_dims_gpu.py"
     options = ["--every", "13", "--workers", "4", "--out", str(tmp_path / "pairs.jsonl")]
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

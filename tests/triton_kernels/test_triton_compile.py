@@ -17,7 +17,7 @@ import pytest
 
 from video_attn.kernels import launch_tables
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHIPS = sorted(launch_tables.SHARED_MEMORY)
 SMALL = (
     "prepare", "block_mean", "block_mean_backward", "select_top_k", "step_lists",

@@ -252,7 +252,7 @@ def test_weights_that_cannot_be_fused_are_refused(pipe: Any) -> None:
 @pytest.mark.parametrize("kind", ["model", "group"])
 def test_offload(pipe: Any, kind: str) -> None:
     """On a CPU: the hooks of accelerate and diffusers come and go around ours. Sequential offload
-    needs a GPU: tests/test_cogvideox.py.
+    needs a GPU: tests/models/test_cogvideox.py.
     """
     with apply(pipe, PATTERN, schedule=FIRST) as handle:
         expected = latents(pipe)

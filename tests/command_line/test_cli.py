@@ -15,7 +15,7 @@ from video_attn import cli, native, registry
 from video_attn.tools import UsageError, info
 from video_attn.tools.environment import VARIABLES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def output_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:

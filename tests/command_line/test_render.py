@@ -16,10 +16,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_wan import tiny_pipeline as tiny_wan
 from tiny_cogvideox import saved
 from tiny_models import MODELS as TINY
 from tiny_models import output
+from tiny_wan_pipeline import tiny_pipeline as tiny_wan
 from torch.nn import functional as F
 
 from video_attn import cli, registry

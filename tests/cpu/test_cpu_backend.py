@@ -25,7 +25,7 @@ from video_attn.backends import cpu
 from video_attn.registry import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,7 +18,7 @@ import torch
 
 from video_attn import cli, registry
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/backends.md", "docs/benchmarks.md",
     "docs/compare.md", "docs/design.md", "docs/install.md", "docs/quantized.md", "docs/radial.md",

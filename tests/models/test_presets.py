@@ -10,7 +10,7 @@ import pytest
 from video_attn import Radial, SlidingTile, VideoSparse
 from video_attn.integrations import presets
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([\d.]+), (\d) \| ([^|]+) \|$", PAGE, re.MULTILINE)
 NAMES = {
     preset.__name__

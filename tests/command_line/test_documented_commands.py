@@ -26,7 +26,7 @@ from video_attn import cli, registry
 from video_attn.attention_types import ATTENTION_TYPES
 from video_attn.tools.capture import find_captures, load_capture
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "tests" / "data" / "documented_commands.sh").read_text(encoding="utf-8")
 SHELL_SCRIPTS = ("bench_quantized_attention.sh", "bench_quantized_attention_captured.sh")
 VIDEO = "--num_inference_steps 2 --height 32 --width 48 --num_frames 9 --device cpu"

@@ -23,7 +23,7 @@ from tiny_cogvideox import (
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    path = Path(__file__).parents[1] / "examples" / "cogvideox_t2v_inference.py"
+    path = Path(__file__).parents[2] / "examples" / "cogvideox_t2v_inference.py"
     spec = importlib.util.spec_from_file_location("cogvideox_t2v_inference", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -88,7 +88,7 @@ def test_wrong_options_of_the_example(example: Any, arguments: list[str]) -> Non
 
 def test_python_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/radial.md from top to bottom, its model and sizes replaced by tiny ones."""
-    page = (Path(__file__).parents[1] / "docs" / "radial.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "radial.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert len(snippets) == 4
     tiny = {

@@ -297,7 +297,7 @@ def test_cuda_that_needs_a_second_look(version):
     warning = build_checks.doubt_cuda(version, ["80", "90a"])
     assert warning is not None
     assert f"CUDA {version[0]}.{version[1]} " in warning and "12.4 to 13.0" in warning
-    (test,) = re.findall(r"tests/\w+\.py", warning)
+    (test,) = re.findall(r"tests/[\w/]+\.py", warning)
     assert (ROOT / test).is_file()
 
 
