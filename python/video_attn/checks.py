@@ -109,12 +109,14 @@ def is_plain(*tensors: Tensor) -> bool:
     No mode, no transform of ``torch.func``, no tracer, no subclass, no tensor without values: the
     operators could do nothing but call the code that is then called directly, which is quicker.
     """
+    for x in tensors:
+        if type(x) not in _PLAIN_TYPES or not (x.is_cuda or x.is_cpu):
+            return False
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and all(type(x) in _PLAIN_TYPES and x.device.type in ("cpu", "cuda") for x in tensors)
     )
 
 
@@ -128,6 +130,8 @@ def may_be_overwritten(x: Tensor) -> bool:
 
 def wants_gradient(*tensors: Any) -> bool:
     """Whether a backward pass may follow: gradients are recorded, and a tensor asks for its own."""
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in tensors
-    )
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False

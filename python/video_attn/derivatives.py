@@ -40,6 +40,8 @@ def attend(call: ForwardCall, deterministic: bool, backend: str | None) -> tuple
         transformed = torch._C._are_functorch_transforms_active()
         if wanted or forward_mode_is_on() or transformed:
             wanted = wanted and not transformed  # then the lists may have another dimension
+            if wanted and not forward_mode_is_on() and is_plain(q, k, v):
+                return _PlainAttention.apply(q, k, v, call, deterministic, backend)
             return _Attention.apply(*_arguments(call, wanted, deterministic, backend))
         if is_plain(q, k, v):
             return run_forward(call, backend)
@@ -91,6 +93,48 @@ def _check_native(recipe: str) -> None:
         raise ValueError(f"precision {recipe!r} {NO_DERIVATIVE}")
 
 
+class _PlainAttention(torch.autograd.Function):
+    """A call with its backward pass and nothing else: what a training step needs.
+
+    Of a function with a ``setup_context`` torch inspects the signature at every call, which takes
+    longer than all the rest here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: ForwardCall, deterministic: bool,
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        transposed = call.mask is not None and _transposes_now(call.mask, q)
+        lists = mask_arguments(call.mask, transposed)
+        out, lse = run_forward(call, backend)
+        ctx.block_sizes = lists.q_block_size, lists.kv_block_size
+        ctx.scale, ctx.is_causal, ctx.recipe = call.scale, call.is_causal, call.precision
+        ctx.deterministic, ctx.backend = deterministic, backend
+        ctx.save_for_backward(q, k, v, out, lse, *lists.tensors)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        return _gradients(ctx, grad_out, grad_lse)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    """The backward pass of either function; ``ctx`` is filled as they do it."""
+    _check_native(ctx.recipe)
+    q, k, v, out, lse, *lists = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    # Only with create_graph can anybody ask for the derivatives of the gradients.
+    again = torch.is_grad_enabled() or not is_plain(grad_out, q, k, v)
+    grads = (_AttentionBackward.apply if again else backward)(
+        grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.block_sizes,
+        ctx.scale, ctx.is_causal, ctx.deterministic, ctx.backend,
+    )  # fmt: skip
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+
 class _Attention(torch.autograd.Function):
     """``attention_forward`` with all its derivatives."""
 
@@ -114,17 +158,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        _check_native(ctx.recipe)
-        q, k, v, out, lse, *lists = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        # Only with create_graph can anybody ask for the derivatives of the gradients.
-        again = torch.is_grad_enabled() or not is_plain(grad_out, q, k, v)
-        grads = (_AttentionBackward.apply if again else backward)(
-            grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.block_sizes,
-            ctx.scale, ctx.is_causal, ctx.deterministic, ctx.backend,
-        )  # fmt: skip
-        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+        return _gradients(ctx, grad_out, grad_lse)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:

@@ -192,11 +192,14 @@ def _move_tokens(
     x: Tensor, dim: int, index: Tensor, inverse: Tensor, has_holes: bool, inverse_has_holes: bool
 ) -> Tensor:
     """out[i] = x[index[i]], or zero where index[i] < 0; ``inverse`` is the way back."""
-    if torch.compiler.is_compiling():  # which knows no derivatives but backward ones
-        return _MoveTokens.apply(x, dim, index, inverse, has_holes, inverse_has_holes)
-    if wants_gradient(x) or forward_mode_is_on() or torch._C._are_functorch_transforms_active():
-        return _MoveTokensForwardMode.apply(x, dim, index, inverse, has_holes, inverse_has_holes)
-    return _take(x, dim, index, has_holes)
+    if not torch.compiler.is_compiling():  # which knows no derivatives but backward ones
+        if forward_mode_is_on() or torch._C._are_functorch_transforms_active():
+            return _MoveTokensForwardMode.apply(
+                x, dim, index, inverse, has_holes, inverse_has_holes
+            )
+        if not wants_gradient(x):
+            return _take(x, dim, index, has_holes)
+    return _MoveTokens.apply(x, dim, index, inverse, has_holes, inverse_has_holes)
 
 
 class _MoveTokens(torch.autograd.Function):
@@ -205,6 +208,31 @@ class _MoveTokens(torch.autograd.Function):
     A gather in both directions keeps the backward deterministic, which a scatter-add on a GPU is
     not.
     """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dim: int,
+        index: Tensor,
+        inverse: Tensor,
+        has_holes: bool,
+        inverse_has_holes: bool,
+    ) -> Tensor:
+        _keep(ctx, dim, index, inverse, has_holes, inverse_has_holes)
+        return _take(x, dim, index, has_holes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, inverse = ctx.saved_tensors
+        grad_x = _move_tokens(grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes)
+        return grad_x, None, None, None, None, None
+
+
+class _MoveTokensForwardMode(torch.autograd.Function):
+    """The same with a forward-mode derivative, and for ``torch.func``."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -219,26 +247,22 @@ class _MoveTokens(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.dim, index, inverse, ctx.has_holes, ctx.inverse_has_holes = inputs
-        ctx.save_for_backward(index, inverse)
-        ctx.save_for_forward(index, inverse)
+        _keep(ctx, *inputs[1:])
+        ctx.save_for_forward(*inputs[2:4])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        index, inverse = ctx.saved_tensors
-        grad_x = _move_tokens(grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes)
-        return grad_x, None, None, None, None, None
-
-
-class _MoveTokensForwardMode(_MoveTokens):
-    """The same with a forward-mode derivative, and for ``torch.func.vmap``."""
-
-    generate_vmap_rule = True
+    backward = _MoveTokens.backward
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *rest: Any) -> Tensor:
         index, inverse = ctx.saved_tensors
         return _move_tokens(tangent, ctx.dim, index, inverse, ctx.has_holes, ctx.inverse_has_holes)
+
+
+def _keep(
+    ctx: Any, dim: int, index: Tensor, inverse: Tensor, has_holes: bool, inverse_has_holes: bool
+) -> None:
+    ctx.dim, ctx.has_holes, ctx.inverse_has_holes = dim, has_holes, inverse_has_holes
+    ctx.save_for_backward(index, inverse)
 
 
 def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:

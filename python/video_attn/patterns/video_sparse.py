@@ -96,12 +96,12 @@ def selected_tiles_mask(
         return selected_blocks_mask(selected, counts, size, length, length, block_lens, block_lens)
     (*leading, tiles, kept) = selected.shape
     text_blocks = layout.num_text_blocks if text_blocks is None else text_blocks
-    rows, counts = _rows_beside(
+    beside, text_rows, counts = _beside(
         operator.index(tiles), operator.index(kept), layout.num_text_blocks, text_blocks,
         selected.device,
     )  # fmt: skip
-    rows = rows.repeat(*leading, 1, 1)
-    rows[:, :, :tiles, :kept] = selected
+    video_rows = torch.cat([selected, beside.expand(*leading, -1, -1)], -1)
+    rows = torch.cat([video_rows, text_rows.expand(*leading, -1, -1)], 2)
     return BlockMask.from_indices(
         rows, size, size, q_len=length, kv_len=length, kv_num_blocks=counts.expand(*leading, -1),
         q_block_lens=block_lens, kv_block_lens=block_lens,
@@ -109,14 +109,15 @@ def selected_tiles_mask(
 
 
 @static_cache
-def _rows_beside(
+def _beside(
     tiles: int, kept: int, text_rows: int, text_blocks: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(lists [tiles + text_rows, tiles + text_blocks], counts): all but the selected tiles."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands beside the selected tiles in the lists: after them in rows of video tiles, all
+    rows of text; and the length of every list.
+    """
     every = torch.arange(tiles + text_blocks, dtype=torch.int32)
-    rows = every.repeat(tiles + text_rows, 1)
-    rows[:tiles] = 0
-    rows[:tiles, kept : kept + text_blocks] = every[tiles:]
+    after = torch.cat([every[tiles:], every.new_zeros(tiles - kept)])
     counts = torch.full((tiles + text_rows,), kept + text_blocks, dtype=torch.int32)
     counts[tiles:] = tiles + text_blocks
-    return rows.to(device), counts.to(device)
+    parts = after.repeat(tiles, 1), every.repeat(text_rows, 1), counts
+    return tuple(x.to(device) for x in parts)  # type: ignore[return-value]
