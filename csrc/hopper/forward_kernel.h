@@ -9,16 +9,17 @@
 
 namespace video_attn::hopper {
 
-template <Grain kGrain, int32_t kHeadDim, class Element>
+template <Grain kGrain, int32_t kHeadDim, class Element, bool kRaster>
 __global__ void __launch_bounds__(kForwardThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
-  constexpr ForwardConfig kConfig = forward_config(kGrain, kHeadDim);
+    forward_kernel(const __grid_constant__ ForwardArguments<kRaster> arguments) {
+  constexpr ForwardConfig kConfig = forward_config(kGrain, kHeadDim, kRaster);
   extern __shared__ __align__(1024) char shared_base[];
   const SharedMemory<kConfig> shared(shared_base);
   if (threadIdx.x == 0) {
     shared.init_barriers();
-    for (const CUtensorMap* map : {&arguments.q, &arguments.k, &arguments.v, &arguments.out}) {
-      prefetch_tensor_map(map);
+    for (const auto* maps : {&arguments.q, &arguments.k, &arguments.v, &arguments.out}) {
+      if constexpr (kRaster) prefetch_tensor_map(&maps->video.map);
+      if constexpr (!kRaster) prefetch_tensor_map(&maps->tokens);
     }
   }
   __syncthreads();
@@ -38,15 +39,15 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   }
 }
 
-template <Grain kGrain, int32_t kHeadDim, class Element>
-cudaError_t launch_kernel(const ForwardArguments& arguments, cudaStream_t stream) {
+template <Grain kGrain, int32_t kHeadDim, class Element, bool kRaster>
+cudaError_t launch_kernel(const ForwardArguments<kRaster>& arguments, cudaStream_t stream) {
   constexpr int32_t kSharedBytes = forward_config(kGrain, kHeadDim).shared_bytes();
   int device = 0, processors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const auto kernel = forward_kernel<kGrain, kHeadDim, Element>;
+  const auto kernel = forward_kernel<kGrain, kHeadDim, Element, kRaster>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
   const ForwardPlan plan = plan_forward(kGrain, arguments.shape.problem, processors);
@@ -54,14 +55,20 @@ cudaError_t launch_kernel(const ForwardArguments& arguments, cudaStream_t stream
   return cudaGetLastError();
 }
 
-inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArguments& arguments) {
+template <bool kRaster>
+cudaError_t make_forward_maps(const ForwardParams& params, ForwardArguments<kRaster>& arguments) {
   const Problem& problem = params.problem;
   const Extents queries{problem.batch, problem.heads, problem.q_side.length, problem.head_dim};
   const Extents keys{problem.batch, problem.kv_heads, problem.kv_side.length, problem.head_dim};
+  if (kRaster && !make_video_boxes(params.video, arguments.video)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
-  const auto make = [&](CUtensorMap& map, const Tensor4& tensor, const Extents& extents) {
+  const auto make = [&](TensorMaps<kRaster>& maps, const Tensor4& tensor, const Extents& extents) {
     if (status != cudaSuccess) return;
-    status = make_tensor_map(&map, tensor, extents, problem.element, kUnit);
+    status = make_tensor_map(&maps.tokens, tensor, extents, problem.element, kUnit);
+    if constexpr (kRaster) {
+      if (status != cudaSuccess) return;
+      status = make_video_map(maps.video, tensor, extents, problem.element, arguments.video);
+    }
   };
   make(arguments.q, params.q, queries);
   make(arguments.k, params.k, keys);
@@ -75,9 +82,9 @@ inline size_t forward_workspace(const ForwardParams& params, Grain grain) {
   return needs_plan(params) ? place_schedule(schedule, nullptr) : 0;
 }
 
-template <Grain kGrain, int32_t kHeadDim>
+template <Grain kGrain, int32_t kHeadDim, bool kRaster>
 cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
-  ForwardArguments arguments;
+  ForwardArguments<kRaster> arguments;
   arguments.shape = {params.problem, params.lists};
   arguments.schedule = plan_shape(params, kGrain);
   arguments.lse = params.lse;
@@ -93,7 +100,7 @@ cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStr
              : launch_kernel<kGrain, kHeadDim, kittens::bf16>(arguments, stream);
 }
 
-template <Grain kGrain>
+template <Grain kGrain, bool kRaster = false>
 cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
   const Problem& problem = params.problem;
   const bool paired = kGrain == Grain::kFine && params.lists.counts != nullptr;
@@ -101,8 +108,8 @@ cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStr
     return cudaErrorInvalidValue;  // fine lists are of blocks of 64
   }
   return padded_head_dim(problem.head_dim) == 64
-             ? launch_forward<kGrain, 64>(params, workspace, stream)
-             : launch_forward<kGrain, 128>(params, workspace, stream);
+             ? launch_forward<kGrain, 64, kRaster>(params, workspace, stream)
+             : launch_forward<kGrain, 128, kRaster>(params, workspace, stream);
 }
 
 }  // namespace video_attn::hopper

@@ -102,26 +102,45 @@ def attention(
         RuntimeError: no backend, or not the one asked for, can serve; the message says why for
             each.
     """
+    check_bool("return_lse", return_lse)
+    call = checked_call(
+        q, k, v, mask, precision=precision, scale=scale, is_causal=is_causal, layout=layout,
+        backend=backend, deterministic=deterministic, quantization=quantization,
+    )  # fmt: skip
+    if backend is None and not torch.compiler.is_compiling():
+        # For the backward pass too, which may come after the context and on another thread.
+        backend = context_backend()
+    out, lse = attend(call, deterministic or torch.are_deterministic_algorithms_enabled(), backend)
+    if layout == "bshd":
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    precision: str = "native",
+    scale: float | None = None,
+    is_causal: bool = False,
+    layout: str = "bhsd",
+    backend: str | None = None,
+    deterministic: bool = False,
+    quantization: QuantizationOptions | None = None,
+) -> ForwardCall:
+    """What the arguments of :func:`attention` ask for; raises as it does."""
     q, k, v = as_bhsd(layout, q=q, k=k, v=v)
     check_shapes(q, k, v)
-    _check_options(precision, is_causal, return_lse, backend, deterministic)
+    _check_options(precision, is_causal, backend, deterministic)
     _check_quantization(precision, quantization, q.shape[3])
     scale = check_scale(scale, q.shape[3])
     if mask is not None:
         _check_mask(q, k, mask, is_causal)
-    if backend is None and not torch.compiler.is_compiling():
-        # For the backward pass too, which may come after the context and on another thread.
-        backend = context_backend()
     if precision != "native" and quantization is None:
         quantization = QuantizationOptions()
-    out, lse = attend(
-        ForwardCall(q, k, v, mask, scale, is_causal, precision, quantization),
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-        backend,
-    )
-    if layout == "bshd":
-        out = out.transpose(1, 2)
-    return (out, lse) if return_lse else out
+    return ForwardCall(q, k, v, mask, scale, is_causal, precision, quantization)
 
 
 def as_bhsd(layout: str, **tensors: Tensor) -> list[Tensor]:
@@ -172,16 +191,12 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_options(
-    precision: str, is_causal: bool, return_lse: bool, backend: str | None, deterministic: bool
+    precision: str, is_causal: bool, backend: str | None, deterministic: bool
 ) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    for name, value in (
-        ("is_causal", is_causal),
-        ("return_lse", return_lse),
-        ("deterministic", deterministic),
-    ):
-        check_bool(name, value)
+    check_bool("is_causal", is_causal)
+    check_bool("deterministic", deterministic)
     if backend is not None:
         check_backend_name(backend)
 

@@ -25,22 +25,22 @@ from .tangent import TangentCall, attention_tangent
 library = torch.library.Library("video_attn", "DEF")
 _TRANSPOSE_BYTES = 25  # per pair of blocks, for a moment, while lists are transposed
 
-_MASK = (
+MASK_SCHEMA = (
     "Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? q_num_blocks, Tensor? q_indices, "
     "Tensor? q_block_lens, Tensor? kv_block_lens, SymInt q_block_size, SymInt kv_block_size"
 )
 library.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, bool is_causal, "
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {MASK_SCHEMA}, float scale, bool is_causal, "
     "str recipe, bool deterministic, str? backend) -> (Tensor out, Tensor lse)"
 )
 library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, {_MASK}, float scale, bool is_causal, bool deterministic, "
+    f"Tensor out, Tensor lse, {MASK_SCHEMA}, float scale, bool is_causal, bool deterministic, "
     "str? backend) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 library.define(
     "attention_tangent(Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor q, "
-    f"Tensor k, Tensor v, Tensor lse, {_MASK}, float scale, bool is_causal) "
+    f"Tensor k, Tensor v, Tensor lse, {MASK_SCHEMA}, float scale, bool is_causal) "
     "-> (Tensor tangent_out, Tensor tangent_lse)"
 )
 

@@ -14,6 +14,7 @@ from ..checks import as_int, check_bool, wants_gradient
 from ..layout import Triple, VideoLayout
 from ..patterns.sliding_tile import Windows, check_windows, sliding_tile_mask
 from ..patterns.valid_text import TextLength, check_text_length
+from .raster import attention_in_raster
 from .video import TOKEN_DIM, video_layout
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ def sliding_tile(
     """Sliding tile attention over a video in raster order, with or without text in the sequence.
 
     Every query tile sees ``window`` tiles per axis around it (shifted at the borders) and the valid
-    text; text queries see everything. Differentiable. This moves q, k, v to tile order and the
-    output back: four gathers. A model that keeps its tokens in tile order saves them::
+    text; text queries see everything. Differentiable. Where a backend reads tiles from raster order
+    nothing is moved (see :func:`~video_attn.functional.raster.attention_in_raster`); else this
+    moves q, k, v to tile order and the output back: four gathers. A model that keeps its tokens in
+    tile order saves them::
 
         video = VideoLayout(grid, tile, text_length=256)
         mask = sliding_tile_mask(video, window, device=x.device)
@@ -72,11 +75,7 @@ def sliding_tile(
     video = video_layout(q, k, v, grid, tile, text_first, layout)
     dim = TOKEN_DIM[layout]
     mask = _mask((q, k, v), dim, video, window, text_length, "window")
-    q, k, v = (video.to_tiles(x, dim) for x in (q, k, v))
-    out = attention(
-        q, k, v, mask, layout=layout, **options,
-    )  # fmt: skip
-    return video.from_tiles(out, dim)
+    return attention_in_raster(q, k, v, mask, video, layout=layout, **options)
 
 
 def sliding_tile_attention(
