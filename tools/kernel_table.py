@@ -98,7 +98,7 @@ def demangle(symbol: str) -> str:
 
 def shorten(name: str) -> str:
     name = re.sub(r"\b(?:video_attn::hopper|video_attn|kittens)::", "", name)
-    return re.sub(r"\(\w+\)$", "", name.removeprefix("void ")).replace("> >", ">>")
+    return re.sub(r"\([\w<>]+\)$", "", name.removeprefix("void ")).replace("> >", ">>")
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -41,8 +41,9 @@ struct RingReader {
   }
 
  private:
-  // The warp has converged, in a wait for products at the latest.
+  // One lane for the warp, after what all lanes have read; a wait for products orders no lanes.
   __device__ void arrive(const uint64_t& barrier) const {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&barrier));
   }
 };

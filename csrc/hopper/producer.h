@@ -96,10 +96,14 @@ class Producer {
   static constexpr int32_t kColumnBoxes = kConfig.head_dim / kColumns;
 
   // Producers go from round to round together. So whoever waits for a stage knows that its last use
-  // has begun, and the parity of its barrier tells whether that use has ended.
-  __device__ void begin_round() const {
+  // has begun, and the parity of its barrier tells whether that use has ended. (They wait at
+  // different places in the code: a named barrier would do, but synccheck takes that for an error.)
+  __device__ void begin_round() {
     if constexpr (kProducers<kConfig.grain> > 1) {
-      threads_sync<32 * kProducers<kConfig.grain>>(kProducerBarrier);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(shared_.round());
+      barrier_wait_together(shared_.round(), parities_ >> 1 & 1);
+      parities_ ^= 2;
     }
   }
 
@@ -145,7 +149,7 @@ class Producer {
 #pragma unroll
     for (int32_t consumer = 0; consumer < kConsumers; ++consumer) {
       if (kConfig.grain == Grain::kFine && consumer != list_) continue;
-      barrier_wait_together(shared_.query_empty(consumer), query_parity_ ^ 1);
+      barrier_wait_together(shared_.query_empty(consumer), (parities_ & 1) ^ 1);
       if (threadIdx.x % 32 == 0) {
         const uint32_t full = shared_.query_full(consumer);
         const uint32_t queries = shared_address(shared_.query(consumer));
@@ -158,7 +162,7 @@ class Producer {
         }
       }
     }
-    query_parity_ ^= 1;
+    parities_ ^= 1;
   }
 
   // Keys or values of one step, into a stage.
@@ -169,7 +173,7 @@ class Producer {
     const int32_t lane = threadIdx.x % 32;
     if (!shared && lane < kConsumerWarps) barrier_arrive(empty);  // for who needs it not
     if (lane == 0) start_copies(maps, step, stage, head, batch);
-    __syncwarp();  // the warp is together at the next named barrier
+    __syncwarp();
   }
 
   __device__ void start_copies(const Maps& maps, const Step& step, const RingCursor& stage,
@@ -197,7 +201,7 @@ class Producer {
   const int32_t list_;
   WorkQueue<kConfig> queue_;
   StageOrder<kConfig> order_;
-  uint32_t query_parity_ = 0;
+  uint32_t parities_ = 0;  // bit 0: of the queries' barriers; bit 1: of the rounds'
 };
 
 }  // namespace video_attn::hopper

@@ -77,9 +77,8 @@ __device__ inline void store_tokens(const TensorMaps<kRaster>& maps, const Token
 }
 
 enum NamedBarrier : int32_t {
-  kTurnBarrier = 1,                              // + consumer
-  kConsumerBarrier = kTurnBarrier + kConsumers,  // + consumer
-  kProducerBarrier = kConsumerBarrier + kConsumers
+  kTurnBarrier = 1,                             // + consumer
+  kConsumerBarrier = kTurnBarrier + kConsumers  // + consumer
 };
 
 // Turns of a consumer at the tensor cores: one for the scores of each step, beside the values of
@@ -118,6 +117,7 @@ struct Control {
   uint64_t item_full[kItemStages], item_empty[kItemStages];
   int2 stage_valid[kConfig.stages];  // valid tokens of the two halves in a stage
   WorkItem items[kItemStages];
+  uint64_t round;  // of several producers, which begin each round together
 };
 
 // A place in a ring, and the parity of the phase that its barriers are in.
@@ -233,6 +233,8 @@ class SharedMemory {
     return shared_address(&control().item_empty[stage]);
   }
 
+  __device__ uint32_t round() const { return shared_address(&control().round); }
+
   // By one thread, before the barrier of the whole block. Warps arrive as one.
   __device__ void init_barriers() const {
     for (int32_t at = 0; at < kConfig.stages; ++at) {
@@ -247,6 +249,7 @@ class SharedMemory {
       barrier_init(item_full(stage), 1);
       barrier_init(item_empty(stage), kConsumers * kConsumerWarps + kProducers<kConfig.grain>);
     }
+    if constexpr (kProducers<kConfig.grain> > 1) barrier_init(round(), kProducers<kConfig.grain>);
     barrier_init_fence();
   }
 
