@@ -6,7 +6,8 @@ Needs a GPU, and compute-sanitizer of the CUDA toolkit; `hopper` wants an H100 o
 problems of every kernel of a backend (both grains and dense, forward and backward, head sizes 64
 and 128, partial blocks, rows without keys, grouped heads, strided tensors) under each tool, and
 fails when one reports an error. memcheck finds accesses out of bounds, racecheck races in shared
-memory, initcheck reads of memory that nobody wrote, synccheck barriers used wrongly.
+memory, initcheck reads of memory that nobody wrote, synccheck barriers used wrongly. A tool that is
+not done in time is ended with all that it started, and what it has found by then is shown.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -137,26 +140,62 @@ def run_problems(backend: str) -> None:
 
 def check(sanitizer: str, tool: str, backend: str, limit: float) -> bool:
     """Runs the problems of a backend under one tool; prints what it found."""
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--show-backtrace", "no"]
     command += [sys.executable, str(Path(__file__).resolve()), "--problems", backend]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one block per tensor
     name, began = f"{backend}, {tool}", time.monotonic()
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=limit
-        )
-    except subprocess.TimeoutExpired:
-        print(f"{name}: not done after {limit:.0f} s", flush=True)
-        return False
-    output = done.stdout + done.stderr
+    status, output = run_to_end(command, limit)
     summary = _SUMMARY.search(output)
-    clean = done.returncode == 0 and summary is not None and "0" in summary.groups()
+    clean = status == 0 and summary is not None and "0" in summary.groups()
     found = summary[0] if summary else "no summary"
-    seconds = time.monotonic() - began
-    print(f"{name}: {found}, exit status {done.returncode}, {seconds:.0f} s", flush=True)
+    how = f"not done after {limit:.0f} s" if status is None else f"exit status {status}"
+    print(f"{name}: {found}, {how}, {time.monotonic() - began:.0f} s", flush=True)
     if not clean:
-        print(output[:4000] + "\n...\n" + output[-2000:], flush=True)
+        print("\n".join(list_reports(output)) + "\n...\n" + output[-2000:], flush=True)
     return clean
+
+
+def run_to_end(command: list[str], limit: float) -> tuple[int | None, str]:
+    """(exit status, output) of a command; status None where it was ended after ``limit`` seconds.
+
+    It has a session of its own, which is ended as a whole: a tool's child would keep running, and
+    keep the pipe of the output open.
+    """
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one block per tensor
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return None, output
+    return process.returncode, output
+
+
+def list_reports(output: str) -> list[str]:
+    """The different reports of a tool, each once, with how often it came; threads are left out."""
+    counts = Counter(
+        " ".join(
+            line.removeprefix("=========").strip() for line in report if " by thread" not in line
+        )
+        for report in _reports(output.splitlines())
+    )
+    return [f"{count} x {report}" for report, count in counts.items()]
+
+
+def _reports(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Lines of the tool that belong together; it puts an empty one of its own between reports."""
+    report: list[str] = []
+    for line in lines:
+        if line.startswith("========= ") and line.strip("= "):
+            report.append(line)
+        elif report:
+            yield report
+            report = []
+    if report:
+        yield report
 
 
 def main() -> int:
