@@ -36,6 +36,9 @@ COMMANDS = {
     "calibrate": _Command(
         "tools.calibrate.command", "the cheapest attention per head within an error budget"
     ),
+    "quality": _Command(
+        "tools.quality.command", "PSNR, SSIM and LPIPS of videos against a reference"
+    ),
     "capture-info": _Command("tools.capture.command", "what a folder of captures holds"),
     "warmup": _Command("tools.warmup", "compile the Triton kernels that a model will need"),
     "stitch": _Command("tools.stitch.command", "videos side by side, in one video with labels"),
