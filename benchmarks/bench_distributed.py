@@ -1,13 +1,14 @@
 """One attention layer of Wan 14B and HunyuanVideo at 720p on several GPUs against one of them.
 
-    torchrun --nproc-per-node 4 benchmarks/bench_distributed.py
+    torchrun --nproc-per-node 4 benchmarks/bench_distributed.py --backward
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --models wan --patterns dense sta
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --small   # CPUs: is all there?
     python benchmarks/bench_distributed.py --plan                         # bytes on paper, no GPU
 
 Every rank holds its part of the tokens and ends with its part of the output. One GPU does the same
 work alone, in the same run, while the others wait. Efficiency is its time over ranks x the time of
-the slowest rank; 1 is perfect. Dense attention by Ulysses stands beside the sparse patterns.
+the slowest rank; 1 is perfect. Dense attention by Ulysses stands beside the sparse patterns. A ring
+has shards of equal work for STA, even ones for the others.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from st_attn import sliding_tile_attention
-from video_attn import Dense, Radial, SlidingTile, VideoLayout, VideoSparse, VideoTokens
+from video_attn import Dense, Radial, SlidingTile, VideoSparse, VideoTokens
 from video_attn.distributed import (
     Shards,
     balanced_shards,
@@ -34,7 +35,6 @@ from video_attn.distributed import (
     sequence_parallel_plan,
 )
 from video_attn.functional.patterns import Pattern
-from video_attn.patterns.sliding_tile import sliding_tile_mask
 from video_attn.tools.bench import (
     Record,
     Result,
@@ -47,7 +47,9 @@ from video_attn.tools.bench import (
 )
 from video_attn.tools.bench.check import require_correct
 
-COLUMNS = ("attention", "pass", "one GPU", "ms", "speed-up", "efficiency", "MB sent per rank")
+COLUMNS = (
+    "attention", "pass", "one GPU", "ms", "speed-up", "efficiency", "MB sent per rank", "MHz",
+)  # fmt: skip
 MAX_ERROR = {"dense": 0.02, "sta": 0.02, "vsa": 0.05}  # of bf16; vsa: nearly equal scores may flip
 PLAN_RANKS = (8, 16, 32, 64)
 PER_HOST = 8
@@ -97,23 +99,27 @@ class Run:
         return [self.shards.take(x, dist.get_rank(), 2).contiguous() for x in self.whole]
 
 
-def make_run(model: Model, name: str, kind: str, device: torch.device) -> Run:
+def make_run(
+    model: Model, name: str, kind: str, device: torch.device, head_chunks: int | None = None
+) -> Run:
     """STA works on tokens in tile order, as a model that keeps them so does; the others in raster
     order.
     """
     pattern, tokens = model.patterns()[name], model.tokens
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (1, tokens.sequence_length, model.heads, model.head_dim)
-    whole = tuple(
-        torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2)
-        for _ in range(3)
-    )
+    whole = whole_tensors(model, device)
     is_sta = isinstance(pattern, SlidingTile)
 
     def parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sequence_parallel_attention(
-            q, k, v, pattern, tokens=tokens, kind=kind, tile_order=is_sta, shards=shards
+            q,
+            k,
+            v,
+            pattern,
+            tokens=tokens,
+            kind=kind,
+            tile_order=is_sta,
+            shards=shards,
+            head_chunks=head_chunks,
         )
 
     def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,8 +130,22 @@ def make_run(model: Model, name: str, kind: str, device: torch.device) -> Run:
             tile_size=model.tile,
         )  # fmt: skip
 
-    shards = Shards.even(tokens.sequence_length, dist.get_world_size())
+    ranks = dist.get_world_size()
+    shards = Shards.even(tokens.sequence_length, ranks)
+    if is_sta and kind == "ring":
+        shards = balanced_shards(pattern, ranks, tokens=tokens)
     return Run(name, kind, parallel, alone, whole, shards)
+
+
+def whole_tensors(model: Model, device: torch.device) -> tuple[Tensor, ...]:
+    """The same q, k, v [1, H, S, D] on every rank."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, model.tokens.sequence_length, model.heads, model.head_dim)
+    return tuple(
+        torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
 
 
 def check(run: Run) -> None:
@@ -135,73 +155,106 @@ def check(run: Run) -> None:
     require_correct(f"{run.name}, {run.kind}", got, expected, MAX_ERROR[run.name])
 
 
-def time_run(run: Run, options: argparse.Namespace, backward: bool) -> tuple[Timing, Timing, int]:
-    """(one GPU, the slowest rank, bytes that this rank sent in one call)."""
-    part, whole = run.part(), [x.contiguous() for x in run.whole]
+def training(
+    function: Callable[..., Tensor], inputs: list[Tensor], backward: bool
+) -> Callable[[], None]:
+    """A call of ``function``, with its backward pass or without."""
+    inputs = [x.detach().requires_grad_(backward) for x in inputs]
+    grad = torch.randn_like(inputs[0]) if backward else None
 
-    def call(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], None]:
-        inputs = [x.detach().requires_grad_(backward) for x in inputs]
-        grad = torch.randn_like(inputs[0]) if backward else None
+    def once() -> None:
+        out = function(*inputs)
+        if grad is not None:
+            torch.autograd.grad(out, inputs, grad)
 
-        def once() -> None:
-            out = function(*inputs)
-            if grad is not None:
-                torch.autograd.grad(out, inputs, grad)
+    return once
 
-        return once
 
-    with record_traffic() as traffic:
-        call(run.parallel, part)()
-    sent = traffic.total
-    settings: dict[str, Any] = {"device": options.device, "repeats": options.repeats}
-    alone = []
+def time_alone(run: Run, options: argparse.Namespace, backward: bool) -> Timing:
+    """One GPU, the first; the same on all ranks."""
+    alone: list[Any] = [None]
     if dist.get_rank() == 0:
-        alone = list(
-            time_interleaved({"alone": call(run.alone, whole)}, **settings)["alone"].samples
-        )
+        once = training(run.alone, [x.contiguous() for x in run.whole], backward)
+        settings = {"repeats": options.repeats, "seconds": options.seconds}
+        alone = [time_interleaved({"alone": once}, device=options.device, **settings)["alone"]]
+    dist.broadcast_object_list(alone, 0, device=torch.device("cpu"))
+    return alone[0]
+
+
+def time_parallel(
+    run: Run, alone: Timing, options: argparse.Namespace, backward: bool
+) -> tuple[Timing, int]:
+    """(the slowest rank, bytes that this rank sent in one call)."""
+    once = training(run.parallel, run.part(), backward)
+    with record_traffic() as traffic:
+        once()
+    sent = traffic.total
+    share = alone.median / dist.get_world_size()  # all ranks make as many calls
+    repeats = min(options.repeats, max(3, int(options.seconds / max(share, 1e-9))))
     dist.barrier()
-    mine = time_interleaved({"parallel": call(run.parallel, part)}, **settings)["parallel"]
+    mine = time_interleaved({"parallel": once}, device=options.device, repeats=repeats)["parallel"]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (alone, mine.samples))
-    slowest = max((Timing(tuple(samples)) for _, samples in everyone), key=lambda t: t.median)
-    return Timing(tuple(everyone[0][0])), slowest, sent
+    dist.all_gather_object(everyone, mine)
+    return max(everyone, key=lambda timing: timing.median), sent
 
 
 def bench(options: argparse.Namespace) -> list[Result]:
     """All runs, and their table on the first rank."""
-    results, rows, ranks = [], [], dist.get_world_size()
+    results: list[Result] = []
+    rows: list[tuple[str, ...]] = []
     for model_name in options.models:
         model = (SMALL if options.small else MODELS)[model_name]
         for name in options.patterns:
+            alone: dict[bool, Timing] = {}
             for kind in options.kinds:
                 if dist.get_rank() == 0:
                     say(f"{model_name}, {name}, {kind}")
-                run = make_run(model, name, kind, options.device)
+                run = make_run(model, name, kind, options.device, options.head_chunks)
                 check(run)
                 for backward in (False, True) if options.backward else (False,):
-                    alone, slowest, sent = time_run(run, options, backward)
-                    speed_up = alone.median / slowest.median
-                    direction = "forward and backward" if backward else "forward"
-                    problem = {
-                        "model": model_name, "grid": model.tokens.grid, "ranks": ranks,
-                        "text": model.tokens.text_length, "heads": model.heads,
-                        "head_dim": model.head_dim, "pattern": name, "pass": direction,
-                    }  # fmt: skip
-                    metrics = {
-                        "speed_up": speed_up, "efficiency": speed_up / ranks, "sent_mb": sent / 1e6,
-                    }  # fmt: skip
-                    results += [
-                        Result(problem, "one GPU", alone),
-                        Result(problem, f"{ranks} ranks, {kind}", slowest, metrics),
-                    ]
-                    rows.append((
-                        f"{model_name}, {name}, {kind}", direction, f"{alone.median * 1e3:.2f}",
-                        f"{slowest.median * 1e3:.2f}", f"{speed_up:.2f}", f"{speed_up / ranks:.2f}",
-                        f"{sent / 1e6:.1f}",
-                    ))  # fmt: skip
+                    if backward not in alone:
+                        alone[backward] = time_alone(run, options, backward)
+                    timed = time_parallel(run, alone[backward], options, backward)
+                    new, row = summary(model_name, model, run, backward, alone[backward], *timed)
+                    results += new
+                    rows.append(row)
     if dist.get_rank() == 0:
-        print_table(f"{ranks} ranks", COLUMNS, rows)
+        print_table(f"{dist.get_world_size()} ranks, {device_name(options.device)}", COLUMNS, rows)
     return results
+
+
+def summary(
+    model_name: str,
+    model: Model,
+    run: Run,
+    backward: bool,
+    alone: Timing,
+    slowest: Timing,
+    sent: int,
+) -> tuple[list[Result], tuple[str, ...]]:
+    """The entries of the record, and the row of the table, of one comparison."""
+    ranks = dist.get_world_size()
+    speed_up = alone.median / slowest.median
+    direction = "forward and backward" if backward else "forward"
+    problem = {
+        "model": model_name, "grid": model.tokens.grid, "ranks": ranks,
+        "text": model.tokens.text_length, "heads": model.heads,
+        "head_dim": model.head_dim, "pattern": run.name, "pass": direction,
+    }  # fmt: skip
+    metrics = {"speed_up": speed_up, "efficiency": speed_up / ranks, "sent_mb": sent / 1e6}
+    entries = [
+        Result(problem, "one GPU", alone),
+        Result(problem, f"{ranks} ranks, {run.kind}", slowest, metrics),
+    ]
+    return entries, (
+        f"{model_name}, {run.name}, {run.kind}", direction, f"{alone.median * 1e3:.2f}",
+        f"{slowest.median * 1e3:.2f}", f"{speed_up:.2f}", f"{speed_up / ranks:.2f}",
+        f"{sent / 1e6:.1f}", "" if slowest.sm_mhz is None else f"{slowest.sm_mhz:.0f}",
+    )  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def plan_rows() -> list[tuple[str, ...]]:
@@ -215,16 +268,26 @@ def plan_rows() -> list[tuple[str, ...]]:
 
 def _planned(model: Model, ranks: int) -> list[int]:
     """Ulysses; a dense ring; STA and radial in a ring; and both of a mesh of hosts."""
-    tokens, heads = model.tokens, model.heads
-    mask = sliding_tile_mask(VideoLayout(tokens.grid, model.tile, tokens.text_length), model.window)
-    shards, mesh = balanced_shards(mask, ranks), (ranks // PER_HOST, PER_HOST)
+    tokens, heads, pattern = model.tokens, model.heads, model.patterns()["sta"]
+    sta: dict[str, Any] = {
+        "tokens": tokens, "tile_order": True, "q_heads": heads,
+        "shards": balanced_shards(pattern, ranks, tokens=tokens),
+    }  # fmt: skip
+    dense: dict[str, Any] = {"tokens": tokens, "q_heads": heads}
+    mesh = (ranks // PER_HOST, PER_HOST)
     plans = [
-        sequence_parallel_plan(Dense(), ranks, q_heads=heads, tokens=tokens),
-        sequence_parallel_plan(Dense(), ranks, kind="ring", q_heads=heads, tokens=tokens),
-        sequence_parallel_plan(mask, ranks, kind="ring", q_heads=heads, shards=shards),
-        sequence_parallel_plan(Radial(), ranks, kind="ring", q_heads=heads, tokens=tokens),
-        sequence_parallel_plan(Dense(), mesh, kind="usp", q_heads=heads, tokens=tokens),
-        sequence_parallel_plan(mask, mesh, kind="usp", q_heads=heads, shards=shards),
+        sequence_parallel_plan(Dense(), ranks, **dense),
+        sequence_parallel_plan(
+            None,
+            ranks,
+            kind="ring",
+            q_heads=heads,
+            shards=Shards.even(tokens.sequence_length, ranks),
+        ),
+        sequence_parallel_plan(pattern, ranks, kind="ring", **sta),
+        sequence_parallel_plan(Radial(), ranks, kind="ring", **dense),
+        sequence_parallel_plan(Dense(), mesh, kind="usp", **dense),
+        sequence_parallel_plan(pattern, mesh, kind="usp", **sta),
     ]
     busiest = [max(plan.forward_bytes) for plan in plans]
     for plan in plans[-2:]:  # what leaves a host: the ring between hosts
@@ -245,8 +308,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--patterns", nargs="+", choices=MAX_ERROR, default=list(MAX_ERROR))
     add("--kinds", nargs="+", choices=("ulysses", "ring"), default=["ulysses", "ring"])
+    add("--head-chunks", type=int, help="cut the heads of a rank so (default: by their size)")
     add("--backward", action="store_true", help="time training too")
     add("--repeats", type=int, default=10, help="calls of each (default 10)")
+    add("--seconds", type=float, default=0.5, help="for them, at least three calls (default 0.5)")
     add("--small", action="store_true", help="tiny sizes, on CPUs")
     add("--plan", action="store_true", help="print bytes on paper for 8 to 64 GPUs, and end")
     add("--out", type=Path, help="the record (default benchmarks/results/distributed_N_GPU.json)")

@@ -28,7 +28,7 @@ def shards_of(how: str, tokens: VideoTokens, ranks: int, seed: int) -> Shards:
 def pattern(
     group: Any, pattern: Any, tokens: VideoTokens, kind: str, how: str, *, heads: int = 3,
     kv_heads: int = 3, batch: int = 1, gate: str = "none", seed: int = 0, layout: str = "bhsd",
-    tile_order: bool = False,
+    tile_order: bool = False, head_chunks: int | None = None,
 ) -> int:  # fmt: skip
     """out and gradients of this rank's part equal those of one process; the bytes it sent."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -67,6 +67,7 @@ def pattern(
             *own[:3], pattern, tokens=tokens, tile_order=tile_order,
             gate=own[3] if len(own) > 3 else weight,
             group=group_of(group, kind), kind=kind, shards=shards, layout=layout,
+            head_chunks=head_chunks,
         )  # fmt: skip
         count = torch.zeros(shards.length, dtype=torch.float64)
         for r in range(ranks):

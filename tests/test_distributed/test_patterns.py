@@ -53,5 +53,7 @@ CASES: dict[str, tuple[Any, VideoTokens, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_like_one_process(ranks: RankPool, name: str, kind: str) -> None:
     pattern, tokens, how, options = CASES[name]
-    size = RANKS if kind == "usp" or list(CASES).index(name) % 2 else len(PAIR)
+    index = list(CASES).index(name)
+    size = RANKS if kind == "usp" or index % 2 else len(PAIR)
+    options = {**options, "head_chunks": (None, 2, 3)[index % 3]}
     ranks.run(size, "pattern_cases:pattern", pattern, tokens, kind, how, **options)

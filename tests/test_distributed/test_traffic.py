@@ -59,7 +59,7 @@ def test_a_ring_whose_ranks_list_only_their_own_sends_nothing(ranks: RankPool) -
     total, *_, traffic = ranks.run(
         RANKS, "traffic_cases:sent", mask, "ring", 1, Shards.even(128, RANKS)
     )[0]
-    assert total == 0 and "ring step" not in traffic
+    assert total == 0 and "ring: keys" not in traffic
 
 
 @pytest.mark.parametrize("hot", [False, True])
@@ -82,8 +82,8 @@ def test_text_does_not_pull_all_keys_to_its_owner() -> None:
         sum(n for sent in plan.forward for label, n in sent.items() if "keys" in label)
         for plan in (with_text, without)
     ]
-    block = 2 * 16 * 16 * 2 * 2  # heads, tokens, channels, key and value, bytes
-    assert keys[0] == keys[1] + 3 * block  # the text's keys to the three that do not own them
+    text = 2 * 9 * 16 * 2 * 2  # heads, tokens, channels, key and value, bytes
+    assert keys[0] == keys[1] + 3 * text  # the text's keys to the three that are not their source
     assert "wide rows: queries" in with_text.forward[0]
 
 
@@ -105,3 +105,17 @@ def test_balance() -> None:
     )  # rows 12 to 14: no cut of whole blocks is better
     assert balanced_shards(mask, 4).lengths == (64, 24, 24, 16)
     assert "imbalance 1.706" in str(plans["even"])
+
+
+def test_balance_of_tiles_with_padding_and_text() -> None:
+    pattern, tokens = SlidingTile((3, 3, 3), (2, 3, 4)), VideoTokens((7, 8, 11), text_length=5)
+    shards = balanced_shards(pattern, 3, tokens=tokens)
+    assert shards.length == tokens.sequence_length and shards.is_contiguous
+    even, balanced = (
+        sequence_parallel_plan(
+            pattern, 3, kind="ring", q_heads=1, tokens=tokens, tile_order=True, shards=chosen
+        )
+        for chosen in (None, shards)
+    )
+    assert balanced.imbalance < min(even.imbalance, 1.1)
+    assert not any("tokens <-> blocks" in sent for sent in balanced.forward)

@@ -35,7 +35,13 @@ def sent(group: Any, mask: Any, kind: str, batch: int, shards: Shards, **options
     parts = [shards.take(x, rank, 2).requires_grad_() for x in tensors(shards.length, batch)]
     with record_traffic() as traffic:
         out = sequence_parallel_attention(
-            *parts, mask, group=group_of(group, kind), kind=kind, shards=shards, **options
+            *parts,
+            mask,
+            group=group_of(group, kind),
+            kind=kind,
+            shards=shards,
+            head_chunks=2,
+            **options,
         )
         forward = traffic.by_label
         out.sum().backward()

@@ -13,11 +13,11 @@ from ..functional.video_tokens import VideoTokens
 from .job import Job, heads_of_mask, make_job
 from .placement import Placement
 from .request import KINDS
-from .ring_attention import block_routes, plan_of
+from .ring_attention import plan_of, query_route
 from .ring_plan import RingPlan
 from .run import Placements, placements, rows_of
 from .shards import Shards
-from .ulysses import share_heads
+from .ulysses import HeadShare, share_heads
 
 _CPU = torch.device("cpu")
 
@@ -169,13 +169,18 @@ def _sent_by(
         _add_ulysses(forward, backward, (q_in, kv_in), member, shape)
     if width < len(places[0].slots):
         share = shares[member]
-        heads = share.q[1] - share.q[0], share.kv[1] - share.kv[0]
+        heads = _heads_of(share, shape)
         if width == 1:
             q_between, kv_between = places
-        if heads[0] and share.key_head_of_query_heads(shape.q_heads // shape.kv_heads) is not None:
-            heads = heads[0], heads[0]
         _add_ring(forward, backward, job, (q_between, kv_between), row, share.q, heads, shape)
     return +forward, +backward
+
+
+def _heads_of(share: HeadShare, shape: _Shape) -> tuple[int, int]:
+    """Query and key heads of a rank's call; torn groups get a key head per query head."""
+    q_heads, kv_heads = (b - a for a, b in (share.q, share.kv))
+    torn = share.key_head_of_query_heads(shape.q_heads // shape.kv_heads) is not None
+    return q_heads, q_heads if q_heads and torn else kv_heads
 
 
 def _add_ulysses(
@@ -233,16 +238,11 @@ def _add_ring(
             home = owner * shape.batch * heads[1] * channels
             backward[f"ring step {shift}: gradients"] += home
         return
-    plan = plan_of(job, *places, shape.batch, q_heads, heads[1])
-    size = job.mask.kv_block_size * channels
-    sent_blocks = plan.blocks_sent()
-    ranks = plan.owners.ranks
-    for shift in range(1, ranks):
-        sent = int(sent_blocks[me, shift - 1]) * size
-        forward[f"ring step {shift}: keys"] += sent
-        backward[f"ring step {shift}: keys"] += sent
-        home = int(sent_blocks[(me + shift) % ranks, shift - 1]) * size
-        backward[f"ring step {shift}: gradients"] += home
+    plan = plan_of(job, *places, q_heads, heads[0] // heads[1])
+    rows = plan.rows_sent(shape.batch, heads[1])
+    forward["ring: keys"] += int(rows[me].sum()) * channels
+    backward["ring: keys"] += int(rows[me].sum()) * channels
+    backward["ring: gradients"] += int(rows[:, me].sum()) * channels
     _add_wide_rows(forward, backward, plan, me, heads[0] * job.mask.q_block_size, shape)
     _add_routes(forward, backward, job.mask, places, me, heads, shape)
 
@@ -276,16 +276,12 @@ def _add_routes(
     heads: tuple[int, int],
     shape: _Shape,
 ) -> None:
-    sizes = mask.q_block_size, mask.kv_block_size
-    q_route, kv_route = block_routes(*places, *sizes, me, _CPU)
+    route = query_route(*places, mask.q_block_size, mask.kv_block_size, me, _CPU)
     unit, label = shape.batch * shape.unit, "tokens <-> blocks"
     q_row, out_row = heads[0] * shape.head_dim * unit, heads[0] * shape.head_dim_v * unit
-    kv_row = heads[1] * (shape.head_dim + shape.head_dim_v) * unit
-    forward[label] += q_route.bytes_to_blocks(q_row) + kv_route.bytes_to_blocks(kv_row)
-    forward[label] += q_route.bytes_to_tokens(out_row)
-    backward[label] += q_route.bytes_to_blocks(out_row, copies=True)
-    backward[label] += q_route.bytes_to_tokens(q_row, copies=False)
-    backward[label] += kv_route.bytes_to_tokens(kv_row, copies=False)
+    forward[label] += route.bytes_to_blocks(q_row) + route.bytes_to_tokens(out_row)
+    backward[label] += route.bytes_to_blocks(out_row, copies=True)
+    backward[label] += route.bytes_to_tokens(q_row, copies=False)
 
 
 def _pairs_of(job: Job, places: Placements, width: int, rank: int, shape: _Shape) -> float:
@@ -307,7 +303,8 @@ def _pairs_of(job: Job, places: Placements, width: int, rank: int, shape: _Shape
         part = heads_of_mask(job.mask, *share.q)
         return float(part.attended_pairs()) * of_heads * of_batch
     between = _between(places[0], width), _between(places[1], width)
-    plan = plan_of(job, *between, shape.batch, share.q, share.kv[1] - share.kv[0])
+    q_heads, kv_heads = _heads_of(share, shape)
+    plan = plan_of(job, *between, share.q, q_heads // kv_heads)
     return float(plan.pairs()[row]) * of_heads * of_batch
 
 

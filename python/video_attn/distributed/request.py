@@ -20,7 +20,7 @@ from ..quantize import QuantizationOptions
 from ..registry import PRECISIONS, check_backend_name, context_backend
 from .agreement import agree
 from .job import Job, fingerprint, make_job
-from .ring import Options
+from .piece import Options
 from .shards import Shards
 from .team import Team
 

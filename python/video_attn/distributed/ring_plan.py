@@ -1,20 +1,24 @@
-"""What moves where in a ring: block owners, the steps of every rank, bytes and balance.
+"""What moves where in a sparse ring: block owners, keys to gather, bytes and balance.
 
-A rank owns blocks of queries and blocks of keys. In step s rank r works with key blocks of rank
-r + s, and these are only the blocks that some block of its queries lists. A few rows that list
-nearly everything, such as text, would pull all keys to their owner: such *wide* rows travel to the
-keys instead, and what each rank finds for them is merged at their owner.
+A rank owns blocks of queries. It works with the key blocks that some block of its queries lists,
+and every rank sends it the tokens of these that it holds. A few rows that list nearly everything,
+such as text, would pull all keys to their owner: such *wide* rows travel to the keys instead, and
+what each rank finds for them, among the key blocks that it owns, is merged at their owner.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
 from .placement import Placement
+from .rows import Gathering, Rows
+from .ulysses import Heads
 
 WIDE_SHARE = 0.5  # rows that list more than this share of all key blocks may be wide
 MOST_OWNED = 1.05  # times the tokens that any rank holds
@@ -46,65 +50,14 @@ def owners_of_blocks(placement: Placement, block_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """Key blocks that go from one rank to another: which blocks, and of which batches and heads.
-
-    Args:
-        columns: int64 [U], the blocks on the rank that owns them, counted among its own, ascending.
-        entries: None: all batches and heads. Otherwise int64 [3, M]: batch, key head and place in
-            ``columns`` of each block that is sent.
-    """
-
-    columns: Tensor
-    entries: Tensor | None
-
-    @classmethod
-    def of(cls, wanted: Tensor, batch: int, kv_heads: int) -> Parcel | None:
-        """From bool [B|1, Hkv|1, blocks of the owner] on the CPU; None where nothing is wanted."""
-        columns = wanted.flatten(0, 1).any(0).nonzero().flatten()
-        if columns.numel() == 0:
-            return None
-        chosen = wanted[..., columns].expand(batch, kv_heads, -1)
-        return cls(columns, None if bool(chosen.all()) else chosen.nonzero().T.contiguous())
-
-    def to(self, device: torch.device) -> Parcel:
-        entries = None if self.entries is None else self.entries.to(device, non_blocking=True)
-        return Parcel(self.columns.to(device, non_blocking=True), entries)
-
-    def blocks(self, batch: int, kv_heads: int) -> int:
-        """Blocks sent, each of one batch item and one head."""
-        if self.entries is None:
-            return batch * kv_heads * self.columns.numel()
-        return self.entries.shape[1]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of one rank.
-
-    Args:
-        shift: keys come from rank + shift, and go to rank - shift.
-        sends, receives: what travels, or None.
-        rows: (first, past the last) own query blocks that list something in this step.
-        mask: of these query blocks over the received columns; None when nothing is computed, or
-            for dense attention.
-    """
-
-    shift: int
-    sends: Parcel | None
-    receives: Parcel | None
-    rows: tuple[int, int] = (0, 0)
-    mask: BlockMask | None = None
-
-
-@dataclass(frozen=True)
 class WideRows:
     """Rows that travel to the keys: the blocks each rank owns, and the mask over this rank's keys.
 
     Args:
         counts: wide blocks of each rank.
         own: int64, the wide ones among this rank's query blocks.
-        mask: of all wide blocks, in rank order, over this rank's keys; None: it has none.
+        mask: of all wide blocks, in rank order, over the keys that this rank has gathered, where
+            they list those of its own blocks; None: it has none.
     """
 
     counts: tuple[int, ...]
@@ -114,10 +67,14 @@ class WideRows:
 
 @dataclass(frozen=True)
 class RingWork:
-    """What one rank does in one call: its keys first, then step by step those of others."""
+    """What one rank does for some heads: it gathers keys and attends to them, once.
 
-    local: BlockMask | None
-    steps: tuple[Step, ...]
+    Args:
+        mask: of its query blocks over the gathered keys; None: it lists nothing.
+    """
+
+    gathering: Gathering
+    mask: BlockMask | None
     wide: WideRows | None = None
 
 
@@ -141,69 +98,109 @@ class RingPlan:
     """The cut of one mask for all ranks of a ring. Read on the host, once per mask.
 
     Args:
+        kv_place: which key tokens the ranks hold.
         mask: of the whole sequence, on the CPU.
         keep: bool [B|1, H|1, Nq, Nk], its blocks, without the wide rows.
-        wanted: bool [ranks, B|1, Hkv|1, Nk]: key blocks that the rows of each rank list.
+        wanted: bool [ranks, B|1, Hkv|1, Nk]: key blocks that the rows of each rank list, and with
+            wide rows those that it owns.
         wide: int64, the wide query blocks, in the order of ranks.
     """
 
     owners: BlockOwners
+    kv_place: Placement
     mask: BlockMask
     keep: Tensor
     wanted: Tensor
     wide: Tensor
-    batch: int
-    kv_heads: int
-    _work: dict[tuple[int, torch.device], RingWork] = field(default_factory=dict)
+    _work: dict[Any, RingWork] = field(default_factory=dict)
 
-    def parcel(self, sender: int, receiver: int) -> Parcel | None:
-        return Parcel.of(
-            self.wanted[receiver][..., self.owners.columns(sender)], self.batch, self.kv_heads
-        )
+    def work_of(
+        self, rank: int, device: torch.device, batch: int, kv_heads: Heads, group: int
+    ) -> RingWork:
+        """The work of a rank for some key heads and their groups of query heads; kept."""
+        key = rank, device, *((batch, kv_heads) if self.wanted[0, :, :, 0].numel() > 1 else ())
+        if key not in self._work:
+            self._work[key] = self._build(rank, device, batch, kv_heads, group)
+        return self._work[key]
 
-    def work_of(self, rank: int, device: torch.device) -> RingWork:
-        """The steps of a rank, with index tensors and masks on ``device``; kept."""
-        if (rank, device) not in self._work:
-            self._work[rank, device] = self._build(rank, device)
-        return self._work[rank, device]
+    def _build(
+        self, rank: int, device: torch.device, batch: int, kv_heads: Heads, group: int
+    ) -> RingWork:
+        heads = slice(kv_heads[0] * group, kv_heads[1] * group)
+        keep = self.keep if self.keep.shape[1] == 1 else self.keep[:, heads]
+        columns = self._columns(rank)
+        rows = self.owners.rows(rank)
+        mask = sub_mask(self.mask, keep[:, :, rows][..., columns], rows, columns, device)
+        ranks = range(self.owners.ranks)
+        sends = [self._message(rank, p, device, batch, kv_heads) for p in ranks]
+        receives = [self._message(p, rank, device, batch, kv_heads) for p in ranks]
+        own = sends[rank]
+        nothing = Rows(slice(0, 0))
+        slots = columns.numel() * self.mask.kv_block_size
+        gathering = Gathering(
+            slots, (nothing, nothing) if own is None else own,
+            tuple(None if m is None or p == rank else m[0] for p, m in enumerate(sends)),
+            tuple(None if m is None or p == rank else m[1] for p, m in enumerate(receives)),
+            self._holes(rank, slots, device), self.most_rows > 0,
+        )  # fmt: skip
+        return RingWork(gathering, mask, self._wide_rows(rank, columns, heads, device))
 
-    def _build(self, rank: int, device: torch.device) -> RingWork:
-        owners, ranks = self.owners, self.owners.ranks
-        rows, columns = owners.rows(rank), owners.columns(rank)
-        local = sub_mask(self.mask, self.keep, rows, columns, device)
-        steps = []
-        for shift in range(1, ranks):
-            if not self.is_active(shift):
-                continue
-            source, target = (rank + shift) % ranks, (rank - shift) % ranks
-            sends, receives = self.parcel(rank, target), self.parcel(source, rank)
-            first, mask = (0, 0), None
-            if receives is not None:
-                seen = owners.columns(source)[receives.columns]
-                first = _span(self.keep[:, :, rows][..., seen])
-                mask = sub_mask(self.mask, self.keep, rows[slice(*first)], seen, device)
-            steps.append(
-                Step(shift, sends and sends.to(device), receives and receives.to(device), first,
-                     mask)
-            )  # fmt: skip
-        return RingWork(local, tuple(steps), self._wide_rows(rank, device))
+    def _columns(self, rank: int) -> Tensor:
+        """int64, ascending: the key blocks that a rank gathers."""
+        return self.wanted[rank].flatten(0, 1).any(0).nonzero().flatten()
 
-    def is_active(self, shift: int) -> bool:
-        """Whether any rank lists a block of the rank ``shift`` places on: otherwise nobody acts."""
-        ranks = self.owners.ranks
-        return any(
-            bool(self.wanted[r][..., self.owners.columns((r + shift) % ranks)].any())
-            for r in range(ranks)
-        )
+    def _slots_there(self, sender: int, receiver: int) -> tuple[Tensor, Tensor]:
+        """Of the tokens that ``sender`` is the source of: their blocks, and where they belong in
+        the memory of ``receiver`` (anything for those that it does not gather).
+        """
+        size, columns = self.mask.kv_block_size, self._columns(receiver)
+        slots = self.kv_place.source_slots(sender)
+        blocks = slots // size
+        return blocks, torch.searchsorted(columns, blocks) * size + slots % size
 
-    def _wide_rows(self, rank: int, device: torch.device) -> WideRows | None:
+    def _message(
+        self, sender: int, receiver: int, device: torch.device, batch: int, kv_heads: Heads
+    ) -> tuple[Rows, Rows] | None:
+        """(rows at the sender, rows at the receiver); what a rank has itself: of all heads."""
+        tokens = self.kv_place.sources(sender)
+        blocks, there = self._slots_there(sender, receiver)
+        wanted = self.wanted[receiver]
+        wanted = wanted if wanted.shape[1] == 1 else wanted[:, slice(*kv_heads)]
+        listed = wanted.flatten(0, 1).any(0)[blocks]
+        if sender == receiver:  # nothing travels: as the memory is laid out
+            listed = self.wanted[receiver].flatten(0, 1).any(0)[blocks]
+        tokens, blocks, there = tokens[listed], blocks[listed], there[listed]
+        if tokens.numel() == 0:
+            return None
+        chosen = wanted[..., blocks]
+        if sender == receiver or bool(chosen.all()):
+            return Rows.of_tokens(tokens, device), Rows.of_tokens(there, device)
+        item, head, at = chosen.expand(batch, kv_heads[1] - kv_heads[0], -1).nonzero().T
+        here, there = (torch.stack([item, head, x[at]]).to(device) for x in (tokens, there))
+        return Rows.one_by_one(here), Rows.one_by_one(there)
+
+    def _holes(self, rank: int, slots: int, device: torch.device) -> Tensor | None:
+        empty = torch.ones(slots, dtype=torch.bool)
+        gathered = torch.zeros(self.wanted.shape[-1], dtype=torch.bool)
+        gathered[self._columns(rank)] = True
+        for sender in range(self.owners.ranks):
+            blocks, there = self._slots_there(sender, rank)
+            empty[there[gathered[blocks]]] = False
+        holes = empty.nonzero().flatten()
+        return holes.to(device) if holes.numel() else None
+
+    def _wide_rows(
+        self, rank: int, columns: Tensor, heads: slice, device: torch.device
+    ) -> WideRows | None:
         if self.wide.numel() == 0:
             return None
         owner = self.owners.q_owner[self.wide]
         counts = tuple(int((owner == r).sum()) for r in range(self.owners.ranks))
         own = torch.searchsorted(self.owners.rows(rank), self.wide[owner == rank])
-        columns = self.owners.columns(rank)
-        mask = sub_mask(self.mask, self.mask.to_dense(), self.wide, columns, device)
+        part = self.mask.to_dense()[:, :, self.wide][..., columns]
+        part = part & (self.owners.kv_owner[columns] == rank)
+        part = part if part.shape[1] == 1 else part[:, heads]
+        mask = sub_mask(self.mask, part, self.wide, columns, device)
         return WideRows(counts, own.to(device), mask)
 
     # -- numbers -----------------------------------------------------------------------------------
@@ -226,27 +223,30 @@ class RingPlan:
         pairs = self.pairs()
         return float(pairs.max() / pairs.mean()) if float(pairs.sum()) else 1.0
 
-    def blocks_sent(self) -> Tensor:
-        """int64 [ranks, ranks - 1]: key blocks that a rank sends in each step, of one batch item
-        and head each.
-        """
-        ranks = self.owners.ranks
-        sent = torch.zeros(ranks, max(ranks - 1, 0), dtype=torch.int64)
-        wanted = self.wanted.expand(-1, self.batch, self.kv_heads, -1)
-        for rank in range(ranks):
-            own = wanted[..., self.owners.columns(rank)].sum((1, 2, 3))
-            for shift in range(1, ranks):
-                sent[rank, shift - 1] = own[(rank - shift) % ranks]
-        return sent
+    @cached_property
+    def most_rows(self) -> int:
+        """The most tokens that a rank is sent, for all heads together."""
+        return int(self.rows_sent(1, 1).sum(0).max())
+
+    def rows_sent(self, batch: int, kv_heads: int) -> Tensor:
+        """int64 [ranks, ranks]: key rows, each of one batch item and head, from rank to rank."""
+        size, blocks = self.mask.kv_block_size, self.wanted.shape[-1]
+        wanted = self.wanted.expand(-1, batch, kv_heads, -1).sum((1, 2)) if (
+            batch * kv_heads > 1
+        ) else self.wanted.flatten(1, 2).any(1).long()  # fmt: skip
+        held = torch.stack([
+            torch.bincount(self.kv_place.source_slots(r) // size, minlength=blocks)
+            for r in range(self.owners.ranks)
+        ])  # fmt: skip
+        return (held @ wanted.T).fill_diagonal_(0)
 
 
 def make_ring_plan(
-    mask: BlockMask, owners: BlockOwners, batch: int, q_heads: int, kv_heads: int
+    mask: BlockMask, owners: BlockOwners, kv_place: Placement, group: int
 ) -> RingPlan:
     """The plan of ``mask`` for blocks owned as ``owners`` says. Reads the mask on the host."""
     mask = mask.to("cpu")
     dense = mask.to_dense()
-    group = q_heads // kv_heads
     wanted = wanted_blocks(dense, owners, group)
     keep, wide = dense, _wide_candidates(dense, owners)
     if wide.numel():
@@ -257,7 +257,10 @@ def make_ring_plan(
         # Keys and values of a token weigh as much as a query and its output.
         cost = (owners.ranks - 1) * wide.numel() * mask.q_block_size * group
         keep, wanted, wide = (without, fewer, wide) if cost < saved else (dense, wanted, wide[:0])
-    return RingPlan(owners, mask, keep, wanted, wide, batch, kv_heads)
+    if wide.numel():
+        for rank in range(owners.ranks):
+            wanted[rank][..., owners.columns(rank)] = True
+    return RingPlan(owners, kv_place, mask, keep, wanted, wide)
 
 
 def wanted_blocks(keep: Tensor, owners: BlockOwners, group: int) -> Tensor:
@@ -268,13 +271,12 @@ def wanted_blocks(keep: Tensor, owners: BlockOwners, group: int) -> Tensor:
 
 
 def sub_mask(
-    mask: BlockMask, keep: Tensor, rows: Tensor, columns: Tensor, device: torch.device
+    mask: BlockMask, part: Tensor, rows: Tensor, columns: Tensor, device: torch.device
 ) -> BlockMask | None:
-    """``keep`` [B|1, H|1, Nq, Nk] at ``rows`` and ``columns`` over whole slots; None: it is empty.
+    """``part`` [B|1, H|1, rows, columns] over whole slots; None: it is empty.
 
     ``mask`` says the sizes and lengths of the blocks. All CPU tensors; the result on ``device``.
     """
-    part = keep[:, :, rows][..., columns]
     if not bool(part.any()):
         return None
     q_lens, kv_lens = mask.q_lens()[:, rows], mask.kv_lens()[:, columns]
@@ -285,12 +287,6 @@ def sub_mask(
             None if bool((kv_lens == mask.kv_block_size).all()) else kv_lens.contiguous(),
         ).compact().to(device)
     )  # fmt: skip
-
-
-def _span(part: Tensor) -> tuple[int, int]:
-    """First and past the last row of [B|1, H|1, rows, columns] with anything in it."""
-    found = part.any(-1).flatten(0, 1).any(0).nonzero().flatten()
-    return (int(found[0]), int(found[-1]) + 1) if found.numel() else (0, 0)
 
 
 def _wide_candidates(dense: Tensor, owners: BlockOwners) -> Tensor:

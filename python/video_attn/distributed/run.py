@@ -11,9 +11,9 @@ from torch import Tensor
 from ..attention import attention
 from ..functional.vsa import Gate
 from .job import Job, heads_of_mask
+from .piece import Options
 from .placement import Placement, placement_of
 from .request import Call
-from .ring import Options
 from .ring_attention import ring_attention
 from .selection import attend_selected, ring_of_selected
 from .shards import Shards
@@ -80,8 +80,13 @@ def _ring(call: Call, team: Team, places: Placements) -> Core:
         q, k, v, *gates = tensors
         if job.selection is not None:
             weight = gates[0] if gates else call.gate
-            return ring_of_selected(job.selection, q, k, v, weight, team, places[0], options), None
-        return ring_attention(job, q, k, v, team, places, heads, options, call.return_lse)
+            out = ring_of_selected(
+                job.selection, q, k, v, weight, team, places[0], options, call.head_chunks
+            )
+            return out, None
+        return ring_attention(
+            job, q, k, v, team, places, heads, options, call.return_lse, call.head_chunks
+        )
 
     return core
 

@@ -2,7 +2,7 @@
 
 In the ring every rank pools its own tiles. The means of all ranks are gathered (a 64th of the keys
 for tiles of 64 tokens), each rank selects for its own tiles exactly as one process would, tells the
-others which of their tiles it listed, per batch item and head, and only these travel.
+others which of their tiles it listed, per batch item and head, and only their tokens travel.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from ..block_mask import BlockMask
 from ..block_ops import block_mean
 from ..functional.vsa import Gate, add_coarse, compress_and_select
 from ..patterns.video_sparse import selected_tiles_mask
+from .gather import Chunk, Gather, GatherCall
 from .job import Selection
+from .piece import Options
 from .placement import Placement
-from .ring import Options, Ring, RingCall
-from .ring_attention import block_owners, block_routes
-from .ring_plan import BlockOwners, Parcel, RingWork, Step, WideRows
+from .ring_attention import block_owners, query_route
+from .ring_plan import BlockOwners, RingWork, WideRows
 from .route import to_blocks, to_tokens
+from .rows import Gathering, Rows
 from .team import Team, Traffic, as_bytes, current_traffic, start_exchange
+from .ulysses import cut_heads, number_of_chunks
 
 
 def attend_selected(
@@ -68,6 +71,7 @@ def ring_of_selected(
     team: Team,
     placement: Placement,
     options: Options,
+    chunks: int | None,
 ) -> Tensor:
     """The output of the tokens of this rank; q, k, v and a gate tensor are [B, H, held, D]."""
     layout, traffic = selection.layout, current_traffic()
@@ -75,7 +79,7 @@ def ring_of_selected(
     if selection.lens is None and layout.padded_length % size:  # ranks own whole blocks
         selection = replace(selection, lens=layout.block_lens(q.device)[None])
     owners = block_owners(placement, placement, size, size)
-    route, _ = block_routes(placement, placement, size, size, team.rank, q.device)
+    route = query_route(placement, placement, size, size, team.rank, q.device)
     rows = owners.rows(team.rank)
     lens = None if selection.lens is None else selection.lens[:, rows.to(q.device)]
     own = _Own(owners, rows, int((rows < layout.num_tiles).sum()), lens)
@@ -84,9 +88,13 @@ def ring_of_selected(
         gate = to_blocks(gate, route, team, traffic)
     selected, coarse = _select(selection, own, q, k, v, gate, team, options, traffic)
     keep = _listed(selection, own, selected, q.shape[:2])
-    work = _work(selection, own, keep, k.shape[1], team, traffic)
-    call = RingCall(team, work, size, (size,) * team.size, False, False, options, traffic)
-    out, _ = Ring.apply(call, q, k, v)
+    if chunks is None:  # as if all were listed: the ranks must cut alike
+        others = selection.layout.padded_length * (team.size - 1) // team.size
+        row = q.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+        chunks = number_of_chunks(others * row)
+    parts = _chunks(selection, own, keep, k.shape[1], chunks, team, traffic)
+    call = GatherCall(team, parts, size, options, traffic)
+    out, _ = Gather.apply(call, q, k, v)
     if coarse is not None:
         if own.tiles:
             out = add_coarse(out, coarse, gate, size)
@@ -196,40 +204,113 @@ def _listed(selection: Selection, own: _Own, selected: Tensor, lead: Sequence[in
     return keep
 
 
-# -- the steps -------------------------------------------------------------------------------------
+# -- what is gathered ------------------------------------------------------------------------------
 
 
-def _work(
+def _chunks(
     selection: Selection,
     own: _Own,
     keep: Tensor,
     kv_heads: int,
+    chunks: int,
     team: Team,
     traffic: Traffic | None,
-) -> RingWork:
-    me, ranks, device = team.rank, team.size, keep.device
-    owners, batch = own.owners, keep.shape[0]
-    columns = [owners.columns(r) for r in range(ranks)]
-    wanted = keep.any(2).unflatten(1, (kv_heads, -1)).any(2)
-    of_ranks = wanted[..., torch.cat(columns).to(device)].split([c.numel() for c in columns], -1)
-    asked = _ask(of_ranks, columns[me].numel(), team, traffic)
-    wanted_from = [x.cpu() for x in of_ranks]  # the host must know what to send and to expect
-    wanted_by = [x.cpu() for x in asked]
-    steps = []
-    for shift in range(1, ranks):
-        source, target = (me + shift) % ranks, (me - shift) % ranks
-        sends = Parcel.of(wanted_by[target], batch, kv_heads)
-        receives = Parcel.of(wanted_from[source], batch, kv_heads)
-        mask, rows = None, (0, 0)
-        if receives is not None:
-            mask, rows = _mask(selection, own, keep, columns[source][receives.columns]), (
-                0, own.rows.numel()
-            )  # fmt: skip
-        steps.append(
-            Step(shift, sends and sends.to(device), receives and receives.to(device), rows, mask)
-        )
-    local = _mask(selection, own, keep, columns[me]) if columns[me].numel() else None
-    return RingWork(local, tuple(steps), _text_rows(selection, own, columns[me], device))
+) -> list[Chunk]:
+    """The work of this rank by heads. The host waits once, to know what to send and expect."""
+    columns = [own.owners.columns(r) for r in range(team.size)]
+    group = keep.shape[1] // kv_heads
+    wanted = keep.any(2).unflatten(1, (kv_heads, group)).any(2)
+    order = torch.cat(columns).to(keep.device)
+    of_ranks = wanted[..., order].split([c.numel() for c in columns], -1)
+    asked = _ask(of_ranks, columns[team.rank].numel(), team, traffic)
+    wanted_from, wanted_by = ([x.cpu() for x in xs] for xs in (of_ranks, asked))
+    lens = None if selection.lens is None else selection.lens.cpu()
+    result = []
+    for kv in cut_heads(kv_heads, chunks):
+        heads, of_keys = (kv[0] * group, kv[1] * group), slice(*kv)
+        gathering, gathered = _gathering(
+            own, columns, [x[:, of_keys] for x in wanted_from],
+            [x[:, of_keys] for x in wanted_by], lens, selection.layout.tile_volume, team,
+            keep.device,
+        )  # fmt: skip
+        mask = None
+        if gathered.numel() and own.rows.numel():
+            mask = _mask(selection, own, keep[:, slice(*heads)], gathered)
+        wide = _text_rows(selection, own, columns[team.rank], gathered, keep.device)
+        result.append(Chunk(heads, kv, RingWork(gathering, mask, wide)))
+    return result
+
+
+def _gathering(
+    own: _Own,
+    columns: Sequence[Tensor],
+    wanted_from: Sequence[Tensor],
+    wanted_by: Sequence[Tensor],
+    lens: Tensor | None,
+    size: int,
+    team: Team,
+    device: torch.device,
+) -> tuple[Gathering, Tensor]:
+    """(where keys come from, int64: the gathered blocks), of some heads; own blocks come first."""
+    me = team.rank
+    mine = columns[me].numel()
+    sends: list[Rows | None] = []
+    receives: list[Rows | None] = []
+    gathered, slots = [columns[me]], mine
+    for p, (theirs, ours) in enumerate(zip(wanted_from, wanted_by, strict=True)):
+        if p == me:
+            sends.append(None)
+            receives.append(None)
+            continue
+        listed = theirs.flatten(0, 1).any(0)
+        place = listed.cumsum(0) - 1 + slots
+        sends.append(_rows_of(ours, torch.arange(mine), columns[me], lens, size, device))
+        receives.append(_rows_of(theirs, place, columns[p], lens, size, device))
+        gathered.append(columns[p][listed])
+        slots += gathered[-1].numel()
+    everything = Rows(slice(0, mine * size))
+    gathering = Gathering(
+        slots * size, (everything, everything), tuple(sends), tuple(receives),
+        _padding(torch.cat(gathered)[mine:], mine * size, lens, size, device), True,
+    )  # fmt: skip
+    return gathering, torch.cat(gathered)
+
+
+def _rows_of(
+    wanted: Tensor,
+    place: Tensor,
+    blocks: Tensor,
+    lens: Tensor | None,
+    size: int,
+    device: torch.device,
+) -> Rows | None:
+    """The valid tokens of the blocks that are ``wanted`` [B, Hkv, blocks], where block i of an
+    owner, which is ``blocks[i]`` of all, stands at ``place[i]``.
+    """
+    entries = wanted.nonzero()
+    if entries.shape[0] == 0:
+        return None
+    item, head, block = entries.T
+    counts = torch.full_like(block, size)
+    if lens is not None:
+        counts = lens.expand(wanted.shape[0], -1)[item, blocks[block]].long()
+    total = int(counts.sum())
+    first = place[block] * size - (counts.cumsum(0) - counts)  # less the rows before it
+    rows = torch.stack([item, head, first]).to(device)
+    rows = rows.repeat_interleave(counts.to(device), 1, output_size=total)
+    rows[2] += torch.arange(total, device=device)
+    return Rows.one_by_one(rows) if total else None
+
+
+def _padding(
+    blocks: Tensor, first: int, lens: Tensor | None, size: int, device: torch.device
+) -> Tensor | None:
+    """The slots, from ``first`` on, past the shortest length of each of ``blocks``."""
+    if lens is None or blocks.numel() == 0:
+        return None
+    valid = lens.amin(0)[blocks]
+    holes = (torch.arange(size) >= valid[:, None]).flatten().nonzero().flatten() + first
+    return holes.to(device) if holes.numel() else None
 
 
 def _ask(
@@ -261,9 +342,9 @@ def _mask(selection: Selection, own: _Own, keep: Tensor, columns: Tensor) -> Blo
 
 
 def _text_rows(
-    selection: Selection, own: _Own, columns: Tensor, device: torch.device
+    selection: Selection, own: _Own, columns: Tensor, gathered: Tensor, device: torch.device
 ) -> WideRows | None:
-    """Text queries see everything: they travel to the keys of every rank."""
+    """Text queries see everything: they travel to the keys of every rank, its own ``columns``."""
     layout, owners = selection.layout, own.owners
     tiles, size = layout.num_tiles, layout.tile_volume
     if layout.num_text_blocks == 0:
@@ -274,10 +355,12 @@ def _text_rows(
     if columns.numel() == 0:
         return WideRows(counts, mine, None)
     in_rank_order = tiles + torch.argsort(owner, stable=True)
-    keep = (columns < tiles + selection.text_blocks).expand(1, 1, layout.num_text_blocks, -1)
+    keep = gathered < tiles + selection.text_blocks
+    keep[columns.numel() :] = False
+    keep = keep.expand(1, 1, layout.num_text_blocks, -1)
     q_lens, kv_lens = None, None
     if selection.lens is not None:
         q_lens = selection.lens[:, in_rank_order.to(device)].contiguous()
-        kv_lens = selection.lens[:, columns.to(device)].contiguous()
+        kv_lens = selection.lens[:, gathered.to(device)].contiguous()
     mask = BlockMask.from_dense(keep.to(device), size, size, q_lens, kv_lens)
     return WideRows(counts, mine, mask)

@@ -85,7 +85,8 @@ def sequence_parallel_attention(
             a two-dimensional DeviceMesh (ring, Ulysses): the ranks of a row trade heads, those of a
             column pass keys on, and parts are held in the order of the flattened mesh.
         kind: "ulysses": ranks trade tokens for heads, and each attends to whole sequences of its
-            heads. "ring": queries stay, and only key blocks that another rank lists travel to it.
+            heads. "ring": queries stay; with a mask each rank gathers the keys that its queries
+            list, without one the keys of all ranks come by, one rank after another.
             "usp": Ulysses inside of rows, ring between them.
         tokens: for a pattern, how the tokens of the whole sequence lie.
         tile_order: the sequence that the ranks share is in the (packed) tile order of the pattern,
@@ -101,8 +102,8 @@ def sequence_parallel_attention(
         return_lse: also return the log-sum-exp of this rank's queries, fp32 [B, Hq, S].
         scale, precision, is_causal, backend, deterministic, quantization: as in
             :func:`video_attn.attention`. A ring takes ``is_causal`` with contiguous shards only.
-        head_chunks: into how many parts Ulysses cuts the heads of a rank, to attend to one while
-            the next travels; default by their size.
+        head_chunks: into how many parts the heads of a rank are cut, to attend to one while the
+            next travels; default by their size. A dense ring has steps instead.
         check: first compare the sizes and options of all ranks (one small message over the CPU).
             False leaves it out, for CUDA graphs and the last tenth of a millisecond: then ranks
             that differ may hang.

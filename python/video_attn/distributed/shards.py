@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..functional.patterns import SlidingTile
+from ..functional.video_tokens import VideoTokens
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -143,13 +145,32 @@ class Shards:
         return f"Shards({self.length} tokens as {', '.join(map(str, self.lengths))})"
 
 
-def balanced_shards(mask: BlockMask, ranks: int) -> Shards:
+def balanced_shards(
+    mask: BlockMask | SlidingTile, ranks: int, *, tokens: VideoTokens | None = None
+) -> Shards:
     """Contiguous shards of whole blocks, cut so that the ranks' attended pairs are as equal as such
     cuts can be. Reads the mask on the host.
 
+    Args:
+        mask: over the tokens to cut; or a SlidingTile over ``tokens``: then the shards are of
+            tokens in its packed tile order, for ``tile_order=True``.
+
     Raises:
-        ValueError: query and key blocks, or lengths, of ``mask`` differ.
+        TypeError, ValueError: arguments that do not fit each other; query and key blocks, or
+            lengths, of ``mask`` differ.
     """
+    if isinstance(mask, SlidingTile):
+        if not isinstance(tokens, VideoTokens):
+            raise TypeError(f"tokens must be the VideoTokens of the SlidingTile, got {tokens!r}")
+        layout = tokens.layout(mask.tile)
+        blocks = balanced_shards(mask.mask(tokens, "cpu"), ranks).ranges
+        held = [0, *layout.block_lens("cpu").cumsum(0).tolist()]
+        ends = [-(-own[0][1] // layout.tile_volume) for own in blocks]
+        return Shards(tuple(((held[a], held[b]),) for a, b in pairwise([0, *ends])))
+    if tokens is not None:
+        raise ValueError(
+            f"tokens are for a SlidingTile: they must be None with {type(mask).__name__}"
+        )
     work = _work_of_blocks(mask)
     limit = _smallest_largest_sum(work, ranks)
     ends, total = [], 0.0
@@ -159,8 +180,8 @@ def balanced_shards(mask: BlockMask, ranks: int) -> Shards:
             total = 0.0
         total += pairs
     ends += [len(work)] * (ranks - len(ends))
-    tokens = [min(end * mask.q_block_size, mask.q_len) for end in ends]
-    return Shards(tuple(((a, b),) for a, b in pairwise([0, *tokens])))
+    slots = [min(end * mask.q_block_size, mask.q_len) for end in ends]
+    return Shards(tuple(((a, b),) for a, b in pairwise([0, *slots])))
 
 
 def striped_shards(mask: BlockMask, ranks: int, stripe: int = 1) -> Shards:
@@ -203,7 +224,7 @@ def _smallest_largest_sum(work: Sequence[float], parts: int) -> float:
     return high
 
 
-def _check_square(mask: BlockMask) -> None:
+def _check_square(mask: object) -> None:
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
     if mask.q_len != mask.kv_len or mask.q_block_size != mask.kv_block_size:

@@ -23,6 +23,19 @@ from .team import Pending, Team, Traffic, current_traffic, start_messages
 from .words import as_words, gather, scatter
 
 Heads = tuple[int, int]  # first, past the last
+MAX_CHUNKS = 4
+CHUNK_BYTES = 16 * 2**20  # a chunk that brings less than this from the others is not worth a launch
+
+
+def number_of_chunks(received: int) -> int:
+    """Into how many chunks of heads a rank cuts its work when others send it so many bytes."""
+    return max(1, min(MAX_CHUNKS, received // CHUNK_BYTES))
+
+
+def cut_heads(heads: int, chunks: int) -> list[Heads]:
+    """Even runs of heads, none empty but where there is no head."""
+    chunks = max(1, min(chunks, heads))
+    return [(heads * c // chunks, heads * (c + 1) // chunks) for c in range(chunks)]
 
 
 @dataclass(frozen=True)

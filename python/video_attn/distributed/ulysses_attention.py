@@ -13,10 +13,15 @@ from torch import Tensor
 from .placement import Placement
 from .team import Team
 from .trade import Arrive, Depart, Home, Leave, Trade
-from .ulysses import Heads, HeadShare, Swap, chunk_shares, share_heads, swap_of
-
-MAX_CHUNKS = 4
-CHUNK_BYTES = 16 * 2**20  # a chunk that brings less than this from the others is not worth a launch
+from .ulysses import (
+    Heads,
+    HeadShare,
+    Swap,
+    chunk_shares,
+    number_of_chunks,
+    share_heads,
+    swap_of,
+)
 
 # (tensors of some heads over the whole sequence, those heads) -> (out, lse if there is one)
 Core = Callable[[Sequence[Tensor], Heads], tuple[Tensor, Tensor | None]]
@@ -137,4 +142,4 @@ def _number_of_chunks(
     tokens = sum(placements[0].source_lengths) // ranks
     token_bytes = sum(x.shape[1] * x.shape[3] for x in tensors) * q.element_size()
     received = q.shape[0] * tokens * token_bytes * (ranks - 1) // ranks
-    return max(1, min(MAX_CHUNKS, most, received // CHUNK_BYTES))
+    return min(number_of_chunks(received), most)

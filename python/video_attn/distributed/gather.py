@@ -1,0 +1,183 @@
+"""The sparse ring: each rank gathers the keys that its queries list, and attends to them once.
+
+Every rank sends each other the tokens that it lists, all in one exchange: there are no steps, no
+partial results and nothing to merge. Heads go in chunks: while one is attended to, the keys of the
+next travel. The backward pass gathers the keys again and sends their gradients home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .merge import nothing_seen
+from .piece import Options
+from .ring_plan import RingWork
+from .rows import pack_all, room_for, split_message
+from .team import Pending, Team, Traffic, start_messages
+from .ulysses import Heads
+from .wide_rows import WideForward, WideGradients
+from .words import as_words
+
+KEYS, GRADIENTS = "ring: keys", "ring: gradients"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some heads, and what a rank does for them."""
+
+    q: Heads
+    kv: Heads
+    work: RingWork
+
+
+@dataclass(frozen=True)
+class GatherCall:
+    """All of a call but its tensors.
+
+    Args:
+        q_slot: tokens of a query block.
+    """
+
+    team: Team
+    chunks: Sequence[Chunk]
+    q_slot: int
+    options: Options
+    traffic: Traffic | None
+
+
+class Gather(torch.autograd.Function):
+    """(out, lse) of this rank's query blocks, q [B, H, their slots, D], from held keys and values
+    [B, Hkv, held, D].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: GatherCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(call, q, k, v)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_backward(ctx.call, (grad_out, grad_lse), *ctx.saved_tensors)
+
+
+def _forward(call: GatherCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = WideForward(call, q)
+    started = [_Keys(call, chunk, k, v) for chunk in call.chunks]
+    outs, lses = [], []
+    for chunk, keys in zip(call.chunks, started, strict=True):
+        gathered = keys.finish()
+        rows = q[:, slice(*chunk.q)]
+        if chunk.work.mask is None:
+            like = rows.new_empty(*rows.shape[:3], v.shape[3])
+            part = nothing_seen(like, rows.shape[2], lse_dtype)
+        else:
+            part = call.options.attend(rows, *gathered, chunk.work.mask)
+        outs.append(part[0])
+        lses.append(part[1])
+        wide.attend(chunk.work.wide, chunk.q, gathered)
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (outs, lses))
+    wide.finish(out, lse)
+    return out, lse
+
+
+def _backward(
+    call: GatherCall,
+    grads: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *results: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = results
+    wide = WideGradients(call, (*grads, q, out, lse))
+    started = [_Keys(call, chunk, k, v) for chunk in call.chunks]
+    dq = torch.zeros_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+    for chunk, keys in zip(call.chunks, started, strict=True):
+        gathered, heads = keys.finish(), slice(*chunk.q)
+        if chunk.work.mask is None:
+            foreign = [torch.zeros_like(x) for x in gathered]
+        else:
+            dq[:, heads], *foreign = call.options.gradients(
+                (grads[0][:, heads], grads[1][:, heads].contiguous()), q[:, heads], *gathered,
+                (out[:, heads], lse[:, heads].contiguous()), chunk.work.mask,
+            )  # fmt: skip
+        for i, more in enumerate(wide.gradients(chunk.work.wide, chunk.q, gathered)):
+            foreign[i].add_(more)
+        keys.start_return(foreign)
+    for chunk, keys in zip(call.chunks, started, strict=True):
+        keys.finish_return([x[:, slice(*chunk.kv)] for x in (dk, dv)])
+    wide.finish(dq)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+class _Keys:
+    """Keys and values of some heads on their way to who lists them, and their gradients."""
+
+    def __init__(self, call: GatherCall, chunk: Chunk, k: Tensor, v: Tensor) -> None:
+        self.call, self.plan = call, chunk.work.gathering
+        self.held = [x[:, slice(*chunk.kv)] for x in (k, v)]
+        self.pending: Pending | None = None
+        if self.plan.moves:
+            self.parts = room_for(self.plan.receives, self.held)
+            sends = pack_all(self.plan.sends, self.held)
+            self.pending = start_messages(sends, self.parts, call.team, KEYS, call.traffic)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """[k, v], each [B, heads, slots, D]; slots that get no token are 0, and what is listed for
+        other heads alone holds anything.
+        """
+        gathered = [self._memory(x) for x in self.held]
+        for x, target in zip(self.held, gathered, strict=True):
+            self.plan.collect_own(target, x)
+        if self.pending is not None:
+            self.pending.wait()
+            for rows, message in zip(self.plan.receives, self.parts, strict=True):
+                if rows is not None:
+                    parts = split_message(rows, message, self.held)
+                    for target, part in zip(gathered, parts, strict=True):
+                        rows.unpack(target, part)
+            self.parts = []
+        keys, values = gathered
+        return keys, values
+
+    def _memory(self, x: Tensor) -> Tensor:
+        """[B, heads, slots, D] that lies as [slots, B, heads, D]."""
+        # Quantizers look at all keys, also at those that no query lists.
+        allocate = torch.empty if self.call.options.precision == "native" else torch.zeros
+        rows = allocate(self.plan.slots, *x.shape[:2], x.shape[3], dtype=x.dtype, device=x.device)
+        if self.plan.holes is not None:
+            as_words(rows)[0].index_fill_(0, self.plan.holes, 0)
+        return rows.permute(1, 2, 0, 3)
+
+    def start_return(self, foreign: Sequence[Tensor]) -> None:
+        self.foreign = foreign
+        if self.plan.moves:
+            self.parts = room_for(self.plan.sends, self.held)
+            sends = pack_all(self.plan.receives, foreign)
+            self.pending = start_messages(
+                sends, self.parts, self.call.team, GRADIENTS, self.call.traffic
+            )
+
+    def finish_return(self, totals: Sequence[Tensor]) -> None:
+        """Adds all gradients of the held keys and values, those of this rank first."""
+        for total, grad in zip(totals, self.foreign, strict=True):
+            self.plan.return_own(total, grad)
+        if self.pending is None:
+            return
+        self.pending.wait()
+        for rows, message in zip(self.plan.sends, self.parts, strict=True):
+            if rows is not None:
+                parts = split_message(rows, message, self.held)
+                for total, part in zip(totals, parts, strict=True):
+                    rows.add(total, part)
