@@ -112,6 +112,34 @@ def test_info_shows_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error" not in text
 
 
+def test_info_prints_what_the_launcher_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = ("1", "24", "115200", "128", "384")
+    component = native.component("planning")
+    if not component.loaded:
+        assert cli.main(["info", "--plan", *problem]) == 1
+        assert str(component.reason) in capsys.readouterr().err
+        return
+    plan = json.loads(output_of(capsys, "info", "--json", "--plan", *problem))
+    assert plan["tiles"] == 24 * 900 and plan["blocks"] == 132
+    text = output_of(capsys, "info", "--plan", *problem)
+    assert len(text.splitlines()) == 1 + len(plan)
+    assert f"{plan['shared_bytes']:,}" in text
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (("1", "24", "115200", "128", "100"), "block_size must be a multiple of 64, got 100"),
+        (("1", "0", "115200", "128", "64"), "heads must be at least 1, got 0"),
+    ],
+)
+def test_plans_that_are_refused(problem, message, capsys: pytest.CaptureFixture[str]) -> None:
+    if not native.component("planning").loaded:
+        pytest.skip(str(native.component("planning").reason))
+    assert cli.main(["info", "--plan", *problem]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_info_agrees_with_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(output_of(capsys, "info", "--json"))
     assert list(facts) == [

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .environment import VARIABLES
+from .launch_plan import ARGUMENTS, print_plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,10 +34,16 @@ PACKAGES = ("torch", "triton", "numpy", "av", "matplotlib", "rich", "diffusers")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``video-attn info``."""
     parser.add_argument("--json", action="store_true", help="the same facts as one JSON object")
+    parser.add_argument(
+        "--plan", type=int, nargs=len(ARGUMENTS), metavar=ARGUMENTS,
+        help="what the launcher of the Hopper forward kernel plans for such a problem, on an H100",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the facts; always succeeds."""
+    """Prints the facts, which always succeeds, or a plan."""
+    if args.plan:
+        return print_plan(args.plan, as_json=args.json)
     facts = collect()
     try:
         if not args.json:
