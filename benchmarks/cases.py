@@ -19,13 +19,14 @@ NEAR, RANDOM = "neighbouring", "random"  # which key blocks a list of VSA names
 @dataclass(frozen=True)
 class Case:
     """One problem: q, k, v [B, H, S, D] that want gradients, a mask (None: dense), and what
-    describes them.
+    describes them. is_causal: without a mask, every query sees the keys up to its own.
     """
 
     tensors: tuple[Tensor, Tensor, Tensor]
     grad: Tensor
     mask: BlockMask | None
     problem: dict[str, Any]
+    is_causal: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -39,31 +40,43 @@ class Case:
 
     @property
     def dense_flops(self) -> float:
-        """Of the forward pass if every query saw every key, padding included."""
-        batch, heads, length, head_dim = self.grad.shape
-        return 4.0 * batch * heads * head_dim * length * length
+        """Of the forward pass if every query saw every (causal) key, padding included."""
+        batch, heads, length, _ = self.grad.shape
+        pairs = length * (length + 1) // 2 if self.is_causal else length * length
+        return 4.0 * batch * heads * self.head_dim * pairs
+
+    @property
+    def head_dim(self) -> float:
+        """Of one of the two products: the mean of those of q and v."""
+        return (self.tensors[0].shape[3] + self.grad.shape[3]) / 2
 
     @property
     def flops(self) -> float:
         """Of the forward pass over the pairs that the mask keeps."""
         if self.mask is None:
             return self.dense_flops
-        batch, heads, _, head_dim = self.grad.shape
-        return self.mask.flops(head_dim, batch=batch, heads=heads)
+        batch, heads = self.grad.shape[:2]
+        return self.head_dim * self.mask.flops(1, batch=batch, heads=heads)
 
 
 def make_dense_case(
-    tokens: int, heads: int, head_dim: int, dtype: str, device: torch.device | str
-) -> Case:
-    """Normally distributed inputs for dense attention."""
+    tokens: int, heads: int, head_dim: int, dtype: str, device: torch.device | str,
+    head_dim_v: int | None = None, is_causal: bool = False,
+) -> Case:  # fmt: skip
+    """Normally distributed inputs for dense attention; head_dim_v: default head_dim."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (1, heads, tokens, head_dim)
+    dims = (head_dim, head_dim, *[head_dim_v or head_dim] * 2)
     q, k, v, grad = (
-        torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(4)
+        torch.randn(1, heads, tokens, dim, generator=generator, device=device).to(DTYPES[dtype])
+        for dim in dims
     )
     described = {"dtype": dtype, "heads": heads, "tokens": tokens, "head_dim": head_dim}
+    if head_dim_v is not None:
+        described["head_dim_v"] = head_dim_v
+    if is_causal:
+        described["is_causal"] = True
     tensors = tuple(x.requires_grad_() for x in (q, k, v))
-    return Case(tensors, grad, None, described)  # type: ignore[arg-type]
+    return Case(tensors, grad, None, described, is_causal)  # type: ignore[arg-type]
 
 
 def make_case(

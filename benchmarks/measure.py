@@ -136,7 +136,7 @@ class _Expected:
             mask = replace(mask, kv_num_blocks=counts, kv_indices=indices, _transpose=None)
         with_gradients = self._with_backward
         exact = [x[:, heads].float().requires_grad_(with_gradients) for x in case.quiet]
-        out = attention(*exact, mask, backend="reference")
+        out = attention(*exact, mask, is_causal=case.is_causal, backend="reference")
         if not with_gradients:
             return [out]
         return [out.detach(), *torch.autograd.grad(out, exact, case.grad[:, heads].float())]

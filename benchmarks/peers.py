@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from cases import Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from video_attn import attention
 from video_attn.calls import problem_of
-from video_attn.registry import backends, select
+from video_attn.registry import Problem, backends, select
 
 OURS, FLEX = "video_attn", "FlexAttention, same mask"
 DETERMINISTIC = f"{OURS}, deterministic"  # gradients; the forward pass is the same
@@ -60,14 +60,20 @@ class Provider:
 
 def backend_names(case: Case) -> tuple[str, str]:
     """The backends that run our forward and backward passes of ``case``."""
-    problems = (problem_of(p, *case.tensors, case.mask) for p in ("forward", "backward"))
-    forward, backward = (select(problem).name for problem in problems)
+    forward, backward = (select(problem).name for problem in _problems(case))
     return forward, backward
+
+
+def _problems(case: Case) -> list[Problem]:
+    return [
+        problem_of(direction, *case.tensors, case.mask, is_causal=case.is_causal)
+        for direction in ("forward", "backward")
+    ]
 
 
 def other_backends(case: Case) -> list[str]:
     """Backends that can serve both passes of ``case`` too, but are not the first choice."""
-    problems = [problem_of(p, *case.tensors, case.mask) for p in ("forward", "backward")]
+    problems = _problems(case)
     able = [b.name for b in backends() if not any(b.refusal(problem) for problem in problems)]
     return [name for name in able if name not in ("reference", *backend_names(case))]
 
@@ -76,32 +82,49 @@ def our_providers(case: Case) -> list[Provider]:
     """The backend that is chosen, each other one that can serve, deterministic gradients."""
     found = [Provider(OURS, partial(_ours), ours=True)]
     for name in other_backends(case):
-        found.append(Provider(f"{OURS}, {name}", partial(_ours, backend=name), ours=True))
+        found.append(ours_on(name))
     if case.device.type == "cuda":
         run = partial(_ours, deterministic=True)
         found.append(Provider(DETERMINISTIC, run, ours=True, forward=False))
     return found
 
 
+def ours_on(backend: str) -> Provider:
+    """One backend, whichever would be chosen."""
+    return Provider(f"{OURS}, {backend}", partial(_ours, backend=backend), ours=True)
+
+
 def _ours(case: Case, **options: Any) -> Run:
-    return lambda q, k, v: attention(q, k, v, case.mask, **options)
+    return lambda q, k, v: attention(q, k, v, case.mask, is_causal=case.is_causal, **options)
 
 
 def dense_peers(device: torch.device) -> list[Provider]:
     """torch's dense attention, each fused implementation by itself."""
     if device.type == "cpu":
-        sdpa: Run = F.scaled_dot_product_attention
-        return [Provider("torch SDPA, dense", lambda case: sdpa, dense=True)]
+        return [Provider("torch SDPA, dense", _plain_sdpa, dense=True)]
     kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     return [
-        Provider(f"torch SDPA {name}, dense", lambda case, k=kind: partial(_sdpa, k), dense=True)
+        Provider(f"torch SDPA {name}, dense", partial(_sdpa, kind), dense=True)
         for name, kind in kinds.items()
     ]
 
 
-def _sdpa(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(kind):
-        return F.scaled_dot_product_attention(q, k, v)
+def efficient_peer() -> Provider:
+    """torch's fused kernel for fp32."""
+    kind = SDPBackend.EFFICIENT_ATTENTION
+    return Provider("torch SDPA efficient, dense", partial(_sdpa, kind), dense=True)
+
+
+def _plain_sdpa(case: Case) -> Run:
+    return partial(F.scaled_dot_product_attention, is_causal=case.is_causal)
+
+
+def _sdpa(kind: SDPBackend, case: Case) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kind):
+            return _plain_sdpa(case)(q, k, v)
+
+    return run
 
 
 def flex_peer(device: torch.device) -> Provider:
@@ -113,6 +136,23 @@ def flex_peer(device: torch.device) -> Provider:
         return partial(compiled_flex(), block_mask=case.mask.to_flex())
 
     return Provider(FLEX, prepare, backward=device.type != "cpu")
+
+
+def dense_flex_peer(device: torch.device) -> Provider:
+    """FlexAttention over all pairs, or over the causal ones."""
+
+    def prepare(case: Case) -> Run:
+        length = case.grad.shape[2]
+        mask = None
+        if case.is_causal:
+            mask = create_block_mask(_causal, None, None, length, length, device=case.device)
+        return partial(compiled_flex(), block_mask=mask)
+
+    return Provider("FlexAttention", prepare, backward=device.type != "cpu")
+
+
+def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
 @cache

@@ -157,6 +157,7 @@ SMALL = {
     "bench_vsa_hopper": ["--tokens", "640", "--heads", "1"],
     "bench_quantized": ["--tokens", "128"],
     "bench_host": ["--tokens", "128"],
+    "bench_coverage": ["--tokens", "200", "--heads", "1"],
 }
 
 

@@ -1,0 +1,130 @@
+"""What the compiled kernels refuse and Triton takes: causal, other head dims, fp32, odd blocks.
+
+    python benchmarks/bench_coverage.py                 # on a GPU: 8192 tokens, every row
+    python benchmarks/bench_coverage.py --rows causal fp32
+
+FlexAttention and torch's kernels get the same tensors. The last column of the summary compares
+effective TFLOPS with those of the first row, head dim 128 in bf16 without a mask: a cliff shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case, make_dense_case, vsa_case
+from measure import COLUMNS, rows_of, time_case
+from peers import Provider, dense_flex_peer, dense_peers, efficient_peer, flex_peer, ours_on
+
+from video_attn.tools.bench import (
+    Record,
+    Result,
+    WrongResultError,
+    print_table,
+    record_path,
+    say,
+    write_record,
+)
+
+BLOCK = 100  # tokens; no tile of a kernel divides it
+PLAIN = "head dim 128"
+ROWS: dict[str, dict[str, Any]] = {
+    PLAIN: {"head_dim": 128},
+    "causal": {"head_dim": 128, "is_causal": True},
+    "head dim 72": {"head_dim": 72},
+    "head dim 256": {"head_dim": 256},
+    "head dims 192, 128": {"head_dim": 192, "head_dim_v": 128},
+    "fp32": {"head_dim": 128, "dtype": "float32"},
+    f"blocks of {BLOCK}": {"head_dim": 128},
+}
+
+
+def make(row: str, options: argparse.Namespace) -> Case:
+    """The case of a row."""
+    given = {"dtype": options.dtype, **ROWS[row]}
+    if row == f"blocks of {BLOCK}":
+        blocks = max(2, options.tokens // BLOCK)
+        tokens, kept = blocks * BLOCK, max(1, blocks // 8)
+        return vsa_case(tokens, BLOCK, kept, options.heads, device=options.device, **given)
+    return make_dense_case(options.tokens, options.heads, device=options.device, **given)
+
+
+def providers(case: Case, backend: str) -> list[Provider]:
+    """Ours on one backend, and everybody who may do the same."""
+    if case.mask is not None:
+        return [ours_on(backend), flex_peer(case.device), *dense_peers(case.device)]
+    found = [ours_on(backend), *dense_peers(case.device), dense_flex_peer(case.device)]
+    if case.device.type == "cuda" and case.grad.dtype == torch.float32:
+        found.append(efficient_peer())
+    return found
+
+
+def summary(results: dict[str, list[Result]], name: str) -> list[tuple[object, ...]]:
+    """(row, pass, our TFLOPS, of those of the plain row)."""
+    plain = {r.problem["pass"]: r.metrics["tflops"] for r in results.get(PLAIN, ())
+             if r.provider == name}  # fmt: skip
+    rows: list[tuple[object, ...]] = []
+    for row, timed in results.items():
+        for r in timed:
+            if r.provider == name:
+                rate, direction = r.metrics["tflops"], r.problem["pass"]
+                part = f"{rate / plain[direction]:.2f}" if direction in plain else ""
+                rows.append((row, direction, f"{rate:.0f}", part))
+    return rows
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    gpu = torch.cuda.is_available()
+    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    add("--backend", help="triton; on a CPU cpu")
+    add("--tokens", type=int, help="sequence length (8192; on a CPU 512)")
+    add("--heads", type=int, help="heads (16; on a CPU 2)")
+    add("--repeats", type=int, help="timed calls of each provider (20; on a CPU 5)")
+    add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
+    add("--output", type=Path, help="JSON record (benchmarks/results/coverage_MODEL.json)")
+    options = parser.parse_args(arguments)
+    on_cpu = torch.device(options.device).type == "cpu"
+    options.dtype = "float32" if on_cpu else "bfloat16"
+    for name, on_gpu, small in (
+        ("backend", "triton", "cpu"),
+        ("tokens", 8192, 512),
+        ("heads", 16, 2),
+        ("repeats", 20, 5),
+        ("output", *[record_path("coverage", options.device)] * 2),
+    ):
+        if getattr(options, name) is None:
+            setattr(options, name, small if on_cpu else on_gpu)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    results: dict[str, list[Result]] = {}
+    name = ours_on(options.backend).name
+    try:
+        for row in options.rows:
+            say(row)
+            case = make(row, options)
+            timed = time_case(
+                case, providers(case, options.backend), options.repeats, options.backward
+            )
+            results[row] = timed
+            print_table(f"{row}: {options.heads} heads", COLUMNS, rows_of(timed))
+    except WrongResultError as error:
+        print(f"error: {error}")
+        return 1
+    columns = ("row", "pass", "effective TFLOPS", f"of {PLAIN}")
+    print_table(name, columns, summary(results, name))
+    every = [result for timed in results.values() for result in timed]
+    write_record(Record.of("bench_coverage", every, options.device), options.output)
+    print(f"record: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
