@@ -141,6 +141,10 @@ class VideoLayout:
         """int64 [sequence_length]: the padded position of the i-th token in packed tile order."""
         return _padded_slots(self.key, canonical_device(device))
 
+    def raster_slots(self, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [sequence_length]: the padded position of the i-th token in raster order."""
+        return _permutations(self.key, canonical_device(device))[1]
+
     def to_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Raster order to padded tile order: [.., sequence_length, D] -> [.., padded_length, D].
 

@@ -16,8 +16,19 @@ def test_the_record_is_whole(
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     script, path = import_module("bench_models"), tmp_path / "models.json"
-    words = ["--small", "--no-compile", "--repeats", "1", "--device", "cpu", "--output", str(path)]
-    assert script.main([*words, "--precisions", "native", "sage_fp8"]) == 0
+    words = [
+        "--all",
+        "--small",
+        "--no-compile",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        str(path),
+    ]
+    monkeypatch.setattr(script, "PRECISIONS", ("native", "sage_fp8"))
+    assert script.main(words) == 0
     record = json.loads(path.read_text(encoding="utf-8"))
     rows = record["results"]
     cases = import_module("model_cases").CASES

@@ -114,6 +114,22 @@ class SlidingTile(TokenPattern):
         )  # fmt: skip
         return out.transpose(1, 2) if axes == "bshd" else out
 
+    def attend_tiles(
+        self, query: Tensor, key: Tensor, value: Tensor, tokens: VideoTokens, **options: Any
+    ) -> Tensor:
+        """:meth:`attend` for tokens that are in the padded tile order of ``tokens`` already.
+
+        Args:
+            query, key, value: [B, N, H, D], N the ``padded_length`` of the layout; padding is never
+                read, and may be anything.
+            options: of :func:`video_attn.attention`.
+
+        Returns:
+            [B, N, H, Dv], in the same order.
+        """
+        mask = self.mask(tokens, query.device, heads=query.shape[2])
+        return attention(query, key, value, mask, layout="bshd", **options)
+
     def mask(
         self,
         tokens: VideoTokens,

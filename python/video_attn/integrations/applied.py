@@ -47,11 +47,13 @@ class AppliedAttention:
         timesteps: Sequence[float] | None,
         size: tuple[int | None, int | None, int | None] = (None, None, None),
         fused: FusedProjections | None = None,
+        fuse_norms: bool = True,
     ) -> None:
         self.pattern, self.schedule = pattern, schedule
         self.precision, self.backend = precision, backend
         self.sparse_calls = self.dense_calls = 0
         self.pipe, self.timesteps = pipe, timesteps
+        self.fuse_norms = fuse_norms
         self._size, self._fused = size, fused
         self._lock, self._said = threading.Lock(), set[int]()
         self.last_tokens: VideoTokens | None = None

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..functional.head_groups import LayerPattern
-from ..functional.patterns import Dense
+from ..functional.patterns import Dense, SlidingTile
 from ..functional.video_tokens import VideoTokens
 from ..quantize import parse_recipe
 from .attention_call import AttentionCall
 from .context import call, call_state, enter_call, leave_call
 from .context_parallel import attend_in_parallel
+from .fused_norms import FusedNorms, attend_tiles, finish_call
 from .intercept import ReplacedProcessor, replace_processor
 from .layer import LayerAttention
 from .models import Family
@@ -53,7 +54,12 @@ class AppliedTransformer:
         self._patterns: dict[tuple[int, int], list[LayerPattern]] = {}
         self._checkpointing: Any = None
         self.processors = [
-            replace_processor(layer.module, attention, without_mask=family.large_mask)
+            replace_processor(
+                layer.module,
+                attention,
+                without_mask=family.large_mask,
+                norms=self._norms(layer.module, attention.index),
+            )
             for layer, attention in zip(self.layers, self.attentions, strict=True)
         ]
         for attention, processor in zip(self.attentions, self.processors, strict=True):
@@ -97,7 +103,9 @@ class AppliedTransformer:
         if index not in state.counted:
             state.counted.add(index)
             handle.count(dense)
-        if dense and handle.precision == "native" and handle.backend is None:
+        if self._is_own(pattern):
+            if asked.deferred is not None:  # in compiled code, which is the same for all steps
+                finish_call(asked)
             if self.family.large_mask:
                 asked.attn_mask = _key_mask(state.tokens, asked.key.device)
             return asked.dense()
@@ -107,6 +115,11 @@ class AppliedTransformer:
         options: dict[str, Any] = {
             "precision": precision, "backend": handle.backend, "quantization": quantization,
         }  # fmt: skip
+        if asked.deferred is not None:
+            tokens.check(asked.query, asked.key)
+            if isinstance(pattern, SlidingTile):
+                return attend_tiles(asked, pattern, tokens, options)
+            finish_call(asked)
         if asked.parallel_config is None:
             return pattern.attend(
                 asked.query, asked.key, asked.value, tokens, gate=asked.gate, scale=asked.scale,
@@ -118,6 +131,27 @@ class AppliedTransformer:
                 "both cannot be served: disable it, or undo()"
             )
         return attend_in_parallel(asked, pattern, tokens, **options)
+
+    def _is_own(self, pattern: LayerPattern) -> bool:
+        """Whether a layer of this pattern is left to the model's own attention."""
+        handle = self.handle
+        return isinstance(pattern, Dense) and handle.precision == "native" and not handle.backend
+
+    def _norms(self, module: Any, index: int) -> FusedNorms | None:
+        """How norms and rotary positions of a layer are put off; None where they are not."""
+        kind = type(module.processor)
+        rotary = self.family.rotary.get(kind.__name__)
+        if not self.handle.fuse_norms or rotary is None:
+            return None
+        own = kind.__module__.startswith("diffusers.")
+        return FusedNorms(module, rotary, self._defers, index) if own else None
+
+    def _defers(self, index: int) -> bool:
+        """Whether this call of a layer has its norms put off: not where nothing of it is ours."""
+        if torch.compiler.is_compiling():
+            return True
+        state: CallState | None = call_state(self)
+        return state is not None and not self._is_own(state.patterns[self.layers[index].layer])
 
     def _tokens_of(self, asked: AttentionCall, state: CallState) -> VideoTokens:
         """The tokens of one call of attention, on its device."""

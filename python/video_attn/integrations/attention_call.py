@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from .fused_norms import Deferred
+
 
 @dataclass(eq=False)
 class AttentionCall:
@@ -23,6 +25,8 @@ class AttentionCall:
         gate: what the module's ``to_gate_compress`` made of this call, [B, H, tokens, D], else
             None.
         dispatched: whether diffusers' dispatcher was called, and not torch.
+        deferred: what is still to be done to query and key, where that was put off (see
+            :mod:`.fused_norms`), else None.
     """
 
     query: Tensor
@@ -38,6 +42,7 @@ class AttentionCall:
     dispatched: bool = field(default=False, init=False)
     backend: Any = field(default=None, init=False)
     parallel_config: Any = field(default=None, init=False)
+    deferred: Deferred | None = field(default=None, init=False)
 
     def dense(self) -> Tensor:
         """What the module meant, [B, H, S, Dv]: with its mask and its own backend."""

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .attention_call import AttentionCall
+from .fused_norms import FusedNorms
 
 Result = TypeVar("Result")
 
@@ -92,6 +93,7 @@ def replace_processor(
     gate: Callable[[], Any] | None = None,
     *,
     without_mask: bool = False,
+    norms: FusedNorms | None = None,
 ) -> ReplacedProcessor:
     """Gives an attention module of diffusers a processor whose attention is ``attend``.
 
@@ -106,6 +108,8 @@ def replace_processor(
         without_mask: the mask that the module is given says nothing that ``attend`` does not know.
             It then stays without memory (some processors make S x S of it), and is None in the
             call.
+        norms: puts norms and rotary positions of q and k off, where it can, so that the call
+            has them in ``AttentionCall.deferred``.
 
     Returns:
         The processor; its ``undo()`` puts the one before back.
@@ -124,7 +128,7 @@ def replace_processor(
     processor = object.__new__(kind)
     attributes = (
         ("__dict__", before.__dict__), ("module", module), ("before", before), ("attend", attend),
-        ("gate", gate), ("without_mask", without_mask),
+        ("gate", gate), ("without_mask", without_mask), ("norms", norms),
     )  # fmt: skip
     for name, value in attributes:  # past nn.Module, which would register a module as a child
         object.__setattr__(processor, name, value)
@@ -146,6 +150,7 @@ class ReplacedProcessor:
     attend: Attend
     gate: Callable[[], Any] | None
     without_mask: bool
+    norms: FusedNorms | None
 
     @property
     def is_set(self) -> bool:
@@ -188,12 +193,18 @@ def _replaced_class(kind: Any) -> Any:
             keywords["attention_mask"] = torch.empty_like(mask, device="meta")
         if inner is None:
             return call_that_attends(self.attend, original, self, attn, *arguments, **keywords)
+        gate, deferred = _gate(self, attn, arguments, keywords), None
+        if self.norms is not None and self._parallel_config is None:
+            put_off = self.norms.defer(arguments, keywords)
+            if put_off is not None:
+                attn = self.norms.without_norms
+                arguments, keywords, deferred = put_off
         if torch.compiler.is_compiling():
-            _traced.processor = self, _gate(self, attn, arguments, keywords)
+            _traced.processor = self, gate, deferred
             out = inner(self, attn, *arguments, **keywords)
             _traced.processor = None
             return out
-        token = _running.set((self, _gate(self, attn, arguments, keywords)))
+        token = _running.set((self, gate, deferred))
         try:
             return inner(self, attn, *arguments, **keywords)
         finally:
@@ -201,7 +212,8 @@ def _replaced_class(kind: Any) -> Any:
 
     # The attention modules of diffusers look at the parameters of the processor.
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    names = {"__slots__": ("module", "before", "attend", "gate", "without_mask"), "__call__": call}
+    slots = "module", "before", "attend", "gate", "without_mask", "norms"
+    names = {"__slots__": slots, "__call__": call}
     return type(kind.__name__, (ReplacedProcessor, kind), names)
 
 
@@ -246,7 +258,7 @@ def call_rebound(attend: Attend, function: Any, *arguments: Any, **keywords: Any
     trace a mode; ``function`` is what :func:`rebound` gave.
     """
     before = _traced.processor
-    _traced.processor = _Answering(attend), None
+    _traced.processor = _Answering(attend), None, None
     out = function(*arguments, **keywords)
     _traced.processor = before
     return out
@@ -262,7 +274,8 @@ def _functional() -> types.ModuleType:
 
 
 def _answer_sdpa(*arguments: Any, **keywords: Any) -> Tensor:
-    processor, gate = _traced.processor if torch.compiler.is_compiling() else _running.get()
+    asking = _traced.processor if torch.compiler.is_compiling() else _running.get()
+    processor, gate, _ = asking
     return _answer(processor.attend, gate, *arguments, **keywords)
 
 
@@ -282,14 +295,15 @@ def _answer_dispatch(
 ) -> Tensor:
     if attention_kwargs:
         raise ValueError(f"attention_kwargs must be empty, got {sorted(attention_kwargs)}")
-    processor, gate = _traced.processor if torch.compiler.is_compiling() else _running.get()
+    asking = _traced.processor if torch.compiler.is_compiling() else _running.get()
+    processor, gate, deferred = asking
     attn_mask = None if processor.without_mask else attn_mask
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     call = AttentionCall(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
         enable_gqa=enable_gqa,
     )  # fmt: skip
-    call.gate, call.dispatched = gate, True
+    call.gate, call.dispatched, call.deferred = gate, True, deferred
     call.backend, call.parallel_config = backend, parallel_config
     _autocast(call)
     return processor.attend(call).transpose(1, 2)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention_call import AttentionCall
+from .fused_norms import Deferred
 from .intercept import ReplacedProcessor
 
 # (number of the layer in its handle, call) -> [B, H, S, Dv]
@@ -44,9 +45,10 @@ class LayerAttention:
         inputs = call.query, call.key, call.value
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             return self.outside_of_the_graph(self.index, call)
+        deferred = tuple(call.deferred or (None, None, 0.0, 0.0, None, None, False))
         out = _attend(
             *(x.transpose(1, 2) for x in inputs), call.attn_mask, call.gate, call.dropout_p,
-            call.is_causal, call.scale, call.enable_gqa, call.dispatched, self.key,
+            call.is_causal, call.scale, call.enable_gqa, call.dispatched, *deferred, self.key,
         )  # fmt: skip
         return out.transpose(1, 2)
 
@@ -67,16 +69,28 @@ def _attend(
     scale: float | None,
     enable_gqa: bool,
     dispatched: bool,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    split: bool,
     layer: Tensor,
 ) -> Tensor:
-    """Attention of [B, S, H, D] as the call that is running has it for this layer."""
+    """Attention of [B, S, H, D] as the call that is running has it for this layer; with ``cos``,
+    what :class:`Deferred` says is still to be done.
+    """
+    deferred = None
+    if cos is not None and sin is not None:
+        deferred = Deferred(q_weight, k_weight, q_eps, k_eps, cos, sin, split)
     attention = _layers[int(layer)]
     processor: Any = attention.processor
     call = AttentionCall(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p,
         is_causal, scale=scale, enable_gqa=enable_gqa,
     )  # fmt: skip
-    call.gate, call.dispatched = gate, dispatched
+    call.gate, call.dispatched, call.deferred = gate, dispatched, deferred
     call.backend = getattr(processor, "_attention_backend", None)
     call.parallel_config = getattr(processor, "_parallel_config", None)
     return attention.serve(attention.index, call).transpose(1, 2).contiguous()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_bool
 from ..functional.patterns import Pattern, Radial
 from ..registry import PRECISIONS, check_backend_name
 from .applied import AppliedAttention
@@ -32,6 +33,7 @@ def apply(
     precision: str = "native",
     backend: str | None = None,
     fuse_qkv: bool = False,
+    fuse_norms: bool = True,
     timesteps: Sequence[float] | None = None,
     num_frames: int | None = None,
 ) -> AppliedAttention:
@@ -54,6 +56,9 @@ def apply(
             precision and backend too; with the defaults they are the model's own, with the
             attention backend that diffusers has for it.
         fuse_qkv: project q, k and v by one matrix.
+        fuse_norms: where a kernel can, on GPUs with Triton: norms and rotary positions of q and k
+            and the move to tile order in one pass (Wan, LTX-Video, LTX-2; without gradients and
+            autocast). It computes in fp32 and rounds once, where the model rounds twice.
         timesteps: of the run, where a transformer is called outside of a pipeline and the schedule
             counts steps.
         num_frames: of the videos to come, in pixels. Only scenes that count pixel frames need it,
@@ -69,7 +74,7 @@ def apply(
     """
     return apply_sized(
         pipe, pattern, schedule=schedule, precision=precision, backend=backend, fuse_qkv=fuse_qkv,
-        timesteps=timesteps, num_frames=num_frames,
+        fuse_norms=fuse_norms, timesteps=timesteps, num_frames=num_frames,
     )  # fmt: skip
 
 
@@ -81,6 +86,7 @@ def apply_sized(
     precision: str = "native",
     backend: str | None = None,
     fuse_qkv: bool = False,
+    fuse_norms: bool = True,
     timesteps: Sequence[float] | None = None,
     num_frames: int | None = None,
     size: tuple[int | None, int | None, int | None] = (None, None, None),
@@ -101,8 +107,8 @@ def apply_sized(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if backend is not None:
         check_backend_name(backend)
-    if not isinstance(fuse_qkv, bool):
-        raise TypeError(f"fuse_qkv must be True or False, got {fuse_qkv!r}")
+    check_bool("fuse_qkv", fuse_qkv)
+    check_bool("fuse_norms", fuse_norms)
     for other, family in transformers:
         for layer in family.attention_layers(other):
             if isinstance(layer.module.processor, ReplacedProcessor):
@@ -127,7 +133,7 @@ def apply_sized(
     fused = FusedProjections([t for t, _ in transformers]) if fuse_qkv else None
     return AppliedAttention(
         pipe, transformers, pattern, schedule, precision=precision, backend=backend,
-        timesteps=timesteps, size=size, fused=fused,
+        timesteps=timesteps, size=size, fused=fused, fuse_norms=fuse_norms,
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...functional.video_tokens import VideoTokens
@@ -40,6 +40,8 @@ class Family:
         large_mask: it makes such a mask of S x S for every layer, which is left out.
         gathers_text: it drops padded text itself, one batch item at a time, so that each call of
             attention holds the valid text of one item alone.
+        rotary: class of a processor of diffusers that takes an RMS norm over all heads of q and k
+            and then rotates them -> its parameter with the rotary positions, as (cos, sin).
     """
 
     name: str
@@ -53,6 +55,7 @@ class Family:
     masks_text: bool = False
     large_mask: bool = False
     gathers_text: bool = False
+    rotary: Mapping[str, str] = field(default_factory=dict)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of ``forward`` by name, whatever wraps that function.

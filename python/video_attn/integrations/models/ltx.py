@@ -63,6 +63,7 @@ FAMILY = Family(
     rule=RadialRule(),
     temporal_compression=8,
     temporal_patch=lambda config: config.patch_size_t,
+    rotary={"LTXVideoAttnProcessor": "image_rotary_emb"},
 )  # fmt: skip
 
 FAMILY_2 = Family(
@@ -77,4 +78,5 @@ FAMILY_2 = Family(
     rule=RadialRule(),
     temporal_compression=8,
     temporal_patch=lambda config: config.patch_size_t,
+    rotary={"LTX2AudioVideoAttnProcessor": "query_rotary_emb"},
 )  # fmt: skip

@@ -38,4 +38,5 @@ FAMILY = Family(
     tokens=_tokens,
     rule=RadialRule.for_model("wan"),
     temporal_patch=lambda config: config.patch_size[0],
+    rotary={"WanAttnProcessor": "rotary_emb", "SkyReelsV2AttnProcessor": "rotary_emb"},
 )
