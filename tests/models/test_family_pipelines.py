@@ -5,12 +5,13 @@ Wan's are in test_pipelines.py, CogVideoX's in test_cogvideox.py.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from tiny_models import MODELS, TEXT, random, text_mask
+from tiny_models import MODELS, TEXT, output, random, text_mask
 from torch import Tensor
 
 from video_attn import SlidingTile
@@ -112,3 +113,48 @@ def test_steps_and_sparsity_of_a_pipeline(name: str, dtype: torch.dtype) -> None
     if dtype == torch.float32:
         assert float((sparse - dense).abs().max() / dense.std()) > 1e-3
     assert torch.equal(latents(), dense)
+
+
+def same(got: Tensor, expected: Tensor) -> bool:
+    """To rounding: products may differ with the alignment of weights in a file."""
+    return float((got - expected).abs().max() / expected.std()) < 1e-4
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_from_disk(name: str, tmp_path: Path) -> None:
+    """Saved with attention applied: what is loaded is the plain pipeline, and takes it again."""
+    pipe, options = PIPELINES[name][0]()
+    pattern = SlidingTile((1, 1, 2), TILE)
+
+    def latents(pipe: Any) -> Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(
+            **options, num_inference_steps=2, output_type="latent",
+            generator=torch.Generator("cpu").manual_seed(3),
+        ).frames  # fmt: skip
+
+    dense = latents(pipe)
+    with apply(pipe, pattern):
+        sparse = latents(pipe)
+        pipe.save_pretrained(tmp_path)
+    absent = {part: None for part, value in pipe.components.items() if value is None}
+    loaded = type(pipe).from_pretrained(tmp_path, local_files_only=True, **absent)
+    assert same(latents(loaded), dense)
+    with apply(loaded, pattern):
+        assert same(latents(loaded), sparse)
+    assert not same(sparse, dense)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_transformer_from_disk(name: str, tmp_path: Path) -> None:
+    """Every class: the same sparse output, and the same dense one."""
+    tiny = MODELS[name]
+    model, inputs, pattern = tiny.model(), tiny.inputs(1), SlidingTile((1, 1, 2), TILE)
+    dense = output(model, inputs)
+    with apply(model, pattern):
+        sparse = output(model, inputs)
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, local_files_only=True).eval()
+    assert same(output(loaded, inputs), dense)
+    with apply(loaded, pattern):
+        assert same(output(loaded, inputs), sparse)
