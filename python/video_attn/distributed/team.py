@@ -172,15 +172,20 @@ def _carrier(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
 
     An attention kernel takes all multiprocessors of a GPU, and a transfer that is queued behind it
     would start when it ends. With NCCL the transfers therefore have a stream of high priority: that
-    of ``group`` if it was made so, otherwise a communicator of the same ranks, made once.
+    of ``group`` if it was made so, otherwise a communicator of the same ranks, made once. A part of
+    a world that is bound to devices (``init_process_group(device_id=)``) keeps its own: NCCL would
+    split the world's communicator, and for that all ranks of the world must come.
     """
     if device.type != "cuda":
         return group
     if group not in _carriers:
         backend = _backend_of(group, device)
         _carriers[group] = group
-        if backend.name() == "nccl" and not backend.options.is_high_priority_stream:
+        world = dist.distributed_c10d._get_default_group()
+        splits = world.bound_device_id is not None and group.size() < world.size()
+        if backend.name() == "nccl" and not splits and not backend.options.is_high_priority_stream:
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = backend.options._timeout
             _carriers[group] = dist.new_group(
                 dist.get_process_group_ranks(group), timeout=backend.options._timeout,
                 backend="nccl", pg_options=options, use_local_synchronization=True,
