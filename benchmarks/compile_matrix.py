@@ -5,7 +5,8 @@
 
 Every kernel, for every row of the launch tables and every chip: registers and spills per thread,
 shared memory, and the matrix instruction. It needs no GPU; the launches are those of the backend
-itself, on meta tensors. ``--cover`` takes the rows for 16-bit numbers once, and some of the rest.
+itself, on meta tensors. ``--cover`` takes the rows for 16-bit numbers and codes once, and some of
+the rest.
 
 Exit status 1 if a kernel does not compile or does not fit its chip.
 """
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("variant", CODE_VARIANTS),
     ):
         parser.add_argument(f"--{name}", help=f"only these, with commas: {', '.join(choices)}")
-    parser.add_argument("--cover", action="store_true", help="every row once")
+    parser.add_argument("--cover", action="store_true", help="rows of 16-bit numbers, codes; once")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)

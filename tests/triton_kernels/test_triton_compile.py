@@ -124,7 +124,9 @@ def test_the_newest_instructions_are_used(arch: str, instruction: str, covered: 
 
 
 def test_the_cover_holds_every_row_of_16_bit_numbers_and_codes(covered: list[dict]):
-    """No row of a table escapes by an oversight in the benchmark."""
+    """No row of a table escapes by an oversight in the benchmark. Head dims above 128 are compiled
+    for the forward pass, and all by the slow tests.
+    """
     seen: dict[str, set] = {}
     for result in covered:
         arch, kernel, itemsize, head_dim, grain, _ = result["case"]
@@ -134,7 +136,9 @@ def test_the_cover_holds_every_row_of_16_bit_numbers_and_codes(covered: list[dic
             rows.add((kernel, head_dim, row))
     for name in {launch_tables.family(arch) for arch in CHIPS}:
         for (kernel, itemsize, head_dim), rows in launch_tables.TABLES[name].items():
-            expected = {(kernel, head_dim, row) for row in rows if itemsize <= 2}
+            if itemsize > 2 or (head_dim > 128 and kernel != "forward"):
+                continue
+            expected = {(kernel, head_dim, row) for row in rows}
             assert expected <= seen[name], (name, expected - seen[name])
 
 
