@@ -54,8 +54,8 @@ def no_kernel_may_run() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, backend in real.items():
             patch.setitem(registry._backends, name, replace(backend, forward=ran, backward=ran))
-        registry._select.cache_clear()
+        registry.forget_choices()
         try:
             yield
         finally:
-            registry._select.cache_clear()
+            registry.forget_choices()

@@ -72,9 +72,9 @@ def two_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         Backend("absent", 20, lambda: "it was not built", lambda problem: None, run("absent")),
     )
     monkeypatch.setattr(registry, "_backends", {b.name: b for b in rows})
-    registry._select.cache_clear()
+    registry.forget_choices()
     yield ran
-    registry._select.cache_clear()
+    registry.forget_choices()
 
 
 # -- the order of authority ------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_why_not_is_the_whole_table(two_backends):
 
 def test_automatic_step_to_the_reference_is_said_once(caplog):
     """Nobody should find out from a profile that the slow definition runs."""
-    registry._select.cache_clear()
+    registry.forget_choices()
     fp64 = problem(dtype=torch.float64)
     with caplog.at_level(logging.WARNING, logger="video_attn"):
         assert select(fp64).name == select(fp64).name == "reference"
@@ -187,7 +187,7 @@ def test_automatic_step_to_the_reference_is_said_once(caplog):
 
 
 def test_a_forced_reference_is_not_warned_about(caplog):
-    registry._select.cache_clear()
+    registry.forget_choices()
     with caplog.at_level(logging.WARNING, logger="video_attn"):
         select(problem(), "reference")
     assert not caplog.records
@@ -197,7 +197,7 @@ def test_a_forced_reference_is_not_warned_about(caplog):
 
 
 def test_selection_is_cached_by_problem(monkeypatch):
-    registry._select.cache_clear()
+    registry.forget_choices()
     select(problem())
     before = registry._select.cache_info()
     for _ in range(5):
@@ -362,7 +362,7 @@ def test_block_means_follow_the_forced_backend(monkeypatch):
     """As attention does; a backend without block means leaves them to the best for the device."""
     gpu = DeviceInfo("cuda", "nvidia", "sm_90", "a GPU", 132)
     monkeypatch.setattr(registry, "device_info", lambda device: gpu)
-    registry._select_block_ops.cache_clear()
+    registry.forget_choices()
     rows = {backend.name: backend.block_ops for backend in backends()}
     device = torch.device("cuda", 0)
     assert select_block_ops(device) is rows["triton"]
@@ -372,7 +372,7 @@ def test_block_means_follow_the_forced_backend(monkeypatch):
         assert select_block_ops(device, "hopper") is rows["triton"]
     monkeypatch.setenv("VIDEO_ATTN_BACKEND", "reference")
     assert select_block_ops(device) is rows["reference"]
-    registry._select_block_ops.cache_clear()
+    registry.forget_choices()
 
 
 def test_video_sparse_hands_its_backend_to_the_block_means(monkeypatch):

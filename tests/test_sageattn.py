@@ -73,10 +73,10 @@ def test_precision_is_the_best_that_a_kernel_serves(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(native, "component", lambda name: gone)
         patch.setenv("TRITON_INTERPRET", "0")
-        video_attn.registry._select.cache_clear()
+        video_attn.registry.forget_choices()
         expected = attention(q, k, v, precision="sage_fp16", backend="reference")
         assert torch.equal(sageattn(q, k, v), expected)
-    video_attn.registry._select.cache_clear()
+    video_attn.registry.forget_choices()
     require_backend("cpu")
     exact = F.scaled_dot_product_attention(q, k, v)
     for chosen, precision in ((None, "sage_fp8"), ("sage_fp16", "sage_fp16")):

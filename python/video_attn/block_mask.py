@@ -283,6 +283,12 @@ class BlockMask:
         sizes += [x.shape[0] for x in (self.q_block_lens, self.kv_block_lens) if x is not None]
         return max(sizes)
 
+    @property
+    def kept_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that it was given, for caches of masks."""
+        given = self.kv_num_blocks, self.kv_indices, self.q_block_lens, self.kv_block_lens
+        return tuple(x for x in (*given, *(self._given_transpose() or ())) if x is not None)
+
     def transposed(self) -> tuple[Tensor, Tensor]:
         """(q_num_blocks int32 [B|1, H|1, Nk], q_indices int32 [B|1, H|1, Nk, Nq]): who sees each
         key block.

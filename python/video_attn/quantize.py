@@ -18,6 +18,7 @@ Every quantized kernel is tested against these functions, so they say everything
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -130,6 +131,11 @@ def parse_recipe(text: str) -> tuple[str, QuantizationOptions | None]:
     Raises:
         TypeError, ValueError: an unknown option, or one with a value that is not allowed.
     """
+    return _parse_recipe(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_recipe(text: str) -> tuple[str, QuantizationOptions | None]:
     precision, _, listed = text.partition(":")
     if precision not in QUANTIZED_PRECISIONS:
         if listed:

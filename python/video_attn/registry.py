@@ -153,8 +153,13 @@ def register(backend: Backend) -> None:
     if backend.name in _backends:
         raise ValueError(f"backend {backend.name!r} is registered already")
     _backends[backend.name] = backend
-    _select.cache_clear()
-    _select_block_ops.cache_clear()
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """Asks the backends again from here on: they, or what they answer, have changed."""
+    for choice in (_select, _select_block_ops, serving):
+        choice.cache_clear()
 
 
 def backends() -> list[Backend]:
@@ -267,6 +272,12 @@ def why_not(problem: Problem) -> list[Verdict]:
         verdicts.append(Verdict(backend.name, reason, reason is None and not chosen))
         chosen = chosen or reason is None
     return verdicts
+
+
+@lru_cache(maxsize=1024)
+def serving(problem: Problem) -> tuple[str, ...]:
+    """Names of the backends that can serve ``problem``, highest priority first."""
+    return tuple(verdict.backend for verdict in why_not(problem) if verdict.reason is None)
 
 
 def explain(problem: Problem) -> str:

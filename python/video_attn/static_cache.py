@@ -15,7 +15,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +24,23 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .compiler import constant_result
 
 Result = TypeVar("Result", bound="Tensor | tuple[Tensor, ...]")
+Object = TypeVar("Object", bound="HasTensors")
 
 MAX_BYTES = 256 * 2**20  # of all results together
 MAX_ENTRIES = 1024
 
 
+class HasTensors(Protocol):
+    """An object made of tensors, which a cache may keep."""
+
+    @property
+    def kept_tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        ...
+
+
 class _Kept(NamedTuple):
+    result: Any
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]  # a write in place raises the version of a tensor
 
@@ -53,11 +64,11 @@ def static_cache(build: Callable[..., Result]) -> Callable[..., Result]:
     def lookup(*key: Any) -> tuple[Tensor, ...]:
         mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if mode is None or torch.compiler.is_compiling():
-            return _look_up(build, key)
+            return _look_up(build, key).tensors
         # Somebody asks for shapes. The device may not even be here, so it is made on the CPU.
         on_cpu = tuple(torch.device("cpu") if isinstance(x, torch.device) else x for x in key)
         device = next((x for x in key if isinstance(x, torch.device)), torch.device("cpu"))
-        return tuple(mode.from_tensor(x).to(device) for x in _look_up(build, on_cpu))
+        return tuple(mode.from_tensor(x).to(device) for x in _look_up(build, on_cpu).tensors)
 
     @functools.wraps(build)
     def cached(*key: Any) -> Any:
@@ -69,22 +80,40 @@ def static_cache(build: Callable[..., Result]) -> Callable[..., Result]:
     return cached
 
 
-def _look_up(build: Callable[..., Any], key: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def static_object(build: Callable[..., Object]) -> Callable[..., Object]:
+    """:func:`static_cache` for objects of tensors, block masks say.
+
+    Where somebody traces or asks for shapes only, the object is built again, of what the caches of
+    its tensors say there.
+    """
+
+    @functools.wraps(build)
+    def cached(*key: Any) -> Object:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return build(*key)
+        return _look_up(build, key).result
+
+    return cached
+
+
+def _look_up(build: Callable[..., Any], key: tuple[Any, ...]) -> _Kept:
     key = (build, *key)
     with _lock:
         kept = _kept.get(key)
         if kept is not None and kept.versions == _versions(kept.tensors):
             _kept.move_to_end(key)
-            return kept.tensors
+            return kept
     with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
         result = build(*key[1:])
     tensors = (result,) if isinstance(result, Tensor) else result
+    if not isinstance(tensors, tuple):
+        tensors = result.kept_tensors
     with _lock:
-        _kept[key] = _Kept(tensors, _versions(tensors))
+        _kept[key] = kept = _Kept(result, tensors, _versions(tensors))
         _kept.move_to_end(key)
         while len(_kept) > MAX_ENTRIES or (len(_kept) > 1 and kept_bytes() > MAX_BYTES):
             _kept.popitem(last=False)
-    return tensors
+    return kept
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -92,8 +121,8 @@ def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def kept_bytes() -> int:
-    """Bytes of all tensors that are kept now."""
-    return sum(x.nbytes for kept in _kept.values() for x in kept.tensors)
+    """Bytes of all tensors that are kept now; those that several results share count once."""
+    return sum({id(x): x.nbytes for kept in _kept.values() for x in kept.tensors}.values())
 
 
 def clear_caches() -> None:

@@ -94,11 +94,11 @@ def built(monkeypatch):
             return Component(name, reason is None, reason)
 
         monkeypatch.setattr(hopper.native, "component", component)
-        registry._select.cache_clear()
+        registry.forget_choices()
 
     yield set_components
     monkeypatch.undo()
-    registry._select.cache_clear()
+    registry.forget_choices()
 
 
 def reason_for(problem: Problem) -> str | None:

@@ -19,7 +19,7 @@ from ..checks import as_int, check_number
 from ..compiler import constant_result
 from ..device import is_here
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
-from ..registry import Problem, forced_backend, why_not
+from ..registry import Problem, forced_backend, serving
 
 LAYOUTS = {"HND": "bhsd", "NHD": "bshd"}
 _MASK_BLOCK = 128
@@ -271,7 +271,7 @@ def _served_precision(
             "forward", device, dtype, head_dim, head_dim_v, is_causal=is_causal,
             precision=precision, quantization=parse_recipe(recipe)[1],
         )  # fmt: skip
-        serving = [x.backend for x in why_not(problem) if x.reason is None]
-        if (forced[0] in serving) if forced else set(serving) - {"reference"}:
+        served = serving(problem)
+        if (forced[0] in served) if forced else any(name != "reference" for name in served):
             return precision
     return _PRECISIONS[-1]

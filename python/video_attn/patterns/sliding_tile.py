@@ -19,8 +19,8 @@ from ..block_lists import dense_from_lists, lists_from_dense
 from ..block_mask import BlockMask
 from ..checks import as_int
 from ..layout import LayoutKey, Triple, VideoLayout, as_triple
-from ..static_cache import canonical_device, static_cache
-from .valid_text import TextLength, block_lens, check_text_length, listed_text_blocks
+from ..static_cache import canonical_device, static_cache, static_object
+from .valid_text import TextLength, ValidText, block_lens, check_text_length, listed_text_blocks
 
 Windows = str | int | Sequence[int] | Sequence[Sequence[int]]
 
@@ -52,12 +52,25 @@ def sliding_tile_mask(
     device = canonical_device(device)
     windows = check_windows(windows)
     valid = check_text_length(text_length, layout)
+    if isinstance(valid, Tensor):
+        return _build_mask(layout.key, windows, valid, device, transposed)
+    return _kept_mask(layout.key, windows, valid, device, transposed)
+
+
+def _build_mask(
+    key: LayoutKey, windows: tuple[Triple, ...], valid: ValidText, device: torch.device,
+    transposed: bool,
+) -> BlockMask:  # fmt: skip
+    layout = VideoLayout(*key)
     lens = block_lens(valid, layout, device)
-    key = (layout.key, windows, listed_text_blocks(valid, layout), device)
-    counts, indices = _lists(*key)
+    lists_key = (key, windows, listed_text_blocks(valid, layout), device)
+    counts, indices = _lists(*lists_key)
     size, length = layout.tile_volume, layout.padded_length
-    transpose = _transposed_lists(*key) if transposed else None
+    transpose = _transposed_lists(*lists_key) if transposed else None
     return BlockMask(counts, indices, size, size, length, length, lens, lens, transpose)
+
+
+_kept_mask = static_object(_build_mask)
 
 
 def check_windows(
