@@ -21,8 +21,8 @@ from video_attn import cli, registry
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/backends.md", "docs/benchmarks.md",
-    "docs/compare.md", "docs/design.md", "docs/install.md", "docs/quantized.md", "docs/radial.md",
-    "docs/sparsify.md", "docs/sta.md",
+    "docs/calibrate.md", "docs/compare.md", "docs/design.md", "docs/install.md",
+    "docs/quantized.md", "docs/radial.md", "docs/sparsify.md", "docs/sta.md",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")

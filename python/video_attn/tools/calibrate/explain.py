@@ -136,8 +136,8 @@ def draw_explanation(kept: Sequence[Kept], title: str, path: Path) -> None:
     figure = new_figure(max(6.5, 2.1 * columns + 0.6), 2.55 * lines + 1.2)
     headline(
         figure, title,
-        "rows: queries, columns: keys, in raster order; dark: much attention, white: none or not "
-        "seen",
+        "rows: queries, columns: keys, in raster order; dark: much attention, white: none, or not "
+        "seen; framed: what the head was given",
     )  # fmt: skip
     axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
     height = figure.get_figheight()
@@ -151,9 +151,11 @@ def draw_explanation(kept: Sequence[Kept], title: str, path: Path) -> None:
         shown = np.log10(np.maximum(one.map, floor))
         axis.imshow(shown, cmap="Blues", vmin=np.log10(floor), vmax=0, aspect="auto",
                     interpolation="nearest")  # fmt: skip
-        text = f"{one.name}\n{one.density:.0%} of pairs keep {one.share:.1%}; error {one.error:.3f}"
-        bare(axis, text, "bold" if one.is_chosen else "normal")
-        axis.title.set_size(7.5)
+        bare(axis, "")
+        axis.set_title(
+            f"{one.name}: error {one.error:.3f}\n{one.density:.0%} of pairs keep {one.share:.1%}",
+            size=8, loc="left", color=INK, weight="bold" if one.is_chosen else "normal",
+        )  # fmt: skip
         for spine in axis.spines.values():
             spine.set(visible=True, color=QUERY if one.is_chosen else INK,
                       linewidth=2.5 if one.is_chosen else 0.5)  # fmt: skip

@@ -70,4 +70,5 @@ def curve(found: Calibration, budgets: Sequence[float] = ()) -> list[tuple[float
 
 
 def _mean_error(choices: dict[Place, Choice]) -> float:
-    return float(np.mean([error for choice in choices.values() for error in choice.errors]))
+    """Errors above 1, that of zeros, count as 1."""
+    return float(np.mean([min(e, 1.0) for choice in choices.values() for e in choice.errors]))
