@@ -13,7 +13,7 @@ from .block_mask import BlockMask
 from .calls import ForwardCall
 from .checks import check_bool, check_positive_number
 from .derivatives import attend
-from .quantize import QuantizationOptions, check_recipe
+from .quantize import QuantizationOptions, check_recipe, with_straight_through
 from .registry import PRECISIONS, check_backend_name, context_backend
 
 MAX_HEAD_DIM = 256
@@ -28,9 +28,12 @@ class Options(TypedDict, total=False):
     backend: str | None
     deterministic: bool
     quantization: QuantizationOptions | None
+    straight_through: bool
 
 
-OPTION_NAMES = ("scale", "precision", "backend", "deterministic", "quantization")
+OPTION_NAMES = (
+    "scale", "precision", "backend", "deterministic", "quantization", "straight_through",
+)  # fmt: skip
 
 
 def check_options(function: str, options: Mapping[str, object]) -> None:
@@ -48,14 +51,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = ..., *, precision: str = ...,
     scale: float | None = ..., is_causal: bool = ..., return_lse: Literal[False] = ...,
     layout: str = ..., backend: str | None = ..., deterministic: bool = ...,
-    quantization: QuantizationOptions | None = ...,
+    quantization: QuantizationOptions | None = ..., straight_through: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = ..., *, precision: str = ...,
     scale: float | None = ..., is_causal: bool = ..., return_lse: Literal[True],
     layout: str = ..., backend: str | None = ..., deterministic: bool = ...,
-    quantization: QuantizationOptions | None = ...,
+    quantization: QuantizationOptions | None = ..., straight_through: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
@@ -71,6 +74,7 @@ def attention(
     backend: str | None = None,
     deterministic: bool = False,
     quantization: QuantizationOptions | None = None,
+    straight_through: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that ``mask`` keeps: softmax(scale * q k^T) v.
 
@@ -91,6 +95,10 @@ def attention(
             ``torch.use_deterministic_algorithms``. The forward pass always is.
         quantization: the options of a quantized precision (granularity, smoothing, accumulation);
             None for the defaults of ``QuantizationOptions``.
+        straight_through: with a quantized precision, for fine-tuning: the forward pass is
+            quantized; the backward pass is that of "native" over the unquantized q, k, v, in their
+            dtype, with the quantized out and lse, on ``backend`` where that has a backward pass,
+            else on the best. False: such a call refuses to be differentiated.
 
     Returns:
         out [B, Hq, Sq, Dv] in the dtype of q, in q's memory order; with ``return_lse`` also lse,
@@ -106,6 +114,7 @@ def attention(
     call = checked_call(
         q, k, v, mask, precision=precision, scale=scale, is_causal=is_causal, layout=layout,
         backend=backend, deterministic=deterministic, quantization=quantization,
+        straight_through=straight_through,
     )  # fmt: skip
     if backend is None and not torch.compiler.is_compiling():
         # For the backward pass too, which may come after the context and on another thread.
@@ -129,17 +138,20 @@ def checked_call(
     backend: str | None = None,
     deterministic: bool = False,
     quantization: QuantizationOptions | None = None,
+    straight_through: bool = False,
 ) -> ForwardCall:
     """What the arguments of :func:`attention` ask for; raises as it does."""
     q, k, v = as_bhsd(layout, q=q, k=k, v=v)
     check_shapes(q, k, v)
     _check_options(precision, is_causal, backend, deterministic)
-    _check_quantization(precision, quantization, q.shape[3])
+    _check_quantization(precision, quantization, straight_through, q.shape[3])
     scale = check_scale(scale, q.shape[3])
     if mask is not None:
         _check_mask(q, k, mask, is_causal)
     if precision != "native" and quantization is None:
         quantization = QuantizationOptions()
+    if straight_through:
+        quantization = with_straight_through(quantization)
     return ForwardCall(q, k, v, mask, scale, is_causal, precision, quantization)
 
 
@@ -202,7 +214,10 @@ def _check_options(
 
 
 def _check_quantization(
-    precision: str, quantization: QuantizationOptions | None, head_dim: int
+    precision: str,
+    quantization: QuantizationOptions | None,
+    straight_through: bool,
+    head_dim: int,
 ) -> None:
     if quantization is not None and not isinstance(quantization, QuantizationOptions):
         raise TypeError(
@@ -212,6 +227,16 @@ def _check_quantization(
         check_recipe(precision, quantization or QuantizationOptions(), head_dim)
     elif quantization is not None:
         raise ValueError("quantization is for quantized precisions: it must be None with 'native'")
+    check_straight_through(precision, straight_through)
+
+
+def check_straight_through(precision: str, straight_through: bool) -> None:
+    check_bool("straight_through", straight_through)
+    if straight_through and precision == "native":
+        raise ValueError(
+            "straight_through is for quantized precisions: it must be False with 'native', whose "
+            "gradients are exact"
+        )
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

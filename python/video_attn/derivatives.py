@@ -16,8 +16,17 @@ from . import flops
 from .block_mask import BlockMask, MaskArguments, mask_arguments
 from .calls import ForwardCall
 from .checks import forward_mode_is_on, is_plain, wants_gradient
-from .ops import NO_DERIVATIVE, NO_SECOND_DERIVATIVE, backward, forward, library, run_forward
-from .quantize import recipe_text
+from .ops import (
+    NO_DERIVATIVE,
+    NO_SECOND_DERIVATIVE,
+    backward,
+    backward_backend,
+    check_differentiable,
+    forward,
+    library,
+    run_forward,
+)
+from .quantize import is_differentiable, recipe_text
 from .transforms import fold_into_batch, register_vmap
 
 _ops = torch.ops.video_attn
@@ -27,12 +36,13 @@ def attend(call: ForwardCall, deterministic: bool, backend: str | None) -> tuple
     """(out, lse) of a call, differentiable as far as its tensors ask for it.
 
     Raises:
-        ValueError: a quantized precision that is to be differentiated.
+        ValueError: a quantized precision, without straight_through, is to be differentiated.
         RuntimeError: no backend, or not the one asked for, can serve.
     """
     q, k, v = call.q, call.k, call.v
     wanted = wants_gradient(q, k, v)
-    if call.precision != "native" and (wanted or has_tangent(q, k, v)):
+    exact = is_differentiable(call.precision, call.quantization)
+    if not exact and (wanted or has_tangent(q, k, v)):
         raise ValueError(f"precision {call.precision!r} {NO_DERIVATIVE}")
     if not torch.compiler.is_compiling():
         if torch._C._len_torch_dispatch_stack() > 0:
@@ -87,12 +97,6 @@ def _is_dual(x: Tensor) -> bool:
         return True
 
 
-def _check_native(recipe: str) -> None:
-    """Inside of vmap a tensor does not say that somebody outside differentiates."""
-    if recipe != "native":
-        raise ValueError(f"precision {recipe!r} {NO_DERIVATIVE}")
-
-
 class _PlainAttention(torch.autograd.Function):
     """A call with its backward pass and nothing else: what a training step needs.
 
@@ -109,7 +113,8 @@ class _PlainAttention(torch.autograd.Function):
         lists = mask_arguments(call.mask, transposed)
         out, lse = run_forward(call, backend)
         ctx.block_sizes = lists.q_block_size, lists.kv_block_size
-        ctx.scale, ctx.is_causal, ctx.recipe = call.scale, call.is_causal, call.precision
+        ctx.scale, ctx.is_causal = call.scale, call.is_causal
+        ctx.recipe = recipe_text(call.precision, call.quantization)
         ctx.deterministic, ctx.backend = deterministic, backend
         ctx.save_for_backward(q, k, v, out, lse, *lists.tensors)
         ctx.set_materialize_grads(False)
@@ -122,7 +127,7 @@ class _PlainAttention(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     """The backward pass of either function; ``ctx`` is filled as they do it."""
-    _check_native(ctx.recipe)
+    check_differentiable(ctx.recipe)  # inside of vmap nothing shows who differentiates outside
     q, k, v, out, lse, *lists = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -130,7 +135,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
     again = torch.is_grad_enabled() or not is_plain(grad_out, q, k, v)
     grads = (_AttentionBackward.apply if again else backward)(
         grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.block_sizes,
-        ctx.scale, ctx.is_causal, ctx.deterministic, ctx.backend,
+        ctx.scale, ctx.is_causal, ctx.deterministic, backward_backend(ctx.recipe, ctx.backend),
     )  # fmt: skip
     return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
@@ -162,7 +167,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        _check_native(ctx.recipe)
+        check_differentiable(ctx.recipe)  # inside of vmap nothing shows who differentiates outside
         q, k, v, _, lse, *lists = ctx.saved_tensors
         return _AttentionTangent.apply(
             *tangents[:3], q, k, v, lse, *lists, *ctx.block_sizes, ctx.scale, ctx.is_causal

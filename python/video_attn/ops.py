@@ -18,8 +18,8 @@ from . import backends as _backends  # noqa: F401  fills the registry
 from . import mask_pytree as _mask_pytree  # noqa: F401  tells torch of BlockMask
 from .block_mask import BlockMask, MaskArguments
 from .calls import BackwardCall, ForwardCall, by_heads, empty_like_heads, empty_lse
-from .quantize import parse_recipe
-from .registry import select
+from .quantize import is_differentiable, parse_recipe
+from .registry import select, serves_backward
 from .tangent import TangentCall, attention_tangent
 
 library = torch.library.Library("video_attn", "DEF")
@@ -46,7 +46,8 @@ library.define(
 
 NO_DERIVATIVE = (
     "has no backward pass and no forward-mode derivative (its rounding has none), but q, k or "
-    "v is to be differentiated. Use precision='native' for training, or call under torch.no_grad()"
+    "v is to be differentiated. Use straight_through=True for the gradients of unquantized "
+    "attention, precision='native' for training, or call under torch.no_grad()"
 )
 NO_SECOND_DERIVATIVE = (
     "attention has no second derivative: its gradients and its tangents cannot be differentiated "
@@ -146,13 +147,32 @@ def _backward_fake(
     return tuple(empty_like_heads(x, x.shape[3]) for x in (q, k, v))
 
 
+def check_differentiable(recipe: str) -> None:
+    """
+    Raises:
+        ValueError: calls of this recipe have no derivatives.
+    """
+    if not is_differentiable(*parse_recipe(recipe)):
+        raise ValueError(f"precision {recipe!r} {NO_DERIVATIVE}")
+
+
+def backward_backend(recipe: str, backend: str | None) -> str | None:
+    """The backend that a forward pass of ``recipe`` was told to use, for its backward pass.
+
+    That of ``straight_through`` is of precision "native": a backend of quantized kernels alone
+    leaves it to the others.
+    """
+    if recipe == "native" or backend is None or serves_backward(backend):
+        return backend
+    return None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *arguments = inputs
     mask, ctx.options = _split(arguments, _ForwardOptions)
     ctx.block_sizes = mask.q_block_size, mask.kv_block_size
     ctx.save_for_backward(q, k, v, *output, *mask.tensors)
-    if ctx.options.recipe != "native":
-        raise ValueError(f"precision {ctx.options.recipe!r} {NO_DERIVATIVE}")
+    check_differentiable(ctx.options.recipe)
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -160,7 +180,8 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any,
     options = ctx.options
     grads = torch.ops.video_attn.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.block_sizes,
-        options.scale, options.is_causal, options.deterministic, options.backend,
+        options.scale, options.is_causal, options.deterministic,
+        backward_backend(options.recipe, options.backend),
     )  # fmt: skip
     rest = len(MaskArguments._fields) + len(_ForwardOptions._fields)
     return *grads, *[None] * rest

@@ -58,6 +58,9 @@ class QuantizationOptions:
         pv_accumulation: of P V within a tile; between tiles it is always fp32. "fp32", "fp16+fp32"
             (sage_fp16: sums of 16 products added in fp16), "fp32+fp16" (sage_fp8 and fp8: sums of
             32 products added in fp16, V scaled so that 64 of them cannot overflow).
+        straight_through: differentiate as if nothing were rounded: the gradients of unquantized
+            attention over the caller's q, k, v, with the quantized out and lse. False: a call that
+            is to be differentiated is refused.
 
     Raises:
         TypeError, ValueError: an unknown option, a value of the wrong type or not in the lists
@@ -70,6 +73,7 @@ class QuantizationOptions:
     hadamard: bool = False
     smooth_v: bool = False
     pv_accumulation: str = "fp32"
+    straight_through: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -81,7 +85,7 @@ class QuantizationOptions:
                 raise TypeError(f"{name} must be a string, got {value!r}")
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-        for name in ("smooth_k", "smooth_q", "hadamard", "smooth_v"):
+        for name in ("smooth_k", "smooth_q", "hadamard", "smooth_v", "straight_through"):
             check_bool(name, getattr(self, name))
 
 
@@ -108,6 +112,17 @@ def check_recipe(precision: str, options: QuantizationOptions, head_dim: int) ->
         )
     if options.hadamard and head_dim % 16:
         raise ValueError(f"hadamard needs a head_dim that is a multiple of 16, got {head_dim}")
+
+
+def with_straight_through(options: QuantizationOptions | None) -> QuantizationOptions:
+    """The options, or the defaults, with ``straight_through``."""
+    given = {} if options is None else {name: getattr(options, name) for name, _ in _DEFAULTS}
+    return QuantizationOptions(**{**given, "straight_through": True})
+
+
+def is_differentiable(precision: str, options: QuantizationOptions | None) -> bool:
+    """Whether a call has derivatives: exact ones, or those of ``straight_through``."""
+    return precision == "native" or (options is not None and options.straight_through)
 
 
 def recipe_text(precision: str, options: QuantizationOptions | None) -> str:

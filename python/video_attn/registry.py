@@ -177,6 +177,11 @@ def check_backend_name(name: str, source: str = "backend") -> str:
     return name
 
 
+def serves_backward(name: str) -> bool:
+    """Whether the backend has a backward pass at all."""
+    return _backends[name].backward is not None
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces a backend for the calls inside; one that cannot serve a call raises there.

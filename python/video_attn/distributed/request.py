@@ -295,8 +295,9 @@ def _check_precision(request: Request, *tensors: Tensor) -> None:
             )
     elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(
-            f"precision {precision!r} has no backward pass, but q, k or v requires grad. Use "
-            "precision='native' for training, or call under torch.no_grad()"
+            f"precision {precision!r} has no backward pass here (straight_through is for attention "
+            "on one device), but q, k or v requires grad. Use precision='native' for training, or "
+            "call under torch.no_grad()"
         )
 
 

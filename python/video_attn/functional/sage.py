@@ -40,6 +40,7 @@ def sageattn(
     smooth_k: bool = True,
     precision: str | None = None,
     backend: str | None = None,
+    straight_through: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with INT8 scores, called as ``sageattention.sageattn``.
 
@@ -60,7 +61,7 @@ def sageattn(
         precision: "sage_fp16" or "sage_fp8" (values in fp16 or FP8). Default: "sage_fp8" where a
             kernel (or the backend that is forced) serves it on the device of q, else "sage_fp16".
             On a CPU that is "sage_fp8" with the C++ component, "sage_fp16" without it.
-        backend: as in :func:`video_attn.attention`.
+        backend, straight_through: as in :func:`video_attn.attention`.
 
     Returns:
         out in the layout and dtype of q; with ``return_lse`` also lse.
@@ -71,7 +72,7 @@ def sageattn(
     """
     check_layout(tensor_layout)
     refuse_dropout(dropout_p)
-    options = QuantizationOptions(smooth_k=smooth_k)
+    options = QuantizationOptions(smooth_k=smooth_k, straight_through=straight_through)
     if precision is None:
         precision = _best_precision(q, k, v, is_causal, options, backend)
     _check_precision(precision)
@@ -100,6 +101,7 @@ def sageattn_varlen(
     dropout_p: float = 0.0,
     precision: str | None = None,
     backend: str | None = None,
+    straight_through: bool = False,
 ) -> Tensor:
     """Attention over sequences of different lengths, packed one after the other; called as
     ``sageattention.sageattn_varlen``.
@@ -115,8 +117,8 @@ def sageattn_varlen(
         max_seqlen_q, max_seqlen_k: at least the longest sequence, whole numbers or tensors of one;
             checked, and not used.
         is_causal: within each sequence, aligned at the bottom right.
-        attn_mask: only None. sm_scale, smooth_k, dropout_p, precision, backend: as in
-            :func:`sageattn`.
+        attn_mask: only None. sm_scale, smooth_k, dropout_p, precision, backend, straight_through:
+            as in :func:`sageattn`.
 
     Returns:
         [Tq, Hq, D] in the dtype of q. A sequence without keys gives 0.
@@ -148,6 +150,7 @@ def sageattn_varlen(
         out[queries] = sageattn(
             q[None, queries], k[None, keys], v[None, keys], "NHD", is_causal, sm_scale,
             smooth_k=smooth_k, precision=precision, backend=backend,
+            straight_through=straight_through,
         )[0]  # fmt: skip
     return out
 
