@@ -15,14 +15,27 @@ from far_memory import far_view
 from fp8_sums import lse_bounds
 from machine import HAS_GPU
 from sage_codes import inputs_of
-from sage_problems import SUMS, make_codes, qkv, random_mask, relative_error, walked_tiles
+from sage_problems import (
+    SUMS,
+    check_codes,
+    make_codes,
+    qkv,
+    random_mask,
+    relative_error,
+    walked_tiles,
+)
 from torch import Tensor
 
 from video_attn import BlockMask, attention
 from video_attn.backends import cuda_sage
 from video_attn.backends.cuda_sage import SageCodes
 from video_attn.device import device_info
-from video_attn.quantize import QUANTIZED_PRECISIONS, QuantizationOptions, QuantizedInputs
+from video_attn.quantize import (
+    QUANTIZED_PRECISIONS,
+    QuantizationOptions,
+    QuantizedInputs,
+    quantize_inputs,
+)
 from video_attn.quantized_reference import attend, plan_tiles
 from video_attn.registry import Problem
 
@@ -104,6 +117,30 @@ def check_lse(
         )  # fmt: skip
         assert (error[b, h] <= most + rounding[b, h]).all()
         assert error[b, h].square().mean().sqrt() <= typical.square().mean().sqrt() + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype"),
+    [((128, 128), torch.bfloat16), ((64, 40), torch.float16), ((40, 72), torch.float32),
+     ((100, 33), torch.bfloat16)],
+)  # fmt: skip
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_codes_are_those_of_the_definition(precision, dims, dtype):
+    """Several chunks of statistics, whole and partial tiles, key blocks without a valid key."""
+    q, k, v = qkv((300, 1200), (4, 2), dims, 2, dtype)
+    mask = random_mask((64, 64), (300, 1200), lens=True, batch=2)
+    options = QuantizationOptions(granularity="per_thread", smooth_v=True)
+    plan = plan_tiles(mask, 300, 1200, q.device)
+    codes = make_codes(
+        *(x.cuda() for x in (q, k, v)), mask.to("cuda"), scale=0.2, precision=precision,
+        options=options,
+    )  # fmt: skip
+    on_cpu = SageCodes(*(None if x is None else x.cpu() for x in codes))
+    expected = quantize_inputs(
+        q, k, v, precision, options, scale=0.2, q_tiling=plan.q_tiling, kv_tiling=plan.kv_tiling,
+        q_valid=plan.q_valid, kv_valid=plan.kv_valid,
+    )  # fmt: skip
+    check_codes(inputs_of(on_cpu, options, plan, dims), expected)
 
 
 @pytest.mark.parametrize("sums", ["fp32", "fp16"])
