@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,22 @@ from tiny_wan import (
     tiny_wan,
 )
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from video_attn import Dense, Radial, SlidingTile, VideoSparse
+from video_attn import (
+    BlockMask,
+    Dense,
+    HeadGroup,
+    HeadGroups,
+    Radial,
+    SlidingTile,
+    VideoSparse,
+    VideoTokens,
+    attention,
+)
+from video_attn.functional.token_pattern import TokenPattern
 from video_attn.integrations import Schedule, applied_to, apply, presets
+from video_attn.integrations.attention_call import AttentionCall
 from video_attn.integrations.dispatcher import BACKENDS, register_with_diffusers, unregister
 from video_attn.integrations.intercept import call_with_attention
 from video_attn.integrations.models import family_of
@@ -300,138 +314,6 @@ def test_pyramid_attention_broadcast(pipe: Any) -> None:
         pipe.transformer.disable_cache()
 
 
-# -- torch -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
-
-
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.parametrize("name, backend", [("wan", "aot_eager"), ("hunyuan", "eager")])
-def test_compile_of_repeated_blocks(name: str, backend: str, fresh_compiler: None) -> None:
-    """No graph break, and one graph for dense and sparse layers of each kind of block."""
-    tiny, model = MODELS[name], MODELS[name].model()
-    inputs = tiny.inputs(2)
-    pattern = SlidingTile((1, 1, 2), (2, 2, 2))
-    with apply(model, pattern, schedule=Schedule(dense_layers=1)) as handle:
-        eager = output(model, inputs)
-        model.compile_repeated_blocks(fullgraph=True, backend=backend)
-        assert error(output(model, inputs), eager) < 1e-4
-        assert counts(handle) == (2, 2)
-        assert graphs() == len(model._repeated_blocks)
-
-
-def test_compile_of_the_transformer_before_and_after(pipe: Any, fresh_compiler: None) -> None:
-    """One graph for all steps; a pipeline compiled before, and one with another schedule."""
-    with apply(pipe, PATTERN, schedule=FIRST):
-        eager = latents(pipe)
-    pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
-    with apply(pipe, PATTERN, schedule=FIRST) as handle:
-        assert applied_to(pipe) is handle
-        assert error(latents(pipe), eager) < 1e-4
-        assert counts(handle) == ((STEPS - 1) * CALLS, CALLS)
-        assert graphs() == 1
-
-
-@pytest.mark.parametrize("how", ["wrapped", "in_place", "blocks"])
-def test_compiled_and_run_before_apply(how: str, fresh_compiler: None) -> None:
-    """Code that was compiled dense is not used for sparse calls, and comes back after undo()."""
-    tiny, model = MODELS["wan"], MODELS["wan"].model()
-    inputs, called = tiny.inputs(1), model
-    with apply(model, PATTERN):
-        expected = output(model, inputs)
-    options: dict[str, Any] = {"backend": "eager", "fullgraph": True}
-    if how == "wrapped":
-        called = torch.compile(model, **options)
-    elif how == "in_place":
-        model.compile(**options)
-    else:
-        model.compile_repeated_blocks(**options)
-    dense = output(called, inputs)
-    for _ in range(2):
-        with apply(model, PATTERN) as handle:
-            assert error(output(called, inputs), expected) < 1e-4
-            assert counts(handle) == (LAYERS, 0)
-        assert torch.equal(output(called, inputs), dense)
-    assert error(expected, dense) > 1e-3
-
-
-def test_compiled_training_breaks_its_graph_and_has_gradients(fresh_compiler: None) -> None:
-    tiny, model = MODELS["wan"], MODELS["wan"].model()
-    inputs = tiny.inputs(1)
-
-    def gradient(run: Any) -> Tensor:
-        model.zero_grad()
-        run(**inputs, return_dict=False)[0].square().mean().backward()
-        return model.blocks[0].attn1.to_q.weight.grad.clone()
-
-    with apply(model, PATTERN):
-        expected = gradient(model)
-        assert error(gradient(torch.compile(model, backend="eager")), expected) < 1e-3
-
-
-def test_gradient_checkpointing_sees_the_mask_of_its_own_call() -> None:
-    """Two forwards before one backward: the sizes and patterns of the first are still there."""
-    tiny, model = MODELS["wan"], MODELS["wan"].model()
-    inputs = tiny.inputs(1)
-    other = inputs | {"hidden_states": random(1, 4, 4, 6, 8), "timestep": torch.tensor([900.0])}
-
-    def gradients() -> list[Tensor]:
-        model.zero_grad()
-        outputs = [model(**x, return_dict=False)[0].square().mean() for x in (inputs, other)]
-        sum(outputs).backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    with apply(model, PATTERN, schedule=FIRST, timesteps=[900, 500]) as handle:
-        expected = gradients()
-        counted = counts(handle)
-        assert counted == (LAYERS, LAYERS)
-        model.enable_gradient_checkpointing()
-        for got, want in zip(gradients(), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-        assert counts(handle) == (2 * LAYERS, 2 * LAYERS)
-    assert type(model._gradient_checkpointing_func).__name__ == "function"
-
-
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
-def test_autocast(name: str) -> None:
-    """Norms give fp32 and projections bf16; torch's attention casts, and so does this."""
-    tiny, model = MODELS[name], MODELS[name].model()
-    inputs = tiny.inputs(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        dense = output(model, inputs)
-        with apply(model, SlidingTile((9, 9, 9), (2, 2, 2))) as handle:
-            got = output(model, inputs)
-        assert handle.sparse_calls == tiny.layers
-    assert got.dtype == dense.dtype
-    assert error(got.float(), dense.float()) < 0.05
-
-
-def test_autocast_makes_one_dtype_of_three() -> None:
-    """As on a GPU, where norms leave fp32 under autocast."""
-    query, key, value = (torch.randn(1, 2, 8, 16) for _ in range(3))
-    seen: list[Any] = []
-
-    def attend(call: Any) -> Tensor:
-        seen.append({x.dtype for x in (call.query, call.key, call.value)})
-        return call.dense()
-
-    attention = torch.nn.functional.scaled_dot_product_attention
-    with torch.autocast("cpu", torch.bfloat16):
-        out = call_with_attention(attend, attention, query, key, value.bfloat16())
-    assert seen == [{torch.bfloat16}] and out.dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="dtype"):
-        call_with_attention(attend, attention, query, key, value.bfloat16())
-
-
 # -- copies and replacements -----------------------------------------------------------------------
 
 
@@ -632,3 +514,40 @@ def test_presets_fit_every_model() -> None:
         apply(model, **preset(precision="sage_fp8")).undo()
     assert isinstance(Dense(), type(Schedule(dense_layers=2).patterns(PATTERN, 2, 2)[0]))
     assert tiny_vae() is not None and family_of(model).name == "Wan"
+
+
+@dataclass(frozen=True)
+class SameFrame(TokenPattern):
+    """A pattern of somebody else's: every token sees its own frame."""
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, tokens: VideoTokens, gate: Any,
+        options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        frame = tokens.grid[1] * tokens.grid[2]
+        keep = torch.eye(tokens.grid[0], dtype=torch.bool)[None, None]
+        length = tokens.sequence_length
+        mask = BlockMask.from_dense(keep, frame, frame, q_len=length, kv_len=length)
+        return attention(query, key, value, mask, **options)
+
+
+def test_a_pattern_of_somebody_else(pipe: Any) -> None:
+    """One class is all that a new pattern needs: apply, schedules and groups of heads take it."""
+    dense = latents(pipe)
+    frame = (HEIGHT // 16) * (WIDTH // 16)
+
+    def same_frame(call: AttentionCall) -> Tensor:
+        if call.key.shape[2] != call.query.shape[2] or call.query.shape[2] % frame:
+            return call.dense()
+        q, k, v = (x.unflatten(2, (-1, frame)) for x in (call.query, call.key, call.value))
+        return scaled_dot_product_attention(q, k, v).flatten(2, 3)
+
+    defined = call_with_attention(same_frame, latents, pipe)
+    assert error(defined, dense) > 1e-2
+    groups = HeadGroups([HeadGroup([0], SameFrame()), HeadGroup([1], SameFrame())])
+    for pattern in (SameFrame(), groups):
+        with apply(pipe, pattern) as handle:
+            assert error(latents(pipe), defined) < 1e-4
+            assert counts(handle) == (STEPS * CALLS, 0)
+    with apply(pipe, PATTERN, schedule=Schedule(overrides={0: SameFrame(), 1: SameFrame()})):
+        assert error(latents(pipe), defined) < 1e-4

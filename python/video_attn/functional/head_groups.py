@@ -12,12 +12,10 @@ from torch import Tensor
 from ..checks import check_int
 from ..registry import PRECISIONS
 from ..static_cache import canonical_device, static_cache
-from .patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
+from .patterns import Pattern
 from .token_pattern import TokenPattern
 from .video_tokens import VideoTokens
 from .vsa import Gate
-
-_ONE_WAY = (Dense, SlidingTile, VideoSparse, Radial)
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class HeadGroup:
         if not heads or list(heads) != sorted(set(heads)):
             raise ValueError(f"heads must be ascending head numbers, at least one; got {heads}")
         object.__setattr__(self, "heads", heads)
-        if not isinstance(self.pattern, _ONE_WAY):
+        if not isinstance(self.pattern, TokenPattern) or isinstance(self.pattern, HeadGroups):
             raise TypeError(f"pattern must be a pattern, got {self.pattern!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(

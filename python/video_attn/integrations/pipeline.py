@@ -15,13 +15,14 @@ import torch
 
 from ..checks import check_bool
 from ..functional.patterns import Pattern, Radial
+from ..functional.token_pattern import TokenPattern
 from ..registry import PRECISIONS, check_backend_name
 from .applied import AppliedAttention
 from .applied_transformer import HANDLE
 from .fuse import FusedProjections
 from .intercept import ReplacedProcessor
 from .models import FAMILIES, Family, family_of
-from .schedule import PATTERNS, Schedule
+from .schedule import Schedule
 from .steps import TRANSFORMERS, unwrapped
 
 
@@ -95,7 +96,7 @@ def apply_sized(
     transformers = transformers_of(pipe)
     if applied_to(pipe) is not None:
         raise RuntimeError("pipe has an attention applied already: call undo() on its handle first")
-    if not isinstance(pattern, PATTERNS):
+    if not isinstance(pattern, TokenPattern):
         raise TypeError(
             "pattern must be a SlidingTile, VideoSparse, Radial or Dense, got "
             f"{type(pattern).__name__}"

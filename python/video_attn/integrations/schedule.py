@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..checks import check_int
-from ..functional.head_groups import HeadGroups, LayerPattern
-from ..functional.patterns import Dense, Radial, SlidingTile, VideoSparse
+from ..functional.head_groups import LayerPattern
+from ..functional.patterns import Dense, Radial, SlidingTile
+from ..functional.token_pattern import TokenPattern
 from ..layout import Triple, as_triple
 from ..patterns.radial import RadialRule
 from .schedule_file import ScheduleFile, layer_pattern, read_schedule_file
@@ -19,7 +20,6 @@ from .schedule_file import ScheduleFile, layer_pattern, read_schedule_file
 Choice = LayerPattern | RadialRule | Literal["dense"]
 Key = int | tuple[int, int]
 Steps = int | float
-PATTERNS = (Dense, SlidingTile, VideoSparse, Radial, HeadGroups)
 _WHOLE: Triple = (2**31 - 1,) * 3  # a window of the whole video
 
 
@@ -81,7 +81,7 @@ class Schedule:
             if not _is_index(step) or not isinstance(layers, Mapping):
                 raise TypeError(f"steps must be {{step: {{layer: pattern}}}}, got {step!r}")
             for layer, pattern in layers.items():
-                if not _is_index(layer) or not isinstance(pattern, PATTERNS):
+                if not _is_index(layer) or not isinstance(pattern, TokenPattern):
                     raise TypeError(
                         f"steps[{step}] must be {{layer: pattern}}, got {layer!r}: {pattern!r}"
                     )
@@ -220,7 +220,7 @@ class Schedule:
 
 def check_choice(name: str, choice: object) -> None:
     """Raises TypeError unless ``choice`` is "dense", a pattern or a RadialRule."""
-    if choice != "dense" and not isinstance(choice, (*PATTERNS, RadialRule)):
+    if choice != "dense" and not isinstance(choice, (TokenPattern, RadialRule)):
         raise TypeError(f"{name} must be 'dense', a pattern or a RadialRule, got {choice!r}")
 
 
