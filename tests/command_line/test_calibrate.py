@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from known_heads import known_head
 from tiny_cogvideox import saved
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import video_attn
 from video_attn import Dense, HeadGroups, VideoTokens, cli
@@ -77,6 +79,36 @@ def test_errors_are_those_of_the_definition(monkeypatch):
         out = candidate.attend(q, k, v, TOKENS, scale=0.3)
         wanted = ((out - reference).norm() / reference.norm()).item()
         assert found[column] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that results of torch's operators held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out._base is None:
+            self.now += out.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(out, self.free, out.nbytes)
+        return out
+
+    def free(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def test_an_error_needs_a_few_chunks_of_memory(monkeypatch):
+    """1/128 of what it is on a GPU: all scores would be 64 times a chunk."""
+    monkeypatch.setattr(errors_module, "CHUNK_BYTES", 1 << 20)
+    tokens = VideoTokens((4, 32, 32))
+    q, k, v = (torch.randn(1, 1, tokens.sequence_length, 8) for _ in "qkv")
+    candidates = candidates_for(tokens, ["sta", "radial"], **OPTIONS)[:3]
+    with LiveBytes() as live:
+        errors_of_head(q, k, v, tokens, candidates)
+    assert 1 << 20 < live.most < 7 << 20
 
 
 # -- the choice ------------------------------------------------------------------------------------
