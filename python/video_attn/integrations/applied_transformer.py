@@ -117,7 +117,7 @@ class AppliedTransformer:
         }  # fmt: skip
         if asked.deferred is not None:
             tokens.check(asked.query, asked.key)
-            if isinstance(pattern, SlidingTile):
+            if type(pattern) is SlidingTile:  # one that is derived may attend otherwise
                 return attend_tiles(asked, pattern, tokens, options)
             finish_call(asked)
         if asked.parallel_config is None:
