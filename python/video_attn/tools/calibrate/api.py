@@ -146,7 +146,7 @@ def _runs(
     from ..render.model import load_pipeline
     from .pipeline import Runs
 
-    name = type(pipe).__name__
+    name = f"{type(pipe).__name__} {getattr(pipe, 'name_or_path', '')}".strip()
     if isinstance(pipe, (str, Path)):
         name = str(pipe)
         pipe = load_pipeline(

@@ -127,8 +127,9 @@ class Runs:
 
     def _record(self, prompt: str) -> dict[str, Any]:
         return {
-            "model": self.name, "prompt": prompt, "steps": sorted(self.steps),
-            "layers": None if self.layers is None else sorted(self.layers), "seed": self.seed,
+            "model": self.name, "dtype": str(self.pipe.dtype), "prompt": prompt,
+            "steps": sorted(self.steps), "seed": self.seed,
+            "layers": None if self.layers is None else sorted(self.layers),
             "call": {key: value for key, value in self.call.items() if value is not None},
         }  # fmt: skip
 
