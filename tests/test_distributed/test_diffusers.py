@@ -17,5 +17,10 @@ def test_wan(ranks: RankPool, degrees: str, pattern: str) -> None:
     ranks.run(RANKS, "diffusers_cases:wan", degrees, pattern)
 
 
+@pytest.mark.parametrize("pattern", ["sliding", "selected"])
+def test_ltx2(ranks: RankPool, pattern: str) -> None:
+    ranks.run(RANKS, "diffusers_cases:ltx2", pattern)
+
+
 def test_dense_layers(ranks: RankPool) -> None:
     ranks.run(RANKS, "diffusers_cases:dense_layers")
