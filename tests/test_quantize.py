@@ -215,4 +215,5 @@ def test_options_are_public_and_plain():
     assert video_attn.quantize.QuantizationOptions is QuantizationOptions
     assert [f.name for f in dataclasses.fields(QuantizationOptions)] == [
         "granularity", "smooth_k", "smooth_q", "hadamard", "smooth_v", "pv_accumulation",
+        "straight_through",
     ]  # fmt: skip
