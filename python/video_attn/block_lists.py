@@ -82,3 +82,18 @@ def valid_tokens(lens: Tensor, size: int, length: int) -> Tensor:
     """bool [B|1, length]: whether a token is one of the first ``lens`` of its block."""
     position = torch.arange(size, device=lens.device)
     return (position < lens[..., None]).flatten(1)[:, :length]
+
+
+def pairs_of_lists(
+    counts: Tensor, indices: Tensor, q_lens: Tensor, kv_lens: Tensor, batch: int
+) -> Tensor:
+    """Token pairs that row lists keep, int64 [B|1, H|1].
+
+    Args:
+        counts, indices: as :func:`lists_from_dense` gives them, [B|1, H|1, Nq(, K)].
+        q_lens, kv_lens: valid tokens of the blocks, [B|1, N]. batch: what the result is for.
+    """
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    blocks = torch.where(listed, indices, 0).long().expand(batch, -1, -1, -1)
+    keys = kv_lens.long().expand(batch, -1).gather(1, blocks.flatten(1)).view_as(blocks)
+    return ((keys * listed).sum(-1) * q_lens.long()[:, None, :]).sum(-1)

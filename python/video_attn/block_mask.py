@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,47 +21,16 @@ from .block_lists import (
     dense_from_lists,
     draw_blocks,
     lists_from_dense,
+    pairs_of_lists,
     split_lens,
     valid_tokens,
     versions_of,
 )
 from .checks import as_int, check_int
+from .mask_arguments import MaskArguments
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
-
-
-class MaskArguments(NamedTuple):
-    """A mask, or its absence, as the plain values that operators take; see :class:`BlockMask`."""
-
-    kv_num_blocks: Tensor | None = None
-    kv_indices: Tensor | None = None
-    q_num_blocks: Tensor | None = None
-    q_indices: Tensor | None = None
-    q_block_lens: Tensor | None = None
-    kv_block_lens: Tensor | None = None
-    q_block_size: int = 0
-    kv_block_size: int = 0
-
-    @property
-    def lists(self) -> tuple[Tensor | None, Tensor | None]:
-        """Key blocks of every query block: how many, and which."""
-        return self.kv_num_blocks, self.kv_indices
-
-    @property
-    def transposed_lists(self) -> tuple[Tensor | None, Tensor | None]:
-        """Query blocks of every key block: how many, and which."""
-        return self.q_num_blocks, self.q_indices
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the sizes, in the order of the fields."""
-        return *self.lists, *self.transposed_lists, self.q_block_lens, self.kv_block_lens
-
-    @property
-    def slots(self) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Valid tokens of the blocks, and their sizes, of queries and of keys."""
-        return self.q_block_lens, self.kv_block_lens, self.q_block_size, self.kv_block_size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -477,14 +446,9 @@ class BlockMask:
 
     def pairs_per_head(self) -> Tensor:
         """Token pairs kept, int64 [B|1, H|1]."""
-        position = torch.arange(self.kv_indices.shape[-1], device=self.device)
-        listed = position < self.kv_num_blocks[..., None]
         batch = max(self.batch, self.kv_indices.shape[0])
-        indices = torch.where(listed, self.kv_indices, 0).long().expand(batch, -1, -1, -1)
-        kv_lens = self.kv_lens().long().expand(batch, -1)
-        keys = kv_lens.gather(1, indices.flatten(1)).view_as(indices)
-        keys = (keys * listed).sum(-1)
-        return (keys * self.q_lens().long()[:, None, :]).sum(-1)
+        q_lens, kv_lens = self.q_lens(), self.kv_lens()
+        return pairs_of_lists(self.kv_num_blocks, self.kv_indices, q_lens, kv_lens, batch)
 
     def __repr__(self) -> str:
         batch, heads, nq, kmax = self.kv_indices.shape

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import flops
-from .block_mask import BlockMask, MaskArguments, mask_arguments
+from .block_mask import BlockMask, mask_arguments
 from .calls import ForwardCall
 from .checks import forward_mode_is_on, is_plain, wants_gradient
+from .mask_arguments import MaskArguments
 from .ops import (
     NO_DERIVATIVE,
     NO_SECOND_DERIVATIVE,

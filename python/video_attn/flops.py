@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_mask import BlockMask, MaskArguments
+from .block_mask import BlockMask
+from .mask_arguments import MaskArguments
 
 _BACKWARD = 2.5  # five products where the forward pass has two
 _FIELDS = len(MaskArguments._fields)

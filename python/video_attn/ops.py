@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import backends as _backends  # noqa: F401  fills the registry
 from . import mask_pytree as _mask_pytree  # noqa: F401  tells torch of BlockMask
-from .block_mask import BlockMask, MaskArguments
+from .block_mask import BlockMask
 from .calls import BackwardCall, ForwardCall, by_heads, empty_like_heads, empty_lse
+from .mask_arguments import MaskArguments
 from .quantize import is_differentiable, parse_recipe
 from .registry import select, serves_backward
 from .tangent import TangentCall, attention_tangent

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..attention import Options, attention, checked_call
-from ..block_mask import BlockMask, MaskArguments, mask_arguments
+from ..block_mask import BlockMask, mask_arguments
 from ..calls import ForwardCall, empty_like_heads
 from ..checks import forward_mode_is_on, wants_gradient
 from ..compiler import constant_result
 from ..derivatives import is_plain
 from ..layout import VideoLayout
+from ..mask_arguments import MaskArguments
 from ..ops import MASK_SCHEMA, library, run_forward
 from ..registry import Backend, Problem, select
 from ..transforms import register_vmap
