@@ -520,15 +520,12 @@ def test_presets_fit_every_model() -> None:
 class SameFrame(TokenPattern):
     """A pattern of somebody else's: every token sees its own frame."""
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, tokens: VideoTokens, gate: Any,
-        options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+    def _attend(self, qkv: Any, tokens: VideoTokens, gate: Any, options: Any) -> Tensor:
         frame = tokens.grid[1] * tokens.grid[2]
         keep = torch.eye(tokens.grid[0], dtype=torch.bool)[None, None]
         length = tokens.sequence_length
         mask = BlockMask.from_dense(keep, frame, frame, q_len=length, kv_len=length)
-        return attention(query, key, value, mask, **options)
+        return attention(*qkv, mask, **options)
 
 
 def test_a_pattern_of_somebody_else(pipe: Any) -> None:

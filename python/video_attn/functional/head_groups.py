@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..checks import check_int
 from ..registry import PRECISIONS
 from ..static_cache import canonical_device, static_cache
 from .patterns import Pattern
-from .token_pattern import TokenPattern
+from .token_pattern import QKV, Options, TokenPattern
 from .video_tokens import VideoTokens
 from .vsa import Gate
 
@@ -79,15 +78,8 @@ class HeadGroups(TokenPattern):
         """Query heads in all groups."""
         return sum(len(group.heads) for group in self.groups)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: VideoTokens,
-        gate: Gate,
-        options: dict[str, Any],
-    ) -> Tensor:
+    def _attend(self, qkv: QKV, tokens: VideoTokens, gate: Gate, options: Options) -> Tensor:
+        query, key, value = qkv
         shared = query.shape[1] // key.shape[1]  # query heads that read one key head (GQA)
         parts = []
         for group in self.groups:

@@ -25,7 +25,7 @@ from ..patterns.valid_text import check_text_length
 from ..patterns.video_sparse import kept_blocks
 from ..static_cache import canonical_device, static_cache
 from .sta import STA_TILE, sliding_tile
-from .token_pattern import TokenPattern
+from .token_pattern import QKV, Options, TokenPattern
 from .video_tokens import VideoTokens, in_memory_order, whole_gate
 from .vsa import VSA_TILE, Gate, check_count, check_gate, check_score_dtype, video_sparse
 
@@ -36,16 +36,8 @@ _DENSE_BLOCK = 128
 class Dense(TokenPattern):
     """Every token sees every valid token."""
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: VideoTokens,
-        gate: Gate,
-        options: dict[str, Any],
-    ) -> Tensor:
-        return attention(query, key, value, self.mask(tokens, query.device), **options)
+    def _attend(self, qkv: QKV, tokens: VideoTokens, gate: Gate, options: Options) -> Tensor:
+        return attention(*qkv, self.mask(tokens, qkv[0].device), **options)
 
     def mask(
         self, tokens: VideoTokens, device: torch.device | str = "cpu", *, heads: int = 1
@@ -97,16 +89,8 @@ class SlidingTile(TokenPattern):
         """One window for all heads, or one per head."""
         return cast("tuple[Triple, ...]", self.window)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: VideoTokens,
-        gate: Gate,
-        options: dict[str, Any],
-    ) -> Tensor:
-        q, k, v, axes = in_memory_order(query, key, value)
+    def _attend(self, qkv: QKV, tokens: VideoTokens, gate: Gate, options: Options) -> Tensor:
+        q, k, v, axes = in_memory_order(*qkv)
         windows = self.windows if len(self.windows) > 1 else self.windows[0]
         out = sliding_tile(
             q, k, v, tokens.grid, windows, tile=self.tile, text_length=tokens.valid_text,
@@ -198,21 +182,13 @@ class VideoSparse(TokenPattern):
             if isinstance(self.gate, Tensor):
                 raise TypeError("gate must be 'auto', None or a number: tensors come with a call")
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: VideoTokens,
-        gate: Gate,
-        options: dict[str, Any],
-    ) -> Tensor:
+    def _attend(self, qkv: QKV, tokens: VideoTokens, gate: Gate, options: Options) -> Tensor:
         if self.gate != "auto":
             gate = self.gate
         elif gate is None:
             gate = 0.0
         options.setdefault("score_dtype", self.score_dtype)
-        q, k, v, axes = in_memory_order(query, key, value)
+        q, k, v, axes = in_memory_order(*qkv)
         if isinstance(gate, Tensor):
             gate = whole_gate(gate, tokens)
             gate = gate.transpose(1, 2) if axes == "bshd" and gate.dim() == 4 else gate
@@ -274,19 +250,12 @@ class Radial(TokenPattern):
         if self.scenes is not None and not isinstance(self.scenes, Scenes):
             raise TypeError(f"scenes must be a Scenes or None, got {type(self.scenes).__name__}")
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: VideoTokens,
-        gate: Gate,
-        options: dict[str, Any],
-    ) -> Tensor:
+    def _attend(self, qkv: QKV, tokens: VideoTokens, gate: Gate, options: Options) -> Tensor:
+        query = qkv[0]
         mask = self.mask(
-            tokens, query.device, heads=query.shape[1], transposed=wants_gradient(query, key, value)
+            tokens, query.device, heads=query.shape[1], transposed=wants_gradient(*qkv)
         )
-        return attention(query, key, value, mask, **options)  # nothing is moved
+        return attention(*qkv, mask, **options)  # nothing is moved
 
     def mask(
         self,

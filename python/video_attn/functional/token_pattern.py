@@ -9,6 +9,8 @@ from torch import Tensor
 from .video_tokens import VideoTokens
 from .vsa import Gate
 
+QKV = tuple[Tensor, Tensor, Tensor]
+Options = dict[str, Any]
 Self = TypeVar("Self", bound="TokenPattern")  # typing's own comes with Python 3.11
 
 
@@ -53,18 +55,10 @@ class TokenPattern:
         """
         tokens.check(query, key)
         self.check_heads(query.shape[1])
-        return self._attend(query, key, value, tokens, gate, {"scale": scale, **options})
+        return self._attend((query, key, value), tokens, gate, {"scale": scale, **options})
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: VideoTokens,
-        gate: Gate,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """:meth:`attend` after its checks."""
+    def _attend(self, qkv: QKV, tokens: VideoTokens, gate: Gate, options: Options) -> Tensor:
+        """:meth:`attend` after its checks; ``qkv`` are (query, key, value)."""
         raise NotImplementedError
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
