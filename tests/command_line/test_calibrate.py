@@ -17,8 +17,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import video_attn
-from video_attn import Dense, HeadGroups, VideoTokens, cli
+from video_attn import (
+    Dense,
+    HeadGroups,
+    Radial,
+    RadialRule,
+    SlidingTile,
+    VideoSparse,
+    VideoTokens,
+    cli,
+)
 from video_attn.integrations import Schedule, apply
+from video_attn.integrations.schedule_file import entry_of
 from video_attn.tools.calibrate import Chooser, CostModel, Prices, candidates_for, measure_costs
 from video_attn.tools.calibrate import errors as errors_module
 from video_attn.tools.calibrate import explain as explain_module
@@ -527,3 +537,20 @@ def test_the_benchmark_runs_what_was_chosen(tmp_path, capsys, monkeypatch):
     for result in budgets:
         metrics = result["metrics"]
         assert metrics["worst_error"] <= metrics["budget"] and metrics["predicted_ms"] > 0
+
+
+class OwnTiles(SlidingTile):
+    """A pattern that a file has no name for."""
+
+
+def test_patterns_stand_in_a_file_as_they_are_or_not_at_all():
+    for pattern in (
+        VideoSparse(top_k_ratio=0.2, score_dtype=torch.bfloat16),
+        VideoSparse(top_k=3, tile=(2, 4, 4), gate=0.5, score_dtype=torch.float16),
+        SlidingTile([(1, 2, 3), (3, 2, 1)], TILE),
+        Radial(RadialRule.for_model("wan", 0.2), 64),
+        Dense(),
+    ):
+        assert entry_of(pattern).pattern() == pattern
+    with pytest.raises(ValueError, match="OwnTiles cannot stand in a schedule file"):
+        entry_of(OwnTiles((1, 1, 1)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from ..functional.head_groups import HeadGroup, HeadGroups, LayerPattern
@@ -58,11 +59,13 @@ class VideoSparseEntry(_Strict):
     top_k: PositiveInt | None = None
     tile: Size = (4, 4, 4)
     gate: float | Literal["auto"] | None = "auto"
+    score_dtype: Literal["bfloat16", "float16"] | None = None
 
     def pattern(self) -> Pattern:
         return VideoSparse(
-            top_k_ratio=self.top_k_ratio, top_k=self.top_k, tile=self.tile, gate=self.gate
-        )
+            top_k_ratio=self.top_k_ratio, top_k=self.top_k, tile=self.tile, gate=self.gate,
+            score_dtype=None if self.score_dtype is None else getattr(torch, self.score_dtype),
+        )  # fmt: skip
 
 
 class RuleEntry(_Strict):
@@ -165,8 +168,13 @@ def entry_of(pattern: Pattern) -> Entry:
     """A pattern as an entry of a file.
 
     Raises:
-        ValueError: scenes, which belong to one video.
+        ValueError: scenes, which belong to one video, and patterns that a file has no name for.
     """
+    if type(pattern) not in (Dense, SlidingTile, VideoSparse, Radial):
+        raise ValueError(
+            f"{type(pattern).__name__} cannot stand in a schedule file: it holds Dense, "
+            "SlidingTile, VideoSparse and Radial"
+        )
     if isinstance(pattern, Dense):
         return DenseEntry()
     if isinstance(pattern, SlidingTile):
@@ -178,6 +186,8 @@ def entry_of(pattern: Pattern) -> Entry:
         return VideoSparseEntry(
             top_k_ratio=pattern.top_k_ratio, top_k=pattern.top_k, tile=pattern.tile,
             gate=pattern.gate,
+            score_dtype=str(pattern.score_dtype).removeprefix("torch.")
+            if pattern.score_dtype else None,  # type: ignore[arg-type]
         )  # fmt: skip
     if pattern.scenes is not None:
         raise ValueError("scenes belong to one video: they cannot stand in a schedule file")
