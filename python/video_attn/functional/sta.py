@@ -39,10 +39,8 @@ def sliding_tile(
     """Sliding tile attention over a video in raster order, with or without text in the sequence.
 
     Every query tile sees ``window`` tiles per axis around it (shifted at the borders) and the valid
-    text; text queries see everything. Differentiable. Where a backend reads tiles from raster order
-    nothing is moved (see :func:`~video_attn.functional.raster.attention_in_raster`); else this
-    moves q, k, v to tile order and the output back: four gathers. A model that keeps its tokens in
-    tile order saves them::
+    text; text queries see everything. Differentiable. This moves q, k, v to tile order and the
+    output back: four gathers. A model that keeps its tokens in tile order saves them::
 
         video = VideoLayout(grid, tile, text_length=256)
         mask = sliding_tile_mask(video, window, device=x.device)
