@@ -197,6 +197,7 @@ register(
         built=_built,
         forward=_forward,
         backward=_backward,
-        reads_raster=_reads_raster,
+        # Right, and slower than moving tokens (docs/hopper_notes.md), so nobody is told of it yet:
+        # reads_raster=_reads_raster
     )
 )
