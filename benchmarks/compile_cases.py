@@ -146,7 +146,8 @@ def _pool_launch(case: Case) -> Launch:
         return block_rank.block_means((x, x, x), (mean, mean, mean), side, side)
     if case.kernel == "block_scores":
         scores = _meta(*mean.shape[:3], mean.shape[2])
-        return block_rank.block_scores((mean, mean, mean), scores, mean, side.lens, 0.1)
+        amd = case.arch.startswith("gfx")
+        return block_rank.block_scores((mean, mean, mean), scores, mean, side.lens, 0.1, amd=amd)
     if case.kernel == "add_coarse":
         return block_rank.add_coarse(x, mean, x, side)
     if case.kernel == "select_top_k":

@@ -203,10 +203,13 @@ def block_scores(
     coarse: Tensor | None,
     kv_lens: Tensor | None,
     scale: float,
+    *,
+    amd: bool = torch.version.hip is not None,
 ) -> Launch:
     """The launch that fills ``scores`` [B, Hq, R, N] and, of the means of v, ``coarse`` likewise.
 
-    ``scores`` are fp32, or fp16 or bf16 for scores that are rounded as a model does.
+    ``scores`` are fp32, or fp16 or bf16 for scores that are rounded as a model does. ``amd``: for a
+    GPU of AMD, whose registers do not hold the loads of the next step as well (gfx11 spilled 96).
     """
     q, k, v = means
     args: dict[str, Any]
@@ -224,7 +227,8 @@ def block_scores(
     args |= {"G": q.shape[1] // k.shape[1], "BM": rows, "BN": keys, "scale": scale}
     args["ROUND_MEANS"] = scores.dtype not in (torch.float32, q.dtype)
     grid = tiles * q.shape[0] * q.shape[1]
-    return Launch(block_scores_kernel, grid, args, {"num_warps": 4, "num_stages": 2})
+    options = {"num_warps": 4, "num_stages": 1 if amd else 2}
+    return Launch(block_scores_kernel, grid, args, options)
 
 
 def add_coarse(out: Tensor, coarse: Tensor, gate: Tensor | float, side: Side) -> Launch:
