@@ -11,10 +11,12 @@ from tiny_models import random, sharpen
 from torch import Tensor
 
 from video_attn import SlidingTile
+from video_attn.integrations import Schedule
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 9  # 3 latent frames of 4 x 6 tokens
 STEPS, LAYERS = 4, 2
 PATTERN = SlidingTile((1, 1, 2), (2, 2, 2))
+FIRST = Schedule(dense_first_steps=1)
 CALLS = 2 * LAYERS  # of a step: guidance runs the transformer twice
 
 
@@ -64,3 +66,13 @@ def latents(pipe: Any, **options: Any) -> Tensor:
     }
     arguments |= options
     return pipe(**{k: v for k, v in arguments.items() if v is not None}).frames
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, in standard deviations of what is expected."""
+    return float((got - expected).abs().max() / expected.std())
+
+
+def counts(handle: Any) -> tuple[int, int]:
+    """(sparse, dense) calls of an applied pattern."""
+    return handle.sparse_calls, handle.dense_calls

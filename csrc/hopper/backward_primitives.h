@@ -46,7 +46,7 @@ __device__ inline void settle(Registers& tile) {
 // 13.0 gives its registers to another left operand of the loop whose products have the same shape,
 // and the next step multiplies the wrong numbers. It does not where every step writes the operand:
 // so one register of each four is written, with what it holds. `zero` is 0, unknown to the
-// compiler. tests/test_wgmma_registers.py reads the outcome from the machine code.
+// compiler. tests/hopper/test_wgmma_operands.py reads the outcome from the machine code.
 template <typename Registers>
 __device__ inline void hold_operand(Registers& tile, uint32_t zero) {
 #pragma unroll

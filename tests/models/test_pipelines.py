@@ -15,12 +15,15 @@ import torch
 from tiny_models import MODELS, output, random
 from tiny_wan import (
     CALLS,
+    FIRST,
     FRAMES,
     HEIGHT,
     LAYERS,
     PATTERN,
     STEPS,
     WIDTH,
+    counts,
+    error,
     latents,
     tiny_transformer,
     tiny_vae,
@@ -48,21 +51,6 @@ from video_attn.integrations.intercept import call_with_attention
 from video_attn.integrations.models import family_of
 
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
-FIRST = Schedule(dense_first_steps=1)
-
-
-@pytest.fixture
-def pipe() -> Any:
-    """A Wan pipeline to change."""
-    return tiny_wan()
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.std())
-
-
-def counts(handle: Any) -> tuple[int, int]:
-    return handle.sparse_calls, handle.dense_calls
 
 
 # -- steps -----------------------------------------------------------------------------------------

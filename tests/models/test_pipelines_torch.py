@@ -10,11 +10,13 @@ import torch
 from tiny_models import MODELS, output, random
 from tiny_wan import (
     CALLS,
+    FIRST,
     LAYERS,
     PATTERN,
     STEPS,
+    counts,
+    error,
     latents,
-    tiny_wan,
 )
 from torch import Tensor
 
@@ -23,21 +25,6 @@ from video_attn.integrations import Schedule, applied_to, apply
 from video_attn.integrations.intercept import call_with_attention
 
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
-FIRST = Schedule(dense_first_steps=1)
-
-
-@pytest.fixture
-def pipe() -> Any:
-    """A Wan pipeline to change."""
-    return tiny_wan()
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.std())
-
-
-def counts(handle: Any) -> tuple[int, int]:
-    return handle.sparse_calls, handle.dense_calls
 
 
 @pytest.fixture
