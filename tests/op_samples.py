@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from problems import Built, Problem, require_backend
 
-from video_attn import VideoLayout, sliding_tile_mask
 from video_attn.quantize import QUANTIZED_PRECISIONS
 
 Arguments = tuple[Any, ...]
@@ -70,15 +69,6 @@ def attention_tangent() -> Iterator[Arguments]:
             yield (*some, *inputs, lse, *mask, 0.3, causal)
 
 
-def attention_raster() -> Iterator[Arguments]:
-    video = VideoLayout((4, 4, 4), (2, 4, 2), 9)
-    mask = sliding_tile_mask(video, (1, 1, 3), text_length=5)
-    x = torch.randn(3, 2, video.sequence_length, 2, 8).unbind(0)
-    for is_bshd in (False, True):
-        q, k, v = (y.transpose(1, 2) if is_bshd else y.transpose(1, 2).contiguous() for y in x)
-        yield (q, k, v, *mask.as_arguments(), video.grid, video.tile, 0.3, None)
-
-
 def cpu_attention_forward() -> Iterator[Arguments]:
     require_backend("cpu")
     for built, causal in ((_SPARSE.build(), False), (_DENSE.build(), True)):
@@ -135,7 +125,6 @@ SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "attention_forward": attention_forward,
     "attention_backward": attention_backward,
     "attention_tangent": attention_tangent,
-    "attention_raster": attention_raster,
     "cpu_attention_forward": cpu_attention_forward,
     "cpu_attention_backward": cpu_attention_backward,
     "cpu_quantized_forward": cpu_quantized_forward,
@@ -149,5 +138,4 @@ GPU_ONLY = {
     "sage_attention",
     "sage_quantize",
     *(f"hopper_{grain}_{way}" for grain in ("coarse", "fine") for way in ("forward", "backward")),
-    "hopper_raster_forward",
 }

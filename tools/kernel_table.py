@@ -63,7 +63,7 @@ def kind_of(name: str) -> Kind:
     Raises:
         ValueError: a kernel that this file does not know.
     """
-    if m := re.fullmatch(r"forward_kernel<(\(Grain\)\d), (\d+), \w+, \w+>", name):
+    if m := re.fullmatch(r"forward_kernel<(\(Grain\)\d), (\d+), \w+>", name):
         return Kind(int(m[2]), 2, f"forward_config({m[1]}, {m[2]}).shared_bytes()")
     if m := re.fullmatch(r"\w+<(BackwardConfig<\w+, (\d+), \(Walk\)([01]), \w+>)>", name):
         return Kind(int(m[2]), {"0": 4, "1": 3}[m[3]], f"{m[1]}::kSharedBytes")
@@ -91,7 +91,7 @@ def read_kernels(library: Path, disassembler: str) -> dict[str, Function]:
 
 
 def demangle(symbol: str) -> str:
-    """The short name of a kernel: forward_kernel<(Grain)0, 128, __half, false>."""
+    """The short name of a kernel: forward_kernel<(Grain)0, 128, __half>."""
     done = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
     return shorten(done.stdout.strip())
 

@@ -15,7 +15,6 @@
 
 #include "hopper/launch.h"
 #include "hopper/step_list.h"
-#include "hopper/video_boxes.h"
 
 namespace video_attn::hopper {
 
@@ -202,27 +201,6 @@ Problem make_problem(const Kernel<Params>& kernel, const Call& call, const MaskA
           static_cast<float>(scale)};
 }
 
-// The video whose tiles are the blocks of both sides.
-inline VideoShape make_video(const Problem& problem, const std::array<int64_t, 3>& grid,
-                             const std::array<int64_t, 3>& tile) {
-  VideoShape video{};
-  for (int axis = 0; axis < 3; ++axis) {
-    STD_TORCH_CHECK(grid[axis] > 0 && grid[axis] <= problem.q_side.length && tile[axis] > 0 &&
-                        tile[axis] <= grid[axis],
-                    "a video of ", grid[axis], " tokens on axis ", axis, " in tiles of ",
-                    tile[axis], " does not fit ", problem.q_side.length, " tokens");
-    video.grid[axis] = static_cast<int32_t>(grid[axis]);
-    video.tile[axis] = static_cast<int32_t>(tile[axis]);
-  }
-  VideoBoxes boxes;
-  STD_TORCH_CHECK(make_video_boxes(video, boxes) && boxes.tokens <= problem.q_side.length &&
-                      problem.q_side.length == problem.kv_side.length &&
-                      problem.q_side.block_size == boxes.tile_tokens &&
-                      problem.kv_side.block_size == boxes.tile_tokens,
-                  "the blocks are no tiles of the video, or 64 of their tokens are no box of it");
-  return video;
-}
-
 template <class Context, class Params>
 void run(const Kernel<Params>& kernel, const Params& params, const Tensor& q) {
   const Context context(kernel.name, q);
@@ -234,13 +212,12 @@ void run(const Kernel<Params>& kernel, const Params& params, const Tensor& q) {
                   Context::describe(error));
 }
 
-// What the forward operators have in common.
-inline ForwardParams forward_params(const Kernel<ForwardParams>& kernel, const Tensor& q,
-                                    const Tensor& k, const Tensor& v,
-                                    const OptionalTensor& kv_num_blocks,
-                                    const OptionalTensor& kv_indices, const MaskArguments& mask,
-                                    double scale, const Tensor& out, const Tensor& lse) {
+template <class Context, const Kernel<ForwardParams>& kernel>
+void forward(Tensor q, Tensor k, Tensor v, OptionalTensor kv_num_blocks, OptionalTensor kv_indices,
+             OptionalTensor q_block_lens, OptionalTensor kv_block_lens, int64_t q_block_size,
+             int64_t kv_block_size, double scale, Tensor out, Tensor lse) {
   const Call call(q, k);
+  const MaskArguments mask{q_block_lens, kv_block_lens, q_block_size, kv_block_size};
   ForwardParams p{};
   p.problem = make_problem(kernel, call, mask, scale);
   p.q = call.tensor4("q", q, call.heads, call.q_length);
@@ -248,34 +225,10 @@ inline ForwardParams forward_params(const Kernel<ForwardParams>& kernel, const T
   p.v = call.tensor4("v", v, call.kv_heads, call.kv_length);
   p.out = call.tensor4("out", out, call.heads, call.q_length);
   p.lse = call.row_values("lse", lse);
-  STD_TORCH_CHECK(kv_num_blocks.has_value() == (mask.q_block_size != 0),
+  STD_TORCH_CHECK(kv_num_blocks.has_value() == (q_block_size != 0),
                   "block lists and block sizes come together");
   p.lists =
       make_lists(call, "key block lists", kv_num_blocks, kv_indices, block_count(p.problem.q_side));
-  return p;
-}
-
-template <class Context, const Kernel<ForwardParams>& kernel>
-void forward(Tensor q, Tensor k, Tensor v, OptionalTensor kv_num_blocks, OptionalTensor kv_indices,
-             OptionalTensor q_block_lens, OptionalTensor kv_block_lens, int64_t q_block_size,
-             int64_t kv_block_size, double scale, Tensor out, Tensor lse) {
-  const MaskArguments mask{q_block_lens, kv_block_lens, q_block_size, kv_block_size};
-  const ForwardParams p =
-      forward_params(kernel, q, k, v, kv_num_blocks, kv_indices, mask, scale, out, lse);
-  run<Context>(kernel, p, q);
-}
-
-// Over a video in raster order, with text behind it or without.
-template <class Context, const Kernel<ForwardParams>& kernel>
-void forward_raster(Tensor q, Tensor k, Tensor v, OptionalTensor kv_num_blocks,
-                    OptionalTensor kv_indices, OptionalTensor q_block_lens,
-                    OptionalTensor kv_block_lens, int64_t q_block_size, int64_t kv_block_size,
-                    double scale, int64_t grid_t, int64_t grid_h, int64_t grid_w, int64_t tile_t,
-                    int64_t tile_h, int64_t tile_w, Tensor out, Tensor lse) {
-  const MaskArguments mask{q_block_lens, kv_block_lens, q_block_size, kv_block_size};
-  ForwardParams p =
-      forward_params(kernel, q, k, v, kv_num_blocks, kv_indices, mask, scale, out, lse);
-  p.video = make_video(p.problem, {grid_t, grid_h, grid_w}, {tile_t, tile_h, tile_w});
   run<Context>(kernel, p, q);
 }
 

@@ -6,8 +6,6 @@ namespace {
 
 constexpr Kernel<ForwardParams> kForward{"hopper_coarse_forward", coarse_forward_workspace,
                                          coarse_forward, kCoarseBlocks};
-constexpr Kernel<ForwardParams> kRaster{"hopper_raster_forward", coarse_forward_workspace,
-                                        raster_forward, kCoarseBlocks};
 constexpr Kernel<BackwardParams> kBackward{"hopper_coarse_backward", coarse_backward_workspace,
                                            coarse_backward, kCoarseBlocks};
 
@@ -17,6 +15,5 @@ constexpr Kernel<BackwardParams> kBackward{"hopper_coarse_backward", coarse_back
 STABLE_TORCH_LIBRARY_IMPL(video_attn, CUDA, m) {
   using namespace video_attn::hopper;
   m.impl("hopper_coarse_forward", TORCH_BOX((&forward<CudaContext, kForward>)));
-  m.impl("hopper_raster_forward", TORCH_BOX((&forward_raster<CudaContext, kRaster>)));
   m.impl("hopper_coarse_backward", TORCH_BOX((&backward<CudaContext, kBackward>)));
 }

@@ -30,7 +30,6 @@ struct ForwardConfig {
   Grain grain;
   int32_t head_dim;  // channels in shared memory, 64 or 128; missing ones are zero
   int32_t stages;    // of the ring; each holds the keys or the values of a step, or a tile's output
-  bool raster;  // the tokens are a video in raster order, and its tiles the blocks of the lists
 
   constexpr int32_t query_bytes() const { return kConsumerTokens * head_dim * 2; }
   constexpr int32_t stage_bytes() const { return kStepTokens * head_dim * 2; }
@@ -43,9 +42,9 @@ constexpr int32_t padded_head_dim(int32_t head_dim) { return head_dim <= 64 ? 64
 
 // A consumer holds the keys of one step and the values of the one before. Consumers that share each
 // load need two stages for that, consumers on their own four; the rest is loaded ahead.
-constexpr ForwardConfig forward_config(Grain grain, int32_t head_dim, bool raster = false) {
+constexpr ForwardConfig forward_config(Grain grain, int32_t head_dim) {
   const int32_t channels = padded_head_dim(head_dim);
-  return {grain, channels, channels == 64 ? 12 : 6, raster};
+  return {grain, channels, channels == 64 ? 12 : 6};
 }
 
 static_assert(forward_config(Grain::kCoarse, 128).shared_bytes() <= kSharedBytesPerBlock);

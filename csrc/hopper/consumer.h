@@ -27,10 +27,8 @@ __device__ inline void product_fence(Accumulator& accumulator) {
 
 template <ForwardConfig kConfig, class Element>
 class Consumer {
-  using Arguments = ForwardArguments<kConfig.raster>;
-
  public:
-  __device__ Consumer(const Arguments& arguments, const SharedMemory<kConfig>& shared,
+  __device__ Consumer(const ForwardArguments& arguments, const SharedMemory<kConfig>& shared,
                       int32_t consumer)
       : arguments_(arguments),
         shared_(shared),
@@ -210,8 +208,8 @@ class Consumer {
     const ConsumerRows rows = item.rows_of(consumer_);
     float* lse = arguments_.lse +
                  (static_cast<int64_t>(item.batch) * arguments_.shape.problem.heads + item.head) *
-                     arguments_.shape.problem.q_side.length;
-    const TokenPlace place = token_place(arguments_, rows.query);
+                     arguments_.shape.problem.q_side.length +
+                 rows.query;
 #pragma unroll
     for (int32_t part = 0; part < kRowsPerThread; ++part) {
       const int32_t row = first_row + part * 8;
@@ -223,23 +221,15 @@ class Consumer {
         pair.y = valid ? pair.y * factor : 0.0f;
       });
       if (lane % 4 == 0 && row < rows.stored) {
-        lse[token_of(place, row)] = valid ? softmax.log_sum(part, total) : -INFINITY;
+        lse[row] = valid ? softmax.log_sum(part, total) : -INFINITY;
       }
     }
-    store_output(item, rows, place, output);
-  }
-
-  // Where a row of this consumer lies.
-  __device__ int32_t token_of(const TokenPlace& place, int32_t row) const {
-    if constexpr (kConfig.raster) {
-      if (place.in_video) return arguments_.video.position(place.video, row);
-    }
-    return place.token + row;
+    store_output(item, rows, output);
   }
 
   // Through the last stage of the tile. The copy to memory is under way when this returns.
   __device__ void store_output(const WorkItem& item, const ConsumerRows& rows,
-                               const TokenPlace& place, const Output& output) {
+                               const Output& output) {
     const RingCursor stage = order_.claim_output();
     wait_stage(stage);
     char* staged = shared_.stage(stage.stage) + consumer_ * kConfig.query_bytes();
@@ -250,9 +240,8 @@ class Consumer {
     if (threadIdx.x % 128 != 0) return;
     if (rows.stored > 0) {
       for (int32_t box = 0; box < kColumnBoxes; ++box) {
-        store_tokens(arguments_.out, place,
-                     shared_address(staged) + box * kConsumerTokens * kColumns * 2, box * kColumns,
-                     item.head, item.batch);
+        store_box(&arguments_.out, shared_address(staged) + box * kConsumerTokens * kColumns * 2,
+                  box * kColumns, rows.query, item.head, item.batch);
       }
       store_commit();
     }
@@ -269,7 +258,7 @@ class Consumer {
     output_stage_ = -1;
   }
 
-  const Arguments& arguments_;
+  const ForwardArguments& arguments_;
   const SharedMemory<kConfig>& shared_;
   const int32_t consumer_;
   const float scale_;

@@ -9,17 +9,16 @@
 
 namespace video_attn::hopper {
 
-template <Grain kGrain, int32_t kHeadDim, class Element, bool kRaster>
+template <Grain kGrain, int32_t kHeadDim, class Element>
 __global__ void __launch_bounds__(kForwardThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardArguments<kRaster> arguments) {
-  constexpr ForwardConfig kConfig = forward_config(kGrain, kHeadDim, kRaster);
+    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+  constexpr ForwardConfig kConfig = forward_config(kGrain, kHeadDim);
   extern __shared__ __align__(1024) char shared_base[];
   const SharedMemory<kConfig> shared(shared_base);
   if (threadIdx.x == 0) {
     shared.init_barriers();
-    for (const auto* maps : {&arguments.q, &arguments.k, &arguments.v, &arguments.out}) {
-      if constexpr (kRaster) prefetch_tensor_map(&maps->video.map);
-      if constexpr (!kRaster) prefetch_tensor_map(&maps->tokens);
+    for (const CUtensorMap* map : {&arguments.q, &arguments.k, &arguments.v, &arguments.out}) {
+      prefetch_tensor_map(map);
     }
   }
   __syncthreads();
@@ -39,15 +38,15 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   }
 }
 
-template <Grain kGrain, int32_t kHeadDim, class Element, bool kRaster>
-cudaError_t launch_kernel(const ForwardArguments<kRaster>& arguments, cudaStream_t stream) {
+template <Grain kGrain, int32_t kHeadDim, class Element>
+cudaError_t launch_kernel(const ForwardArguments& arguments, cudaStream_t stream) {
   constexpr int32_t kSharedBytes = forward_config(kGrain, kHeadDim).shared_bytes();
   int device = 0, processors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const auto kernel = forward_kernel<kGrain, kHeadDim, Element, kRaster>;
+  const auto kernel = forward_kernel<kGrain, kHeadDim, Element>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
   const ForwardPlan plan = plan_forward(kGrain, arguments.shape.problem, processors);
@@ -55,20 +54,14 @@ cudaError_t launch_kernel(const ForwardArguments<kRaster>& arguments, cudaStream
   return cudaGetLastError();
 }
 
-template <bool kRaster>
-cudaError_t make_forward_maps(const ForwardParams& params, ForwardArguments<kRaster>& arguments) {
+inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArguments& arguments) {
   const Problem& problem = params.problem;
   const Extents queries{problem.batch, problem.heads, problem.q_side.length, problem.head_dim};
   const Extents keys{problem.batch, problem.kv_heads, problem.kv_side.length, problem.head_dim};
-  if (kRaster && !make_video_boxes(params.video, arguments.video)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
-  const auto make = [&](TensorMaps<kRaster>& maps, const Tensor4& tensor, const Extents& extents) {
+  const auto make = [&](CUtensorMap& map, const Tensor4& tensor, const Extents& extents) {
     if (status != cudaSuccess) return;
-    status = make_tensor_map(&maps.tokens, tensor, extents, problem.element, kUnit);
-    if constexpr (kRaster) {
-      if (status != cudaSuccess) return;
-      status = make_video_map(maps.video, tensor, extents, problem.element, arguments.video);
-    }
+    status = make_tensor_map(&map, tensor, extents, problem.element, kUnit);
   };
   make(arguments.q, params.q, queries);
   make(arguments.k, params.k, keys);
@@ -82,9 +75,9 @@ inline size_t forward_workspace(const ForwardParams& params, Grain grain) {
   return needs_plan(params) ? place_schedule(schedule, nullptr) : 0;
 }
 
-template <Grain kGrain, int32_t kHeadDim, bool kRaster>
+template <Grain kGrain, int32_t kHeadDim>
 cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
-  ForwardArguments<kRaster> arguments;
+  ForwardArguments arguments;
   arguments.shape = {params.problem, params.lists};
   arguments.schedule = plan_shape(params, kGrain);
   arguments.lse = params.lse;
@@ -100,7 +93,7 @@ cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStr
              : launch_kernel<kGrain, kHeadDim, kittens::bf16>(arguments, stream);
 }
 
-template <Grain kGrain, bool kRaster = false>
+template <Grain kGrain>
 cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
   const Problem& problem = params.problem;
   const bool paired = kGrain == Grain::kFine && params.lists.counts != nullptr;
@@ -108,8 +101,8 @@ cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStr
     return cudaErrorInvalidValue;  // fine lists are of blocks of 64
   }
   return padded_head_dim(problem.head_dim) == 64
-             ? launch_forward<kGrain, 64, kRaster>(params, workspace, stream)
-             : launch_forward<kGrain, 128, kRaster>(params, workspace, stream);
+             ? launch_forward<kGrain, 64>(params, workspace, stream)
+             : launch_forward<kGrain, 128>(params, workspace, stream);
 }
 
 }  // namespace video_attn::hopper

@@ -17,8 +17,6 @@ size_t fine_backward_workspace(const BackwardParams& params);
 
 // Enqueue on `stream` of the current device: no host sync, no allocation, capturable in a graph.
 cudaError_t coarse_forward(const ForwardParams& params, void* workspace, cudaStream_t stream);
-// The same over a video in raster order; its workspace is that of coarse_forward().
-cudaError_t raster_forward(const ForwardParams& params, void* workspace, cudaStream_t stream);
 cudaError_t coarse_backward(const BackwardParams& params, void* workspace, cudaStream_t stream);
 cudaError_t fine_forward(const ForwardParams& params, void* workspace, cudaStream_t stream);
 cudaError_t fine_backward(const BackwardParams& params, void* workspace, cudaStream_t stream);

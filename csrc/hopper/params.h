@@ -39,11 +39,6 @@ struct BlockLists {
   int64_t indices_batch_stride, indices_head_stride, indices_row_stride, indices_stride;
 };
 
-// A video in raster order whose tiles are the blocks of the lists.
-struct VideoShape {
-  int32_t grid[3], tile[3];  // tokens: frames, rows, columns
-};
-
 struct Problem {
   int32_t batch, heads, kv_heads;
   int32_t head_dim;  // of q, k and v: at most 128, a multiple of 8
@@ -57,8 +52,7 @@ struct ForwardParams {
   BlockLists lists;  // the key blocks of each query block
   Tensor4 q, k, v;
   Tensor4 out;
-  float* lse;        // natural log, [batch, heads, q length], contiguous
-  VideoShape video;  // raster_forward: how the tokens of q, k, v, out and lse lie
+  float* lse;  // natural log, [batch, heads, q length], contiguous
 };
 
 struct BackwardParams {

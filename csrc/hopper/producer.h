@@ -66,11 +66,9 @@ class StepCursor {
 // Producer `list` of a block of threads. Of the loads that consumers share, the first does all.
 template <ForwardConfig kConfig>
 class Producer {
-  using Arguments = ForwardArguments<kConfig.raster>;
-  using Maps = TensorMaps<kConfig.raster>;
-
  public:
-  __device__ Producer(const Arguments& arguments, const SharedMemory<kConfig>& shared, int32_t list)
+  __device__ Producer(const ForwardArguments& arguments, const SharedMemory<kConfig>& shared,
+                      int32_t list)
       : arguments_(arguments), shared_(shared), list_(list), queue_(shared), order_(list) {}
 
   __device__ void run() {
@@ -116,10 +114,10 @@ class Producer {
     StepCursor cursor(WarpEntries(list, keys, batch_lens(keys.lens, item.batch)), keys.block_size,
                       halves);
     const int32_t kv_head = item.head / (problem.heads / problem.kv_heads);
-    const auto load = [&](const Maps& maps, const Step& step, int32_t round,
+    const auto load = [&](const CUtensorMap& map, const Step& step, int32_t round,
                           const RingCursor& stage) {
       const bool shared = kConfig.grain == Grain::kCoarse || round < item.shared;
-      if (!shared || list_ == 0) load_operand(maps, step, stage, shared, kv_head, item.batch);
+      if (!shared || list_ == 0) load_operand(map, step, stage, shared, kv_head, item.batch);
     };
     Step step = cursor.next();
     begin_round();
@@ -153,12 +151,11 @@ class Producer {
       if (threadIdx.x % 32 == 0) {
         const uint32_t full = shared_.query_full(consumer);
         const uint32_t queries = shared_address(shared_.query(consumer));
-        const TokenPlace place = token_place(arguments_, item.rows[consumer].query);
         barrier_arrive_expect(full, kConfig.query_bytes());
 #pragma unroll
         for (int32_t box = 0; box < kColumnBoxes; ++box) {
-          load_tokens(arguments_.q, place, queries + box * kConsumerTokens * kColumns * 2, full,
-                      box * kColumns, item.head, item.batch);
+          load_box(&arguments_.q, queries + box * kConsumerTokens * kColumns * 2, full,
+                   box * kColumns, item.rows[consumer].query, item.head, item.batch);
         }
       }
     }
@@ -166,17 +163,17 @@ class Producer {
   }
 
   // Keys or values of one step, into a stage.
-  __device__ void load_operand(const Maps& maps, const Step& step, const RingCursor& stage,
+  __device__ void load_operand(const CUtensorMap& map, const Step& step, const RingCursor& stage,
                                bool shared, int32_t head, int32_t batch) {
     const uint32_t empty = shared_.stage_empty(stage.stage);
     barrier_wait_together(empty, stage.parity ^ 1);
     const int32_t lane = threadIdx.x % 32;
     if (!shared && lane < kConsumerWarps) barrier_arrive(empty);  // for who needs it not
-    if (lane == 0) start_copies(maps, step, stage, head, batch);
+    if (lane == 0) start_copies(map, step, stage, head, batch);
     __syncwarp();
   }
 
-  __device__ void start_copies(const Maps& maps, const Step& step, const RingCursor& stage,
+  __device__ void start_copies(const CUtensorMap& map, const Step& step, const RingCursor& stage,
                                int32_t head, int32_t batch) {
     const uint32_t full = shared_.stage_full(stage.stage);
     const uint32_t destination = shared_address(shared_.stage(stage.stage));
@@ -186,17 +183,16 @@ class Producer {
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
       if (step.halves[half].valid == 0) continue;
-      const TokenPlace place = token_place(arguments_, step.halves[half].token);
 #pragma unroll
       for (int32_t box = 0; box < kColumnBoxes; ++box) {
         const int32_t row = box * kStepTokens + half * kUnit;
-        load_tokens(maps, place, destination + row * kColumns * 2, full, box * kColumns, head,
-                    batch);
+        load_box(&map, destination + row * kColumns * 2, full, box * kColumns,
+                 step.halves[half].token, head, batch);
       }
     }
   }
 
-  const Arguments& arguments_;
+  const ForwardArguments& arguments_;
   const SharedMemory<kConfig>& shared_;
   const int32_t list_;
   WorkQueue<kConfig> queue_;

@@ -1,5 +1,4 @@
-// Forward attention by lists of blocks of at least 128 tokens, also over a video in raster order,
-// and dense.
+// Forward attention by lists of blocks of at least 128 tokens, and dense.
 #include "hopper/forward_kernel.h"
 #include "hopper/launch.h"
 
@@ -11,10 +10,6 @@ size_t coarse_forward_workspace(const ForwardParams& params) {
 
 cudaError_t coarse_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
   return launch_forward<Grain::kCoarse>(params, workspace, stream);
-}
-
-cudaError_t raster_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
-  return launch_forward<Grain::kCoarse, true>(params, workspace, stream);
 }
 
 }  // namespace video_attn::hopper

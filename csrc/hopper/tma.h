@@ -80,16 +80,6 @@ __device__ inline void load_box(const CUtensorMap* map, uint32_t destination, ui
       : "memory");
 }
 
-// The same of a tensor of five dimensions.
-__device__ inline void load_box5(const CUtensorMap* map, uint32_t destination, uint32_t barrier,
-                                 int32_t channel, int32_t w, int32_t h, int32_t t, int32_t outer) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(channel), "r"(w), "r"(h), "r"(t), "r"(outer)
-      : "memory");
-}
-
 // Writes one box from shared memory, in the bulk group that is open in this thread.
 __device__ inline void store_box(const CUtensorMap* map, uint32_t source, int32_t channel,
                                  int32_t token, int32_t head, int32_t batch) {
@@ -97,15 +87,6 @@ __device__ inline void store_box(const CUtensorMap* map, uint32_t source, int32_
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
           map),
       "r"(source), "r"(channel), "r"(token), "r"(head), "r"(batch)
-      : "memory");
-}
-
-__device__ inline void store_box5(const CUtensorMap* map, uint32_t source, int32_t channel,
-                                  int32_t w, int32_t h, int32_t t, int32_t outer) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
-          "l"(map),
-      "r"(source), "r"(channel), "r"(w), "r"(h), "r"(t), "r"(outer)
       : "memory");
 }
 

@@ -3,78 +3,16 @@
 #pragma once
 
 #include "hopper/schedule.h"
-#include "hopper/tensor_map.h"
 #include "hopper/tma.h"
 
 namespace video_attn::hopper {
 
-// How the copy engine sees a tensor: as a sequence of tokens, and as a video if it is one.
-template <bool kRaster>
-struct TensorMaps {
-  CUtensorMap tokens;
-};
-template <>
-struct TensorMaps<true> {
-  CUtensorMap tokens;
-  VideoMap video;
-};
-
-template <bool kRaster>
 struct ForwardArguments {
-  TensorMaps<kRaster> q, k, v, out;
+  CUtensorMap q, k, v, out;
   ForwardShape shape;
   Schedule schedule;
   float* lse;
-  VideoBoxes video;  // only where kRaster
 };
-
-// Where 64 tokens lie, from `token` on as the lists count them.
-struct TokenPlace {
-  int32_t token;
-  bool in_video;
-  VideoPlace video;
-};
-
-template <bool kRaster>
-__device__ inline TokenPlace token_place(const ForwardArguments<kRaster>& arguments,
-                                         int32_t token) {
-  if constexpr (kRaster) {
-    if (arguments.video.hold(token)) return {token, true, arguments.video.place(token)};
-  }
-  return {token, false, {}};
-}
-
-// Copies 64 tokens of 64 channels to shared memory, or from there.
-template <bool kRaster>
-__device__ inline void load_tokens(const TensorMaps<kRaster>& maps, const TokenPlace& place,
-                                   uint32_t destination, uint32_t barrier, int32_t channel,
-                                   int32_t head, int32_t batch) {
-  if constexpr (kRaster) {
-    if (place.in_video) {
-      const VideoMap& video = maps.video;
-      const int32_t outer = head * video.head_step + batch * video.batch_step;
-      load_box5(&video.map, destination, barrier, channel + head * video.head_channels,
-                place.video.w, place.video.h, place.video.t, outer);
-      return;
-    }
-  }
-  load_box(&maps.tokens, destination, barrier, channel, place.token, head, batch);
-}
-
-template <bool kRaster>
-__device__ inline void store_tokens(const TensorMaps<kRaster>& maps, const TokenPlace& place,
-                                    uint32_t source, int32_t channel, int32_t head, int32_t batch) {
-  if constexpr (kRaster) {
-    if (place.in_video) {
-      const VideoMap& video = maps.video;
-      const int32_t outer = head * video.head_step + batch * video.batch_step;
-      store_box5(&video.map, source, channel + head * video.head_channels, place.video.w,
-                 place.video.h, place.video.t, outer);
-      return;
-    }
-  }
-  store_box(&maps.tokens, source, channel, place.token, head, batch);
-}
 
 enum NamedBarrier : int32_t {
   kTurnBarrier = 1,                             // + consumer
@@ -306,7 +244,7 @@ __device__ inline WorkItem make_item(const ForwardShape& shape, const Schedule& 
 
 // The scheduling warp makes the work items, one or two tiles ahead of the others.
 template <ForwardConfig kConfig>
-__device__ void schedule_tiles(const ForwardArguments<kConfig.raster>& arguments,
+__device__ void schedule_tiles(const ForwardArguments& arguments,
                                const SharedMemory<kConfig>& shared) {
   if (threadIdx.x % 32 != 0) return;
   const ForwardShape& shape = arguments.shape;

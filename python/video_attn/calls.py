@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .kernels.launch import Side
-from .layout import VideoLayout
 from .quantize import QuantizationOptions
 from .registry import Problem
 
@@ -26,8 +25,6 @@ class ForwardCall:
         mask: None for dense attention. scale: of the scores, > 0.
         is_causal: dense only, aligned at the bottom right.
         precision: "native" or a quantized one. quantization: its options, None for "native".
-        video: the tokens stand in raster order of this layout, whose tiles are the blocks of the
-            mask; only for a backend that reads them so. None: as the blocks count them.
     """
 
     q: Tensor
@@ -38,7 +35,6 @@ class ForwardCall:
     is_causal: bool = False
     precision: str = "native"
     quantization: QuantizationOptions | None = None
-    video: VideoLayout | None = None
 
     @property
     def problem(self) -> Problem:

@@ -108,8 +108,6 @@ class Backend:
         block_ops: its means of blocks and its top-k; None leaves them to the other backends.
         built: for a backend of several components, None when the one that serves the problem is
             here, else one sentence that says how to build it.
-        reads_raster: ``(layout, *tensors [B, H, S, D])``; whether a forward call can have this
-            layout as its ``video``, as far as these tensors go. None: it never can.
     """
 
     name: str
@@ -119,7 +117,6 @@ class Backend:
     forward: Callable[[ForwardCall], tuple[Tensor, Tensor]]
     backward: Callable[[BackwardCall], tuple[Tensor, Tensor, Tensor]] | None = None
     built: Callable[[Problem], str | None] | None = None
-    reads_raster: Callable[..., bool] | None = None
     block_ops: BlockOps | None = None
 
     def refusal(self, problem: Problem) -> str | None:

@@ -51,11 +51,7 @@ def table(libraries: dict[str, Path]) -> dict[str, Any]:
 
 def forward_names(component: str) -> set[str]:
     grain = {"sta": 0, "vsa": 1}[component]
-    reads = {"sta": ("false", "true"), "vsa": ("false",)}[component]  # raster order
-    return {
-        f"forward_kernel<(Grain){grain}, {d}, {e}, {raster}>"
-        for d in HEAD_DIMS for e in ELEMENTS for raster in reads
-    }  # fmt: skip
+    return {f"forward_kernel<(Grain){grain}, {d}, {e}>" for d in HEAD_DIMS for e in ELEMENTS}
 
 
 @needs_nvcc
@@ -124,7 +120,7 @@ def test_needs_of_a_library(component, libraries):
 
 
 OPERATORS = {
-    "sta": {"hopper_coarse_forward", "hopper_coarse_backward", "hopper_raster_forward"},
+    "sta": {"hopper_coarse_forward", "hopper_coarse_backward"},
     "vsa": {"hopper_fine_forward", "hopper_fine_backward"},
 }
 PROGRAM = """
@@ -132,7 +128,6 @@ import json, sys, torch, video_attn
 torch.ops.load_library(sys.argv[1])
 ask = torch._C._dispatch_has_kernel_for_dispatch_key
 names = ["hopper_" + g + "_" + w for g in ("coarse", "fine") for w in ("forward", "backward")]
-names.append("hopper_raster_forward")
 print(json.dumps([name for name in names if ask("video_attn::" + name, "CUDA")]))
 tensor = torch.zeros(1, 1, 64, 64, dtype=torch.float16)
 try:
@@ -210,7 +205,7 @@ def test_reading_of_machine_code():
     loop = kernel_table.main_loop(kernel)
     assert len(loop) == 4 and loop[-1].text == "@!P0 BRA 0x20"
     # 2 products of 64 x 128 x 16; 64 keys need 2 of 64 x 64 x 128, which is 4 times as many.
-    name = "forward_kernel<(Grain)0, 128, __half, true>"
+    name = "forward_kernel<(Grain)0, 128, __half>"
     assert kernel_table.per_64_keys(name, kernel) == {"instructions": 16, "hgmma": 8}
 
 

@@ -15,8 +15,6 @@ struct EmulatedContext {
 
 constexpr Kernel<ForwardParams> kCoarseForward{"hopper_coarse_forward", coarse_forward_workspace,
                                                coarse_forward, kCoarseBlocks};
-constexpr Kernel<ForwardParams> kRasterForward{"hopper_raster_forward", coarse_forward_workspace,
-                                               raster_forward, kCoarseBlocks};
 constexpr Kernel<BackwardParams> kCoarseBackward{
     "hopper_coarse_backward", coarse_backward_workspace, coarse_backward, kCoarseBlocks};
 constexpr Kernel<ForwardParams> kFineForward{"hopper_fine_forward", fine_forward_workspace,
@@ -30,7 +28,6 @@ constexpr Kernel<BackwardParams> kFineBackward{"hopper_fine_backward", fine_back
 STABLE_TORCH_LIBRARY_IMPL(video_attn, CPU, m) {
   using namespace video_attn::hopper;
   m.impl("hopper_coarse_forward", TORCH_BOX((&forward<EmulatedContext, kCoarseForward>)));
-  m.impl("hopper_raster_forward", TORCH_BOX((&forward_raster<EmulatedContext, kRasterForward>)));
   m.impl("hopper_coarse_backward", TORCH_BOX((&backward<EmulatedContext, kCoarseBackward>)));
   m.impl("hopper_fine_forward", TORCH_BOX((&forward<EmulatedContext, kFineForward>)));
   m.impl("hopper_fine_backward", TORCH_BOX((&backward<EmulatedContext, kFineBackward>)));

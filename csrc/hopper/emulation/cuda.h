@@ -19,20 +19,11 @@ enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
 struct CUtensorMap {
-  static constexpr int kMaxDimensions = 5;
-
   char* data;
-  int32_t width;  // bytes of an element
-  int32_t dimensions;
-  uint64_t sizes[kMaxDimensions];        // channels first
-  uint64_t strides[kMaxDimensions - 1];  // bytes
-  int32_t box[kMaxDimensions];
-
-  int32_t box_rows() const {
-    int32_t rows = 1;
-    for (int d = 1; d < dimensions; ++d) rows *= box[d];
-    return rows;
-  }
+  int32_t width;        // bytes of an element
+  uint64_t sizes[4];    // channels first
+  uint64_t strides[3];  // bytes
+  int32_t box_channels, box_rows;
 };
 
 // With the driver's own checks, as its manual states them.
@@ -43,21 +34,20 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
                                        CUtensorMapSwizzle, CUtensorMapL2promotion,
                                        CUtensorMapFloatOOBfill) {
   constexpr int kWidth = 2;
-  bool legal = (dimensions == 4 || dimensions == 5) &&
-               reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[0] * kWidth == 128;
-  *map = {};
+  bool legal = dimensions == 4 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+               box[0] * kWidth == 128 && box[1] <= 256 && box[2] == 1 && box[3] == 1;
+  for (int i = 0; i < 4; ++i) {
+    legal = legal && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && steps[i] == 1;
+  }
+  for (int i = 0; i < 3; ++i) {
+    legal = legal && strides[i] > 0 && strides[i] % 16 == 0 && strides[i] < uint64_t{1} << 40;
+  }
+  if (!legal) return CUDA_ERROR_INVALID_VALUE;
   map->data = static_cast<char*>(data);
   map->width = kWidth;
-  map->dimensions = static_cast<int32_t>(dimensions);
-  for (cuuint32_t i = 0; legal && i < dimensions; ++i) {
-    legal = sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && steps[i] == 1 && box[i] > 0 &&
-            box[i] <= 256;
-    map->sizes[i] = sizes[i];
-    map->box[i] = static_cast<int32_t>(box[i]);
-  }
-  for (cuuint32_t i = 0; legal && i + 1 < dimensions; ++i) {
-    legal = strides[i] > 0 && strides[i] % 16 == 0 && strides[i] < uint64_t{1} << 40;
-    map->strides[i] = strides[i];
-  }
-  return legal ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  std::memcpy(map->sizes, sizes, sizeof(map->sizes));
+  std::memcpy(map->strides, strides, sizeof(map->strides));
+  map->box_channels = static_cast<int32_t>(box[0]);
+  map->box_rows = static_cast<int32_t>(box[1]);
+  return CUDA_SUCCESS;
 }

@@ -113,30 +113,19 @@ void threads_arrive(int32_t barrier) {
 
 // -- the tensor memory accelerator ----------------------------------------------------------------
 
-// The first element of a box, channels first; dimensions that a tensor lacks are 0.
-struct BoxPlace {
-  int32_t at[CUtensorMap::kMaxDimensions];
-};
-
 // Hands each element of a box to use(address in shared memory, address in memory or null).
 template <class Use>
-void each_of_box(const CUtensorMap& map, uint8_t* shared, const BoxPlace& box, Use use) {
+void each_of_box(const CUtensorMap& map, uint8_t* shared, const int32_t (&at)[4], Use use) {
   const int32_t per_chunk = 16 / map.width;
-  for (int32_t row = 0; row < map.box_rows(); ++row) {
-    int64_t place[CUtensorMap::kMaxDimensions];
-    int32_t left = row;
-    for (int d = 1; d < map.dimensions; ++d) {
-      place[d] = int64_t{box.at[d]} + left % map.box[d];
-      left /= map.box[d];
-    }
-    for (int32_t i = 0; i < map.box[0]; ++i) {
-      place[0] = int64_t{box.at[0]} + i;
+  for (int32_t row = 0; row < map.box_rows; ++row) {
+    for (int32_t i = 0; i < map.box_channels; ++i) {
+      const int64_t place[4] = {int64_t{at[0]} + i, int64_t{at[1]} + row, at[2], at[3]};
       bool inside = true;
-      char* element = map.data + place[0] * map.width;
-      for (int d = 0; d < map.dimensions; ++d) {
+      for (int d = 0; d < 4; ++d) {
         inside = inside && place[d] >= 0 && place[d] < static_cast<int64_t>(map.sizes[d]);
-        if (d > 0) element += place[d] * static_cast<int64_t>(map.strides[d - 1]);
       }
+      char* element = map.data + place[0] * map.width;
+      for (int d = 0; d < 3; ++d) element += place[d + 1] * static_cast<int64_t>(map.strides[d]);
       const int32_t chunk = (i / per_chunk) ^ (row % 8);
       use(shared + row * 128 + chunk * 16 + i % per_chunk * map.width, inside ? element : nullptr);
     }
@@ -151,29 +140,19 @@ inline void issue_copy(uint32_t barrier, uint8_t* destination, int32_t bytes, Ta
   emulation::issue_copy(barrier_at(barrier), bytes, std::move(copy));
 }
 
-inline uint8_t* box_at(const CUtensorMap& map, uint32_t address, int dimensions) {
+inline uint8_t* box_at(const CUtensorMap& map, uint32_t address) {
   if (address % 1024 != 0) Block::current().fail("a box that is not aligned to its swizzle");
-  if (map.dimensions != dimensions) Block::current().fail("a box of another tensor's dimensions");
-  return shared_pointer(address, map.box_rows() * 128);
-}
-
-inline void copy_box(const CUtensorMap* map, uint32_t destination, uint32_t barrier, int dimensions,
-                     const BoxPlace& box) {
-  uint8_t* shared = box_at(*map, destination, dimensions);
-  issue_copy(barrier, shared, map->box_rows() * 128, [=] {
-    each_of_box(*map, shared, box, [&](uint8_t* to, const char* from) {
-      from ? std::memcpy(to, from, map->width) : std::memset(to, 0, map->width);
-    });
-  });
+  return shared_pointer(address, map.box_rows * 128);
 }
 
 inline void load_box(const CUtensorMap* map, uint32_t destination, uint32_t barrier,
                      int32_t channel, int32_t token, int32_t head, int32_t batch) {
-  copy_box(map, destination, barrier, 4, {{channel, token, head, batch, 0}});
-}
-inline void load_box5(const CUtensorMap* map, uint32_t destination, uint32_t barrier,
-                      int32_t channel, int32_t w, int32_t h, int32_t t, int32_t outer) {
-  copy_box(map, destination, barrier, 5, {{channel, w, h, t, outer}});
+  uint8_t* shared = box_at(*map, destination);
+  issue_copy(barrier, shared, map->box_rows * 128, [=] {
+    each_of_box(*map, shared, {channel, token, head, batch}, [&](uint8_t* to, const char* from) {
+      from ? std::memcpy(to, from, map->width) : std::memset(to, 0, map->width);
+    });
+  });
 }
 
 inline void load_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
@@ -189,23 +168,14 @@ inline void issue_store(Task task) {
   emulation::options.late_copies ? bulk_stores().open.push_back(std::move(task)) : task();
 }
 
-inline void write_box(const CUtensorMap* map, uint32_t source, int dimensions,
-                      const BoxPlace& box) {
-  uint8_t* shared = box_at(*map, source, dimensions);
+inline void store_box(const CUtensorMap* map, uint32_t source, int32_t channel, int32_t token,
+                      int32_t head, int32_t batch) {
+  uint8_t* shared = box_at(*map, source);
   issue_store([=] {
-    each_of_box(*map, shared, box, [&](const uint8_t* from, char* to) {
+    each_of_box(*map, shared, {channel, token, head, batch}, [&](const uint8_t* from, char* to) {
       if (to != nullptr) std::memcpy(to, from, map->width);
     });
   });
-}
-
-inline void store_box(const CUtensorMap* map, uint32_t source, int32_t channel, int32_t token,
-                      int32_t head, int32_t batch) {
-  write_box(map, source, 4, {{channel, token, head, batch, 0}});
-}
-inline void store_box5(const CUtensorMap* map, uint32_t source, int32_t channel, int32_t w,
-                       int32_t h, int32_t t, int32_t outer) {
-  write_box(map, source, 5, {{channel, w, h, t, outer}});
 }
 
 inline void add_bulk(float* destination, uint32_t source, uint32_t bytes) {

@@ -20,7 +20,6 @@ from torch import Tensor
 from .. import native
 from ..block_mask import mask_arguments
 from ..calls import BackwardCall, ForwardCall
-from ..layout import VideoLayout
 from ..registry import Backend, Problem, register
 
 MAX_HEAD_DIM = 128
@@ -46,19 +45,12 @@ for _grain in _COMPONENTS:
         f"{_LENS}, float scale, bool deterministic, "
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
     )
-_VIDEO = ", ".join(f"int {what}_{axis}" for what in ("grid", "tile") for axis in "thw")
-_library.define(
-    f"hopper_raster_forward(Tensor q, Tensor k, Tensor v, {_LISTS}, {_LENS}, float scale, "
-    f"{_VIDEO}, Tensor(a!) out, Tensor(b!) lse) -> ()"
-)
-for _name in (
-    *(f"{g}_{d}" for g in _COMPONENTS for d in ("forward", "backward")),
-    "raster_forward",
-):
-    # They return nothing and change their last arguments: there is nothing to allocate.
-    torch.library.register_fake(f"video_attn::hopper_{_name}", lambda *args: None, lib=_library)
+    for _direction in ("forward", "backward"):
+        # They return nothing and change their last arguments: there is nothing to allocate.
+        torch.library.register_fake(
+            f"video_attn::hopper_{_grain}_{_direction}", lambda *args: None, lib=_library
+        )
 
-_RASTER = torch.ops.video_attn.hopper_raster_forward.default
 _OPERATORS = {
     (grain, direction): getattr(torch.ops.video_attn, f"hopper_{grain}_{direction}").default
     for grain in _COMPONENTS
@@ -117,13 +109,10 @@ def _refuse_blocks(problem: Problem) -> str | None:
 def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     out, lse = call.empty_results()
     mask = mask_arguments(call.mask)
-    video: tuple[int, ...] = ()
     operator = _OPERATORS[_grain_of(mask.kv_block_size), "forward"]
-    if call.video is not None:
-        video, operator = (*call.video.grid, *call.video.tile), _RASTER
     operator(
         aligned(call.q), aligned(call.k), aligned(call.v), *mask.lists, *mask.slots, call.scale,
-        *video, out, lse,
+        out, lse,
     )  # fmt: skip
     return out, lse
 
@@ -139,39 +128,6 @@ def _backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         *mask.transposed_lists, *mask.slots, call.scale, call.deterministic, dq, dk, dv,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def _reads_raster(video: VideoLayout, *tensors: Tensor) -> bool:
-    """Whether the copy engine can fetch the tiles of these tensors from raster order.
-
-    64 tokens of a tile must be a box, and a tensor must have five dimensions with the three of the
-    video: heads and batches share one, or heads lie in the channels (csrc/hopper/tensor_map.h). The
-    output lies as ``empty_like_heads`` makes it.
-    """
-    if video.is_ragged or video.text_first or not is_cut_in_boxes(video.tile):
-        return False
-    return all(_has_video_axes(x) and aligned(x) is x for x in tensors)
-
-
-def is_cut_in_boxes(tile: tuple[int, int, int]) -> bool:
-    """Whether every 64 tokens of a tile (t, h, w) are a box as wide as the tile, and whether the
-    tile is a block of the coarse kernels.
-    """
-    t, h, w = tile
-    if 64 % w or t * h * w < SMALLEST_COARSE_BLOCK:
-        return False
-    box_h = min(h, 64 // w)
-    return h % box_h == 0 and 64 % (w * box_h) == 0 and t % (64 // (w * box_h)) == 0
-
-
-def _has_video_axes(x: Tensor) -> bool:
-    """True of ``x`` [B, H, S, D] and of an output in its memory order."""
-    batches, heads, _, channels = x.shape
-    if batches == 1 or heads == 1:
-        return True
-    if x.stride(1) < x.stride(2):
-        return x.stride(1) == channels and channels % 64 == 0
-    return x.stride(0) == x.stride(1) * heads
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -197,7 +153,5 @@ register(
         built=_built,
         forward=_forward,
         backward=_backward,
-        # Right, and slower than moving tokens (docs/hopper_notes.md), so nobody is told of it yet:
-        # reads_raster=_reads_raster
     )
 )

@@ -14,7 +14,6 @@ from ..checks import as_int, check_bool, wants_gradient
 from ..layout import Triple, VideoLayout
 from ..patterns.sliding_tile import Windows, check_windows, sliding_tile_mask
 from ..patterns.valid_text import TextLength, check_text_length
-from .raster import attention_in_raster
 from .video import TOKEN_DIM, video_layout
 
 if TYPE_CHECKING:
@@ -73,7 +72,8 @@ def sliding_tile(
     video = video_layout(q, k, v, grid, tile, text_first, layout)
     dim = TOKEN_DIM[layout]
     mask = _mask((q, k, v), dim, video, window, text_length, "window")
-    return attention_in_raster(q, k, v, mask, video, layout=layout, **options)
+    q, k, v = (video.to_tiles(x, dim) for x in (q, k, v))
+    return video.from_tiles(attention(q, k, v, mask, layout=layout, **options), dim)
 
 
 def sliding_tile_attention(
