@@ -1,17 +1,20 @@
 """Whole transformers, a few layers of each at its real size: dense and sparse, compiled and not.
 
-    python benchmarks/bench_models.py                       # Wan 14B: dense and sliding tiles
+    python benchmarks/bench_models.py                       # Wan 14B, every pattern and precision
     python benchmarks/bench_models.py --models hunyuan      # another one
-    python benchmarks/bench_models.py --all                 # all models, patterns and precisions
+    python benchmarks/bench_models.py --models wan --patterns sta --precisions native
+    python benchmarks/bench_models.py --all                 # all models
     python benchmarks/bench_models.py --all --small         # a CPU: is everything there?
 
-The default ends within 120 s on an H100 (93 s measured, half of it torch.compile); a further model
-takes as long as that, a further pattern or precision some 10 s. ``--no-fuse-norms`` measures what
-``apply(fuse_norms=True)`` is worth.
+One model ends within 120 s on an H100, a third of it torch.compile; all of them take some six
+minutes. ``--no-fuse-norms`` measures what ``apply(fuse_norms=True)`` is worth.
 
-The time is that of one call of the transformer. The error is the relative L2 distance of its
-output from the dense one, on smooth random latents and random weights: it compares patterns and
-precisions with each other, and says nothing about videos.
+The time is that of one call of the transformer. Two errors are kept, relative L2 both:
+``attention_error`` is that of attention alone against dense attention in fp32, in heads that look
+near, of smooth random video features at the model's size; ``output_error`` is that of the
+transformer's output against the dense model's, on smooth random latents and random weights, where
+the rounding of bf16 alone makes up to 0.01. Both compare patterns and precisions with each other,
+and say nothing about videos.
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from model_cases import CASES, ModelCase, make_inputs, make_model
+from model_cases import CASES, ModelCase, make_inputs, make_model, video_tokens
+from near_heads import NearHeads
 from torch import Tensor
 
-from video_attn import Radial, SlidingTile, VideoSparse
+from video_attn import Dense, Radial, SlidingTile, VideoSparse
 from video_attn.functional.patterns import Pattern
 from video_attn.integrations import apply
 from video_attn.tools.bench import (
@@ -41,6 +46,7 @@ from video_attn.tools.bench import (
 )
 
 PATTERNS: dict[str, Pattern] = {
+    "dense": Dense(),
     "sta": SlidingTile((3, 3, 3)),
     "vsa": VideoSparse(top_k_ratio=0.1),
     "radial": Radial(),
@@ -49,14 +55,45 @@ PRECISIONS = ("native", "sage_fp8", "fp8")
 COLUMNS = ("attention", "precision", "torch.compile", "ms", "speed-up", "density", "error")
 
 
-def variants(options: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
-    """(pattern or "dense", precision, compiled), the dense model first."""
-    for compiled in (False, True) if options.compile else (False,):
-        yield "dense", "native", compiled
-        for pattern in options.patterns:
-            for precision in options.precisions:
-                if not compiled or (precision == "native" and pattern == options.patterns[0]):
-                    yield pattern, precision, compiled
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a model: attention, precision, and whether torch.compile has it."""
+
+    attention: str
+    precision: str = "native"
+    compiled: bool = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether nothing is applied: the model as it is."""
+        return (self.attention, self.precision) == ("dense", "native")
+
+    def __str__(self) -> str:
+        return f"{self.attention} {self.precision}{', compiled' if self.compiled else ''}"
+
+
+def variants(options: argparse.Namespace) -> Iterator[Variant]:
+    """The model as it is first; of the compiled ones it and the first pattern."""
+    yield Variant("dense")
+    for pattern in options.patterns:
+        for precision in options.precisions:
+            if (pattern, precision) != ("dense", "native"):
+                yield Variant(pattern, precision)
+    if options.compile:
+        yield Variant("dense", compiled=True)
+        sparse = [pattern for pattern in options.patterns if pattern != "dense"]
+        if sparse:
+            yield Variant(sparse[0], compiled=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a variant gave: its output in fp32, the time of a call, pairs kept, who computed."""
+
+    out: Tensor
+    timing: Timing
+    density: float = 1.0
+    backend: str = "the model's own"
 
 
 def bench_model(options: argparse.Namespace, case: ModelCase) -> list[Result]:
@@ -66,67 +103,84 @@ def bench_model(options: argparse.Namespace, case: ModelCase) -> list[Result]:
         case.config["num_layers"] = options.layers
     model = make_model(case, options.device, dtype, options.small)
     inputs = make_inputs(case, model, dtype, options.small)
+    head_dim = model.config.attention_head_dim
+    layers = model.config.num_layers + getattr(model.config, "num_single_layers", 0)
+    heads = NearHeads(video_tokens(case, options.small), head_dim, options.device, dtype)
     results: list[Result] = []
-    rows: list[tuple[str, ...]] = []
-    dense: Tensor | None = None
-    for name, precision, compiled in variants(options):
-        say(f"{case.title}: {name} {precision}{', compiled' if compiled else ''}")
+    dense: Run | None = None
+    for variant in variants(options):
+        say(f"{case.title}: {variant}")
         problem = {
-            "model": case.title, "class": case.kind, "tokens": list(case.tokens),
-            "layers": model.config.num_layers, "attention": name, "precision": precision,
-            "compiled": compiled, "small": options.small, "fuse_norms": options.fuse_norms,
+            "model": case.title, "class": case.kind, "tokens": list(heads.tokens.grid),
+            "layers": layers, "attention": variant.attention,
+            "precision": variant.precision, "compiled": variant.compiled, "small": options.small,
+            "fuse_norms": options.fuse_norms,
         }  # fmt: skip
         try:
-            out, timing, density, backend = run(options, model, inputs, name, precision, compiled)
-        except (RuntimeError, ValueError) as error:
-            words = str(error).splitlines()[0]
-            results.append(Result(problem, name, None, failure=words))
-            rows.append((name, precision, "yes" if compiled else "", words[:60], "", "", ""))
+            ran = run(options, model, inputs, variant)
+            error = heads.error(PATTERNS[variant.attention], variant.precision)
+        except (RuntimeError, ValueError) as failure:
+            words = str(failure).splitlines()[0]
+            results.append(Result(problem, variant.attention, None, failure=words))
             continue
-        dense = out if dense is None else dense
+        dense = dense or ran
         metrics = {
-            "speed_up": results[0].timing.median / timing.median if results else 1.0,
-            "density": density,
-            "relative_l2_error": float((out - dense).norm() / dense.norm()),
+            "speed_up": dense.timing.median / ran.timing.median,
+            "density": ran.density,
+            "attention_error": error,
+            "output_error": float((ran.out - dense.out).norm() / dense.out.norm()),
         }
-        results.append(Result({**problem, "backend": backend}, name, timing, metrics))
-        rows.append((
-            name, precision, "yes" if compiled else "", f"{timing.median * 1e3:.1f}",
-            f"{metrics['speed_up']:.2f}", f"{density:.3f}", f"{metrics['relative_l2_error']:.4f}",
-        ))  # fmt: skip
-    print_table(f"{case.title}, {model.config.num_layers} layers", COLUMNS, rows)
+        problem["backend"] = ran.backend
+        results.append(Result(problem, variant.attention, ran.timing, metrics))
+    rows = [row_of(result) for result in results]
+    print_table(f"{case.title}, {layers} layers", COLUMNS, rows)
     return results
 
 
+def row_of(result: Result) -> tuple[str, ...]:
+    """A line of the printed table."""
+    problem, metrics = result.problem, result.metrics
+    how = problem["attention"], problem["precision"], "yes" if problem["compiled"] else ""
+    if result.timing is None:
+        return (*how, result.failure[:60], "", "", "")
+    return (
+        *how, f"{result.timing.median * 1e3:.1f}", f"{metrics['speed_up']:.2f}",
+        f"{metrics['density']:.3f}", f"{metrics['attention_error']:.4f}",
+    )  # fmt: skip
+
+
 def run(
-    options: argparse.Namespace, model: Any, inputs: dict[str, Any], name: str, precision: str,
-    compiled: bool,
-) -> tuple[Tensor, Timing, float, str]:  # fmt: skip
-    """(output in fp32, time of a call, density, backend) of one variant."""
-    called = torch.compile(model) if compiled else model
+    options: argparse.Namespace, model: Any, inputs: dict[str, Any], variant: Variant
+) -> Run:  # fmt: skip
+    """Runs one variant, and leaves the model as it was."""
+    called = torch.compile(model) if variant.compiled else model
 
     def once() -> Tensor:
         with torch.no_grad():
             return called(**inputs, return_dict=False)[0]
 
-    def timed() -> Timing:
-        return time_interleaved(
-            {"call": once}, device=options.device, repeats=options.repeats, warmup=1
+    def timed() -> tuple[Tensor, Timing]:
+        start = time.perf_counter()
+        out = once().float().cpu()
+        say(f"first call {time.perf_counter() - start:.1f} s")
+        timing = time_interleaved(
+            {"call": once}, device=options.device, repeats=options.repeats, warmup=0
         )["call"]
+        return out, timing
 
     try:
-        start = time.perf_counter()
-        if name == "dense":
-            out = once().float().cpu()
-            say(f"first call {time.perf_counter() - start:.1f} s")
-            return out, timed(), 1.0, "the model's own"
-        fuse = options.fuse_norms
-        with apply(model, PATTERNS[name], precision=precision, fuse_norms=fuse) as handle:
-            out = once().float().cpu()
-            say(f"first call {time.perf_counter() - start:.1f} s")
-            return out, timed(), handle.density(), handle.backend_name()
+        if variant.is_own:
+            return Run(*timed())
+        with apply(
+            model, PATTERNS[variant.attention], precision=variant.precision,
+            fuse_norms=options.fuse_norms,
+        ) as handle:  # fmt: skip
+            out, timing = timed()
+            sparse = variant.attention != "dense"
+            backend = handle.backend_name(sparse=sparse)
+            return Run(out, timing, handle.density(), backend)
     finally:
-        if compiled:
+        if variant.compiled:
             torch.compiler.reset()
 
 
@@ -136,30 +190,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--models", nargs="+", choices=tuple(CASES), default=["wan"])
-    add("--patterns", nargs="+", choices=tuple(PATTERNS), default=["sta"])
-    add("--precisions", nargs="+", choices=PRECISIONS, default=["native"])
-    add("--all", action="store_true", help="all models, patterns and precisions: many minutes")
+    add("--patterns", nargs="+", choices=tuple(PATTERNS), default=list(PATTERNS))
+    add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    add("--all", action="store_true", help="all models: some six minutes")
     add("--layers", type=int, help="transformer layers (default 1 to 4)")
     add("--no-compile", dest="compile", action="store_false")
     add("--no-fuse-norms", dest="fuse_norms", action="store_false")
-    add("--repeats", type=int, default=5)
+    add("--repeats", type=int, default=3, help="timed calls of each (default 3)")
     add("--small", action="store_true", help="tiny models and videos, for a CPU")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, help="JSON (default benchmarks/results/models_GPU.json)")
+    add("--output", type=Path, metavar="FOLDER",
+        help="where models_MODEL_GPU.json goes, one for each model (default benchmarks/results)")
     options = parser.parse_args(arguments)
     if options.all:
-        options.models, options.patterns = list(CASES), list(PATTERNS)
-        options.precisions = list(PRECISIONS)
-    options.output = options.output or record_path("models", options.device)
+        options.models = list(CASES)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
     options = parse(arguments)
-    results = [r for name in options.models for r in bench_model(options, CASES[name])]
-    write_record(Record.of("bench_models", results, options.device), options.output)
-    print(f"wrote {options.output}")
+    for name in options.models:
+        results = bench_model(options, CASES[name])
+        path = record_path(f"models_{name}", options.device)
+        path = path if options.output is None else options.output / path.name
+        write_record(Record.of("bench_models", results, options.device), path)
+        print(f"wrote {path}")
     return 0
 
 

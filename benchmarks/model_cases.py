@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from video_attn import VideoTokens
 from video_attn.layout import Triple
 
 Make = Callable[..., Tensor]
@@ -151,6 +152,15 @@ CASES = {
     ),
 }  # fmt: skip
 SMALL_LATENTS: Triple = (3, 12, 20)
+
+
+def video_tokens(case: ModelCase, small: bool) -> VideoTokens:
+    """The tokens of the video in a call of the model, without text."""
+    if not small:
+        return VideoTokens(case.tokens)
+    sizes = zip(SMALL_LATENTS, case.latents, case.tokens, strict=True)
+    t, h, w = (small // (latent // token) for small, latent, token in sizes)
+    return VideoTokens((t, h, w))
 
 
 def make_model(case: ModelCase, device: torch.device, dtype: torch.dtype, small: bool) -> Any:

@@ -171,23 +171,46 @@ def h100_table() -> str:
 
 
 def models_table() -> str:
-    """Whole transformers, dense and sparse, compiled and not, for the README."""
-    rows, cards = [], []
-    for path in sorted(RESULTS.glob("models_*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        cards.append(benchmark_summary.circumstances([record]))
-        for result in record["results"]:
-            problem, metrics = result["problem"], result["metrics"]
-            how = "compiled" if problem["compiled"] else ""
-            precision = "" if problem["precision"] == "native" else problem["precision"]
-            words = filter(None, (problem["attention"], precision, how))
-            rows.append([
-                f"{problem['model']}, {problem['layers']} layers", ", ".join(words),
-                f"{result['median_ms']:.0f}", f"{metrics['speed_up']:.2f}",
-                f"{metrics['density']:.3f}",
-            ])  # fmt: skip
-    table = markdown(["transformer", "attention", "ms", "speed-up", "pairs kept"], rows)
-    return f"{'; '.join(cards)}; random weights:\n\n{table}"
+    """Whole transformers, for the README: a table for each card, a row for each precision; the
+    longest calls first.
+    """
+    records = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("models_*.json"))
+    ]
+    records.sort(key=lambda record: -record["results"][0]["median_ms"])
+    cards = dict.fromkeys(record["machine"]["gpu"] for record in records)
+    return "\n".join(_models_of(card, records) for card in cards)
+
+
+def _models_of(card: str, records: Sequence[dict[str, Any]]) -> str:
+    shown = [record for record in records if record["machine"]["gpu"] == card]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for result in (result for record in shown for result in record["results"]):
+        problem = result["problem"]
+        model = f"{problem['model']}, {_count(problem['layers'], 'layer')}"
+        precision = "bf16" if problem["precision"] == "native" else f"`{problem['precision']}`"
+        row = model, precision + (", compiled" if problem["compiled"] else "")
+        cells.setdefault(row, {})[problem["attention"]] = _model_cell(result)
+    patterns = list(dict.fromkeys(pattern for row in cells.values() for pattern in row))
+    rows = [[*row, *(found.get(p, "") for p in patterns)] for row, found in cells.items()]
+    titles = {"sta": "STA", "vsa": "VSA"}
+    table = markdown(["transformer", "in", *(titles.get(p, p) for p in patterns)], rows)
+    return f"{benchmark_summary.circumstances(shown)}:\n\n{table}"
+
+
+def _model_cell(result: dict[str, Any]) -> str:
+    """Milliseconds, times the model as it is, error of attention; a failure has none of these."""
+    if "failure" in result:
+        return "–"
+    metrics = result["metrics"]
+    error = metrics.get("attention_error")
+    words = [f"{result['median_ms']:.0f} ms", f"{metrics['speed_up']:.2f}×"]
+    return ", ".join(words if error is None else [*words, f"{error:.1%}"])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _words(name: str) -> str:

@@ -11,36 +11,29 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def test_the_record_is_whole(
+def test_the_records_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    script, path = import_module("bench_models"), tmp_path / "models.json"
-    words = [
-        "--all",
-        "--small",
-        "--no-compile",
-        "--repeats",
-        "1",
-        "--device",
-        "cpu",
-        "--output",
-        str(path),
-    ]
-    monkeypatch.setattr(script, "PRECISIONS", ("native", "sage_fp8"))
-    assert script.main(words) == 0
-    record = json.loads(path.read_text(encoding="utf-8"))
-    rows = record["results"]
-    cases = import_module("model_cases").CASES
-    assert len(rows) == len(cases) * (1 + 3 * 2)
-    for row in rows:
-        assert row["median_ms"] > 0, row
-        dense = row["provider"] == "dense"
-        assert (row["metrics"]["relative_l2_error"] == 0) or not dense
-        assert 0 < row["metrics"]["density"] <= 1
-        assert row["problem"]["backend"] in ("cpu", "the model's own")
-    assert {row["problem"]["model"] for row in rows} == {case.title for case in cases.values()}
-    assert str(path) in capsys.readouterr().out
+    script = import_module("bench_models")
+    words = "--all --small --no-compile --repeats 1 --device cpu --precisions native sage_fp8"
+    assert script.main([*words.split(), "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name, case in import_module("model_cases").CASES.items():
+        path = tmp_path / f"models_{name}_cpu.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        assert len(rows) == 4 * 2
+        errors = {(row["provider"], row["problem"]["precision"]): row["metrics"] for row in rows}
+        for row in rows:
+            assert row["median_ms"] > 0, row
+            assert 0 < row["metrics"]["density"] <= 1
+            assert row["problem"]["backend"] in ("cpu", "the model's own")
+            assert row["problem"]["model"] == case.title
+        assert errors["dense", "native"]["output_error"] == 0
+        assert errors["dense", "native"]["attention_error"] < 1e-5
+        assert 1e-4 < errors["dense", "sage_fp8"]["attention_error"] < 0.1
+        assert errors["vsa", "native"]["attention_error"] > 0.01
+        assert str(path) in printed
 
 
 def test_sizes_are_those_of_the_real_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import pytest
 from video_attn import Radial, SlidingTile, VideoSparse
 from video_attn.integrations import presets
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([\d.]+), (\d) \| ([^|]+) \|$", PAGE, re.MULTILINE)
 NAMES = {
     preset.__name__
@@ -49,3 +51,29 @@ def test_few_steps_keep_the_published_dense_ones() -> None:
                                ("ltx2_few_steps", 8, 2), ("wan_720p", 50, 12)):  # fmt: skip
         schedule = getattr(presets, name)()["schedule"]
         assert [schedule.is_dense_step(n, steps) for n in range(steps)].count(True) == dense
+
+
+SHARES = {"none": 0, "first tenth": 0.1, "first fifth": 0.2, "first quarter": 0.24,
+          "first of 4": 0.25, "first two": 0.25}  # fmt: skip
+
+
+def test_the_readme_says_what_the_presets_are() -> None:
+    """ "Which pattern for which model": every row, and every model."""
+    rows = re.findall(r"^\| ([^|]+) \| `presets\.(\w+)\(\)` \| ([^|]+) \| ([^|]+) \|$", README,
+                      re.MULTILINE)  # fmt: skip
+    for _, name, words, steps in rows:
+        preset = getattr(presets, name)()
+        pattern, schedule = preset["pattern"], preset.get("schedule")
+        if isinstance(pattern, SlidingTile):
+            assert words == f"sliding tiles, window {pattern.windows[0]}"
+        elif isinstance(pattern, VideoSparse) and name != "fast_wan":
+            assert words == f"video sparse, {pattern.top_k_ratio:.0%} of the tiles".replace(
+                "%", " %"
+            )
+        share = schedule.dense_first_steps if schedule else 0
+        assert share == pytest.approx(SHARES[steps], abs=0.011), name
+    named = {name for _, name, *_ in rows}
+    assert named >= {
+        "wan_720p", "wan_few_steps", "hunyuan_720p", "hunyuan_radial", "hunyuan_few_steps",
+        "cogvideox_480p", "ltx2", "ltx2_few_steps", "mochi",
+    }  # fmt: skip
