@@ -199,8 +199,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="timed calls of each (default 3)")
     add("--small", action="store_true", help="tiny models and videos, for a CPU")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, metavar="FOLDER",
-        help="where models_MODEL_GPU.json goes, one for each model (default benchmarks/results)")
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where models_MODEL_GPU.json goes, one for each model (default benchmarks/results)",
+    )
     options = parser.parse_args(arguments)
     if options.all:
         options.models = list(CASES)

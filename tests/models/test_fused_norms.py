@@ -191,6 +191,7 @@ def test_compiled_code_is_one_graph_for_dense_and_sparse_steps(in_torch: list[in
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_errors_are_no_larger_than_those_of_the_model(compiled: bool) -> None:
     """Wan with heads of 128 in bf16, against the same model in fp32; ragged tiles."""

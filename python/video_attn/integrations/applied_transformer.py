@@ -16,7 +16,7 @@ from ..quantize import parse_recipe
 from .attention_call import AttentionCall
 from .context import call, call_state, enter_call, leave_call
 from .context_parallel import attend_in_parallel
-from .fused_norms import FusedNorms, attend_tiles, finish_call
+from .fused_norms import FusedNorms, attend_tiles, finish_call, look_at_chips
 from .intercept import ReplacedProcessor, replace_processor
 from .layer import LayerAttention
 from .models import Family
@@ -171,6 +171,7 @@ class AppliedTransformer:
                     f"the attention processor of {layer.name} was replaced after apply(): call "
                     "undo() first, change it, and apply again"
                 )
+        look_at_chips()
         inputs = self.family.bind(args, kwargs)
         tokens = self.family.tokens(module, inputs)
         self.handle.check_size(tokens)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,19 +135,23 @@ def _tables(rotary: Any, heads: int, split: bool) -> tuple[Tensor, Tensor] | Non
     return (cos, sin) if cos.dim() == 4 else None  # [B, S, 1, D]
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+_chips: list[bool] = []  # of each GPU of this machine, whether there are launch options for it
+
+
+def look_at_chips() -> None:
+    """Fills ``_chips``, once. Every call of a model does so first, for what torch.compile
+    traces afterwards may look at a list, but is not to ask drivers.
+    """
+    if not _chips and torch.cuda.is_initialized() and find_spec("triton") is not None:
+        devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
+        _chips.extend(unsupported_arch(device_info(device).arch) is None for device in devices)
 
 
 def _serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel runs here."""
-    return device.type == "cuda" and dtype in _DTYPES and _has_triton() and _known_chip(device)
-
-
-@cache
-def _known_chip(device: torch.device) -> bool:
-    return unsupported_arch(device_info(device).arch) is None
+    if device.type != "cuda" or dtype not in _DTYPES:
+        return False
+    return device.index < len(_chips) and _chips[device.index]
 
 
 def finish(
@@ -163,6 +166,7 @@ def finish(
     Returns:
         q, k, v [B, S or padded_length, H, D]. Padding is not written.
     """
+    look_at_chips()
     if not _fits(query, key, value, deferred):  # a projection of another dtype, say
         return _finish_in_torch(query, key, value, deferred, video)
     from ..kernels.norm_rotate import norm_rotate
@@ -254,6 +258,7 @@ def _tokens_first(asked: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def from_tiles(x: Tensor, video: VideoLayout) -> Tensor:
     """``video.from_tiles`` of [B, N, H, D] with heads and channels contiguous, by one kernel."""
+    look_at_chips()
     if x.stride(3) != 1 or x.stride(2) != x.shape[3] or not _serves(x.device, x.dtype):
         return video.from_tiles(x, 1)
     from ..kernels.norm_rotate import take_tokens
