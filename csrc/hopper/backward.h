@@ -19,8 +19,8 @@ cudaError_t launch(void (*kernel)(Globals), const BackwardParams& params, const 
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
-  kernel<<<static_cast<uint32_t>(blocks), threads, shared_bytes, stream>>>(globals);
-  return cudaGetLastError();
+  return launch_blocks(kernel, static_cast<uint32_t>(blocks), threads, shared_bytes, stream,
+                       globals);
 }
 
 template <typename Value>

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "device/primitives.h"
+#include "device/ring.h"
 #include "hopper/params.h"
 #include "hopper/step_list.h"
 #include "kittens.cuh"
@@ -34,25 +36,9 @@ struct TileStep {
 // The barriers of a ring: its first and second operands come and go one by one.
 template <int kFirstStages, int kSecondStages>
 struct RingBarriers {
-  uint64_t first_full[kFirstStages], first_empty[kFirstStages];
-  uint64_t second_full[kSecondStages], second_empty[kSecondStages];
+  MemoryBarrier first_full[kFirstStages], first_empty[kFirstStages];
+  MemoryBarrier second_full[kSecondStages], second_empty[kSecondStages];
   TileStep steps[kFirstStages];  // come with the first operand
-};
-
-// A place in a ring of `kStages` stages, and the parity of the phase that its reader or writer
-// waits for.
-template <int kStages>
-struct StageCursor {
-  int stage = 0;
-  uint32_t parity;
-
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  __device__ int previous() const { return (stage == 0 ? kStages : stage) - 1; }
 };
 
 // kSharedList: both warpgroups of a block of threads lie in one block (its size is a multiple
@@ -98,7 +84,7 @@ struct BackwardConfig {
     Tile second[kRings * kSecondStages + (kKeptMoves ? 0 : kWarpgroups)];
     float statistics[kRings][kSecondStages][kHasStatistics ? 2 * kUnit : 1];
     RingBarriers<kFirstStages, kSecondStages> rings[kRings];
-    uint64_t kept_full;
+    MemoryBarrier kept_full;
 
     __device__ Tile& first_tile(int ring, int stage) { return first[ring * kFirstStages + stage]; }
     __device__ Tile& second_tile(int ring, int stage) {
@@ -143,7 +129,7 @@ struct FusedConfig : BackwardConfig<ValueT, 128, Walk::kKeys, true> {
     alignas(1024) float sums[kWarpgroups][kSumsOfGroup];
     float statistics[1][kSecondStages][2 * kUnit];
     RingBarriers<kFirstStages, kSecondStages> rings[1];
-    uint64_t kept_full;
+    MemoryBarrier kept_full;
 
     __device__ Tile& first_tile(int, int stage) { return first[stage]; }
     __device__ Tile& second_tile(int, int stage) { return second[stage]; }

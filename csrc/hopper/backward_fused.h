@@ -74,7 +74,7 @@ __device__ inline void add_sums(typename Config::Shared& shared, int group, cons
   shared_write_fence();
   threads_sync<128>(barrier_id);
   if (threadIdx.x % 128 == 0) {
-    add_bulk(destination, shared_address(shared.sums[group]), sizeof(shared.sums[group]));
+    add_bulk(destination, shared.sums[group], sizeof(shared.sums[group]));
     store_commit();
   }
 }
@@ -103,7 +103,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
   set_zero(dv);
   set_zero(packed_p);
   set_zero(packed_ds);
-  barrier_wait(shared_address(&shared.kept_full), 0);
+  barrier_wait(&shared.kept_full, 0);
   if (valid_keys < kUnit) zero_kept_tail<Config>(shared, group, valid_keys, barrier_id);
   int parity = 0;
   bool began = false;
@@ -120,13 +120,13 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     const auto* query_panels = reinterpret_cast<const Panel*>(queries.data);
 
     ScoreTile p, ds;
-    products_begin();
+    wgmma_fence();
     product_transposed<false>(p, shared.keys[0][group], query_panels[0]);
     product_transposed<true>(p, shared.keys[1][group], query_panels[1]);
     reader.wait_second();
-    products_begin();
+    wgmma_fence();
     product_transposed<false>(ds, values, grad_out);
-    products_wait<1>();
+    wgmma_wait<1>();
     settle(p);
     settle(packed_ds);
     if (began) reader.release_first(reader.first.previous());
@@ -136,9 +136,9 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     if (valid_keys < kUnit) mask_rows(p, valid_keys);
     round_to(packed_p, p);
     settle(packed_p);
-    products_begin();
+    wgmma_fence();
     product(dv, packed_p, grad_out);
-    products_wait<1>();
+    wgmma_wait<1>();
     settle(ds);
 
     auto& score_gradient_tiles = shared.score_gradients[parity];
@@ -151,11 +151,11 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     threads_sync<kConsumers>(common_barrier_id);
 
     QuerySums dq;
-    products_begin();
+    wgmma_fence();
     product_across(dq, reinterpret_cast<const KeyPanel&>(score_gradient_tiles),
                    reinterpret_cast<const KeyPanel&>(shared.keys[group]));
     product(dk, packed_ds, queries);
-    products_wait<1>();
+    wgmma_wait<1>();
     settle(dq);
     settle(packed_p);
     reader.release_second(reader.second.stage);
@@ -164,7 +164,7 @@ __device__ inline void walk_fused(const BackwardGlobals& globals, typename Confi
     parity ^= 1;
     reader.advance();
   }
-  products_wait<0>();
+  wgmma_wait<0>();
   settle(dk);
   settle(dv);
   // The other warpgroup may still have been reading the gradients of the scores.
@@ -191,8 +191,7 @@ __device__ inline void run_fused(const BackwardGlobals& globals, typename Config
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     fused_backward_kernel(const __grid_constant__ BackwardGlobals globals) {
-  extern __shared__ __align__(1024) uint8_t raw_shared[];
-  run_fused<Config>(globals, *reinterpret_cast<typename Config::Shared*>(raw_shared));
+  run_fused<Config>(globals, *reinterpret_cast<typename Config::Shared*>(shared_memory()));
 }
 
 struct FinishGlobals {
@@ -220,15 +219,15 @@ __device__ inline void run_finish(const FinishGlobals& globals,
   const int block = token / globals.q_side.block_size;
   const int valid =
       valid_tokens(globals.q_side, batch, block) - (token - block * globals.q_side.block_size);
-  store_gradient(dq, globals.scale, valid, tile, &globals.dq, 64 * half, token, head, batch, 1);
+  store_gradient(dq, globals.scale, valid, tile, &globals.dq, 64 * half, token, head, batch,
+                 kGroupBarrier);
   if (threadIdx.x == 0) store_wait_read<0>();
 }
 
 template <typename Value>
 __global__ void __launch_bounds__(128)
     finish_queries(const __grid_constant__ FinishGlobals globals) {
-  extern __shared__ __align__(1024) uint8_t raw_shared[];
-  run_finish<Value>(globals, *reinterpret_cast<kittens::st<Value, kUnit, 64>*>(raw_shared));
+  run_finish<Value>(globals, *reinterpret_cast<kittens::st<Value, kUnit, 64>*>(shared_memory()));
 }
 
 }  // namespace video_attn::hopper

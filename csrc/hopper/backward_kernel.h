@@ -13,27 +13,27 @@ template <typename Config>
 struct RingReader {
   typename Config::Shared& shared;
   const int ring;
-  StageCursor<Config::kFirstStages> first{0, 0};
-  StageCursor<Config::kSecondStages> second{0, 0};
+  RingPlace<Config::kFirstStages> first{};
+  RingPlace<Config::kSecondStages> second{};
 
   // Waits for the first operand of the next step.
   __device__ TileStep wait_first() const {
-    const auto& barriers = shared.rings[ring];
-    barrier_wait(shared_address(&barriers.first_full[first.stage]), first.parity);
+    auto& barriers = shared.rings[ring];
+    barrier_wait(&barriers.first_full[first.stage], first.parity);
     const TileStep& step = barriers.steps[first.stage];
     return {warp_uniform(step.valid), warp_uniform(step.unit)};
   }
   // Waits for the second operand, and the statistics.
   __device__ void wait_second() const {
-    barrier_wait(shared_address(&shared.rings[ring].second_full[second.stage]), second.parity);
+    barrier_wait(&shared.rings[ring].second_full[second.stage], second.parity);
   }
   __device__ auto& first_tile() const { return shared.first_tile(ring, first.stage); }
   __device__ auto& second_tile() const { return shared.second_tile(ring, second.stage); }
   __device__ const float* statistics() const { return shared.statistics[ring][second.stage]; }
 
-  __device__ void release_first(int stage) const { arrive(shared.rings[ring].first_empty[stage]); }
+  __device__ void release_first(int stage) const { arrive(&shared.rings[ring].first_empty[stage]); }
   __device__ void release_second(int stage) const {
-    arrive(shared.rings[ring].second_empty[stage]);
+    arrive(&shared.rings[ring].second_empty[stage]);
   }
   __device__ void advance() {
     first.advance();
@@ -42,9 +42,9 @@ struct RingReader {
 
  private:
   // One lane for the warp, after what all lanes have read; a wait for products orders no lanes.
-  __device__ void arrive(const uint64_t& barrier) const {
+  __device__ void arrive(MemoryBarrier* barrier) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&barrier));
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
   }
 };
 
@@ -168,7 +168,7 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
   Gradient dk, dv;
   set_zero(dk);
   set_zero(dv);
-  barrier_wait(shared_address(&shared.kept_full), 0);
+  barrier_wait(&shared.kept_full, 0);
   Packed packed_p, packed_ds;  // outside the loop: products read them until the next step
   set_zero(packed_p);
   set_zero(packed_ds);
@@ -185,12 +185,12 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
     }
 
     ScoreTile p, ds;
-    products_begin();
+    wgmma_fence();
     product_transposed<false>(p, keys, queries);
     reader.wait_second();
-    products_begin();
+    wgmma_fence();
     product_transposed<false>(ds, values, grad_out);
-    products_wait<1>();
+    wgmma_wait<1>();
     settle(p);
     settle(packed_ds);
     if (began) reader.release_first(reader.first.previous());
@@ -199,22 +199,22 @@ __device__ inline void walk_keys(const BackwardGlobals& globals, typename Config
     probabilities<Config>(p, globals.scale_log2, statistics, {});
     round_to(packed_p, p);
     settle(packed_p);
-    products_begin();
+    wgmma_fence();
     product(dv, packed_p, grad_out);
-    products_wait<1>();
+    wgmma_wait<1>();
     settle(ds);
 
     score_gradients<Config>(ds, packed_p, statistics, {});
     round_to(packed_ds, ds);
     settle(packed_ds);
-    products_begin();
+    wgmma_fence();
     product(dk, packed_ds, queries);
-    products_wait<1>();  // dv is done
+    wgmma_wait<1>();  // dv is done
     settle(packed_p);
     reader.release_second(reader.second.stage);
     reader.advance();
   }
-  products_wait<0>();
+  wgmma_wait<0>();
   settle(dk);
   settle(dv);
 
@@ -231,7 +231,7 @@ __device__ inline void take_kept(typename Config::Shared& shared, const RingRead
                                  int group, Registers& first, Registers& second) {
   for (int stage = 0; stage < Config::kOwnFirst; ++stage) reader.release_first(stage);
   for (int stage = 0; stage < Config::kOwnSecond; ++stage) reader.release_second(stage);
-  barrier_wait(shared_address(&shared.kept_full), 0);
+  barrier_wait(&shared.kept_full, 0);
   load_tile(first, shared.kept_first(group));
   load_tile(second, shared.kept_second(group));
   __syncwarp();
@@ -274,12 +274,12 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
     }
 
     ScoreTile p, ds;
-    products_begin();
+    wgmma_fence();
     product_transposed<false>(p, q, keys);
     reader.wait_second();
-    products_begin();
+    wgmma_fence();
     product_transposed<false>(ds, grad_out, values);
-    products_wait<1>();
+    wgmma_wait<1>();
     settle(p);
     settle(packed_ds);
     if (began) reader.release_first(reader.first.previous());
@@ -288,7 +288,7 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
     if (valid < kUnit) mask_columns(p, valid);
     probabilities<Config>(p, globals.scale_log2, nullptr, rows);
     settle(p);  // before the wait, not after it
-    products_wait<0>();
+    wgmma_wait<0>();
     settle(ds);
     if constexpr (Config::kHeadDim == kUnit) {  // their products have the shape of that of dq
       hold_operand(q, zero);
@@ -298,11 +298,11 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
     score_gradients<Config>(ds, p, nullptr, rows);
     round_to(packed_ds, ds);
     settle(packed_ds);
-    products_begin();
+    wgmma_fence();
     product(dq, packed_ds, keys);
     reader.advance();
   }
-  products_wait<0>();
+  wgmma_wait<0>();
   settle(dq);
 
   // The memory of the kept tiles has been a stage of a ring: all its readers are done.
@@ -318,15 +318,15 @@ __device__ inline void walk_queries(const BackwardGlobals& globals, typename Con
 template <typename Config>
 __device__ inline void start_backward(typename Config::Shared& shared) {
   if (threadIdx.x == 0) {
-    barrier_init(shared_address(&shared.kept_full), 1);
+    barrier_init(&shared.kept_full, 1);
     for (auto& ring : shared.rings) {
-      for (auto& full : ring.first_full) barrier_init(shared_address(&full), 1);
-      for (auto& full : ring.second_full) barrier_init(shared_address(&full), 1);
+      for (auto& full : ring.first_full) barrier_init(&full, 1);
+      for (auto& full : ring.second_full) barrier_init(&full, 1);
       constexpr int kArrivals = 4 * Config::kRingReaders;  // one per warp
-      for (auto& empty : ring.first_empty) barrier_init(shared_address(&empty), kArrivals);
-      for (auto& empty : ring.second_empty) barrier_init(shared_address(&empty), kArrivals);
+      for (auto& empty : ring.first_empty) barrier_init(&empty, kArrivals);
+      for (auto& empty : ring.second_empty) barrier_init(&empty, kArrivals);
     }
-    barrier_init_fence();
+    barrier_publish();
   }
   __syncthreads();
 }
@@ -352,8 +352,7 @@ __device__ inline void run_backward(const BackwardGlobals& globals,
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardGlobals globals) {
-  extern __shared__ __align__(1024) uint8_t raw_shared[];
-  run_backward<Config>(globals, *reinterpret_cast<typename Config::Shared*>(raw_shared));
+  run_backward<Config>(globals, *reinterpret_cast<typename Config::Shared*>(shared_memory()));
 }
 
 }  // namespace video_attn::hopper

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "hopper/backward_config.h"
+#include "hopper/primitives.h"
 
 namespace video_attn::hopper {
 
@@ -54,8 +55,7 @@ __device__ inline void run_order(const OrderGlobals& globals, int32_t* lengths) 
 
 static __global__ void __launch_bounds__(kOrderThreads)
     order_lists(const __grid_constant__ OrderGlobals globals) {
-  extern __shared__ int32_t raw_lengths[];
-  run_order(globals, raw_lengths);
+  run_order(globals, reinterpret_cast<int32_t*>(shared_memory()));
 }
 
 }  // namespace video_attn::hopper

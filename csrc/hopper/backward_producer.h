@@ -4,7 +4,6 @@
 
 #include "hopper/backward_config.h"
 #include "hopper/backward_primitives.h"
-#include "hopper/tma.h"
 
 namespace video_attn::hopper {
 
@@ -36,15 +35,15 @@ __device__ inline int32_t kept_token(const BackwardGlobals& globals, const Place
 template <typename Config>
 __device__ inline void load_kept(const BackwardGlobals& globals, typename Config::Shared& shared,
                                  const Place& place) {
-  const uint32_t barrier = shared_address(&shared.kept_full);
-  barrier_arrive_expect(barrier, Config::kWarpgroups * 2 * Config::kTileBytes);
+  MemoryBarrier* barrier = &shared.kept_full;
+  barrier_arrive_expecting(barrier, Config::kWarpgroups * 2 * Config::kTileBytes);
   for (int group = 0; group < Config::kWarpgroups; ++group) {
     const int token = kept_token<Config>(globals, place, group);
     for (int panel = 0; panel < Config::kPanels; ++panel) {
-      load_box(&globals.kept_first, shared_address(shared.kept_first_panel(group, panel)), barrier,
-               64 * panel, token, place.head, place.batch);
-      load_box(&globals.kept_second, shared_address(shared.kept_second_panel(group, panel)),
-               barrier, 64 * panel, token, place.head, place.batch);
+      load_box(&globals.kept_first, shared.kept_first_panel(group, panel), barrier, 64 * panel,
+               token, place.head, place.batch);
+      load_box(&globals.kept_second, shared.kept_second_panel(group, panel), barrier, 64 * panel,
+               token, place.head, place.batch);
     }
   }
 }
@@ -59,14 +58,14 @@ struct RingWriter {
   typename Config::Shared& shared;
   const int ring;
   const int lane;
-  StageCursor<Config::kFirstStages> first{0, kFirstParity};
-  StageCursor<Config::kSecondStages> second{0, kFirstParity};
+  RingPlace<Config::kFirstStages> first{0, kFirstParity};
+  RingPlace<Config::kSecondStages> second{0, kFirstParity};
 
-  __device__ void load_tile_of(const CUtensorMap* map, typename Config::Tile& tile, uint64_t& full,
-                               int32_t token, int32_t head, int32_t batch) {
+  __device__ void load_tile_of(const CUtensorMap* map, typename Config::Tile& tile,
+                               MemoryBarrier* full, int32_t token, int32_t head, int32_t batch) {
 #pragma unroll
     for (int panel = 0; panel < Config::kPanels; ++panel) {
-      load_box(map, shared_address(&tile) + panel * Config::kPanelBytes, shared_address(&full),
+      load_box(map, reinterpret_cast<uint8_t*>(&tile) + panel * Config::kPanelBytes, full,
                64 * panel, token, head, batch);
     }
   }
@@ -76,27 +75,27 @@ struct RingWriter {
     const int32_t source_head = Config::kWalk == Walk::kKeys ? head : head / globals.group;
     const int32_t unit = source_head * units_of(globals.streamed.length) + token / kUnit;
 
-    barrier_wait_together(shared_address(&barriers.first_empty[first.stage]), first.parity);
+    barrier_wait_together(&barriers.first_empty[first.stage], first.parity);
     if (lane == 0) {
-      uint64_t& full = barriers.first_full[first.stage];
+      MemoryBarrier* full = &barriers.first_full[first.stage];
       barriers.steps[first.stage] = {valid, unit};
-      barrier_arrive_expect(shared_address(&full), Config::kTileBytes);
+      barrier_arrive_expecting(full, Config::kTileBytes);
       load_tile_of(&globals.streamed_first, shared.first_tile(ring, first.stage), full, token,
                    source_head, batch);
     }
     __syncwarp();
     first.advance();
 
-    barrier_wait_together(shared_address(&barriers.second_empty[second.stage]), second.parity);
+    barrier_wait_together(&barriers.second_empty[second.stage], second.parity);
     if (lane == 0) {
-      uint64_t& full = barriers.second_full[second.stage];
-      barrier_arrive_expect(shared_address(&full), Config::kTileBytes + Config::kStatisticsBytes);
+      MemoryBarrier* full = &barriers.second_full[second.stage];
+      barrier_arrive_expecting(full, Config::kTileBytes + Config::kStatisticsBytes);
       if constexpr (Config::kHasStatistics) {
         const int64_t units =
             static_cast<int64_t>(globals.heads) * units_of(globals.streamed.length);
-        load_bulk(shared_address(shared.statistics[ring][second.stage]),
+        copy_bulk(shared.statistics[ring][second.stage],
                   globals.statistics + (batch * units + unit) * (2 * kUnit),
-                  Config::kStatisticsBytes, shared_address(&full));
+                  Config::kStatisticsBytes, full);
       }
       load_tile_of(&globals.streamed_second, shared.second_tile(ring, second.stage), full, token,
                    source_head, batch);
@@ -138,10 +137,10 @@ struct RingWriter {
 
   __device__ void push_end() {
     auto& barriers = shared.rings[ring];
-    barrier_wait_together(shared_address(&barriers.first_empty[first.stage]), first.parity);
+    barrier_wait_together(&barriers.first_empty[first.stage], first.parity);
     if (lane == 0) {
       barriers.steps[first.stage] = {-1, 0};
-      barrier_arrive(shared_address(&barriers.first_full[first.stage]));
+      barrier_arrive(&barriers.first_full[first.stage]);
     }
   }
 };

@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "hopper/backward_primitives.h"
-#include "hopper/tma.h"
 
 namespace video_attn::hopper {
 
@@ -87,8 +86,7 @@ __device__ inline void store_gradient(kittens::rt<float, 16, kColumns>& gradient
   if (threadIdx.x % 128 == 0) {
 #pragma unroll
     for (int panel = 0; panel < kColumns / 64; ++panel) {
-      const uint32_t source = shared_address(tile.data) + panel * Tile::rows * 128;
-      store_box(map, source, channel + 64 * panel, token, head, batch);
+      store_box(map, tile.data + panel * Tile::rows * 64, channel + 64 * panel, token, head, batch);
     }
     store_commit();
   }

@@ -14,15 +14,8 @@ namespace video_attn::hopper {
 // ThunderKittens also orders shared memory, which the main loop need not wait for.)
 template <class Accumulator>
 __device__ inline void product_fence(Accumulator& accumulator) {
-#pragma unroll
-  for (int32_t column = 0; column < Accumulator::width; ++column) {
-#pragma unroll
-    for (int32_t part = 0; part < 4; ++part) {
-      float2& pair = accumulator.tiles[0][column].data[part];
-      asm volatile("" : "+f"(pair.x), "+f"(pair.y)::"memory");
-    }
-  }
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  settle(accumulator);
+  wgmma_fence();
 }
 
 template <ForwardConfig kConfig, class Element>
@@ -65,6 +58,7 @@ class Consumer {
   static constexpr int32_t kColumns = 64;
   static constexpr int32_t kColumnBoxes = kConfig.head_dim / kColumns;
 
+  using Place = RingPlace<kConfig.stages>;
   using Warpgroup = kittens::group<4>;
   using Queries = kittens::st<Element, kConsumerTokens, kConfig.head_dim>;
   using Operand = kittens::st<Element, kStepTokens, kConfig.head_dim>;
@@ -87,14 +81,14 @@ class Consumer {
     }
   }
 
-  __device__ Operand& operand(const RingCursor& cursor) const {
-    return *reinterpret_cast<Operand*>(shared_.stage(cursor.stage));
+  __device__ Operand& operand(const Place& place) const {
+    return *reinterpret_cast<Operand*>(shared_.stage(place.stage));
   }
-  __device__ void wait_stage(const RingCursor& cursor) const {
-    barrier_wait(shared_.stage_full(cursor.stage), cursor.parity);
+  __device__ void wait_stage(const Place& place) const {
+    barrier_wait(shared_.stage_full(place.stage), place.parity);
   }
-  __device__ void release_stage(const RingCursor& cursor) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.stage_empty(cursor.stage));
+  __device__ void release_stage(const Place& place) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.stage_empty(place.stage));
   }
 
   // Scores of negative scales are turned around in the steps that take care of partial halves.
@@ -105,7 +99,7 @@ class Consumer {
     const int32_t steps = halves.steps();
     const int32_t full_steps = negative_ ? 0 : halves.full_steps();
 
-    const RingCursor keys = order_.claim(0);
+    const Place keys = order_.claim(0);
     wait_stage(keys);
     take_turn();
     issue_scores(scores, keys);
@@ -122,7 +116,7 @@ class Consumer {
     for (; step < steps; ++step) attend_step<true>(step, softmax, scores, weights, output);
     release_queries();
 
-    const RingCursor values = order_.claim_last(steps - 1);
+    const Place values = order_.claim_last(steps - 1);
     wait_stage(values);
     if (steps > full_steps) clear_values(values);
     take_turn();
@@ -136,8 +130,8 @@ class Consumer {
   template <bool kPartial>
   __device__ void attend_step(int32_t step, Softmax& softmax, Scores& scores, Weights& weights,
                               Output& output) {
-    const RingCursor keys = order_.claim(step);
-    const RingCursor values = order_.claim(step - 1);
+    const Place keys = order_.claim(step);
+    const Place values = order_.claim(step - 1);
     wait_stage(keys);
     if constexpr (kPartial) {
       wait_stage(values);
@@ -160,19 +154,18 @@ class Consumer {
     kittens::warp::copy(weights, scores);
   }
 
-  __device__ void issue_scores(Scores& scores, const RingCursor& keys) const {
+  __device__ void issue_scores(Scores& scores, const Place& keys) const {
     auto& queries = *reinterpret_cast<Queries*>(shared_.query(consumer_));
     product_fence(scores);
     Warpgroup::mma_ABt<Scores, Queries, Operand, 0, 0>(scores, queries, operand(keys));
   }
 
-  __device__ void issue_output(Output& output, const Weights& weights,
-                               const RingCursor& values) const {
+  __device__ void issue_output(Output& output, const Weights& weights, const Place& values) const {
     product_fence(output);
     Warpgroup::mma_AB<Output, Weights, Operand, 0, 1>(output, weights, operand(values));
   }
 
-  __device__ void mend_scores(Scores& scores, const RingCursor& keys) const {
+  __device__ void mend_scores(Scores& scores, const Place& keys) const {
     if (negative_) kittens::warp::mul(scores, scores, -1.0f);
     const int2 valid = shared_.stage_valid(keys.stage);
     __syncwarp();  // all lanes have read it before one releases the stage
@@ -181,9 +174,9 @@ class Consumer {
 
   // Values of keys that do not count become zero: their weights are zero, but whatever lies there
   // need not be a number. By the whole warpgroup.
-  __device__ void clear_values(const RingCursor& cursor) const {
-    const int2 valid = shared_.stage_valid(cursor.stage);
-    char* stage = shared_.stage(cursor.stage);
+  __device__ void clear_values(const Place& place) const {
+    const int2 valid = shared_.stage_valid(place.stage);
+    uint8_t* stage = shared_.stage(place.stage);
     constexpr int32_t kRowVectors = kColumns * 2 / static_cast<int32_t>(sizeof(int4));
     for (int32_t at = threadIdx.x % 128; at < kStepTokens * kRowVectors; at += 128) {
       const int32_t row = at / kRowVectors;
@@ -230,9 +223,9 @@ class Consumer {
   // Through the last stage of the tile. The copy to memory is under way when this returns.
   __device__ void store_output(const WorkItem& item, const ConsumerRows& rows,
                                const Output& output) {
-    const RingCursor stage = order_.claim_output();
+    const Place stage = order_.claim_output();
     wait_stage(stage);
-    char* staged = shared_.stage(stage.stage) + consumer_ * kConfig.query_bytes();
+    uint8_t* staged = shared_.stage(stage.stage) + consumer_ * kConfig.query_bytes();
     Warpgroup::store(*reinterpret_cast<Queries*>(staged), output);
     shared_write_fence();
     threads_sync<128>(kConsumerBarrier + consumer_);
@@ -240,8 +233,8 @@ class Consumer {
     if (threadIdx.x % 128 != 0) return;
     if (rows.stored > 0) {
       for (int32_t box = 0; box < kColumnBoxes; ++box) {
-        store_box(&arguments_.out, shared_address(staged) + box * kConsumerTokens * kColumns * 2,
-                  box * kColumns, rows.query, item.head, item.batch);
+        store_box(&arguments_.out, staged + box * kConsumerTokens * kColumns * 2, box * kColumns,
+                  rows.query, item.head, item.batch);
       }
       store_commit();
     }

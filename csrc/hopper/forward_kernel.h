@@ -13,8 +13,7 @@ template <Grain kGrain, int32_t kHeadDim, class Element>
 __global__ void __launch_bounds__(kForwardThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   constexpr ForwardConfig kConfig = forward_config(kGrain, kHeadDim);
-  extern __shared__ __align__(1024) char shared_base[];
-  const SharedMemory<kConfig> shared(shared_base);
+  const SharedMemory<kConfig> shared(shared_memory());
   if (threadIdx.x == 0) {
     shared.init_barriers();
     for (const CUtensorMap* map : {&arguments.q, &arguments.k, &arguments.v, &arguments.out}) {
@@ -25,7 +24,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 
   const int32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == kConsumers) {
-    kittens::group<4>::decrease_registers<kProducerRegisters>();
+    give_registers<kProducerRegisters>();
     const int32_t warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
     if (warp < kProducers<kGrain>) {
       Producer<kConfig>(arguments, shared, warp).run();
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
       schedule_tiles<kConfig>(arguments, shared);
     }
   } else {
-    kittens::group<4>::increase_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters>();
     Consumer<kConfig, Element>(arguments, shared, warpgroup).run();
   }
 }
@@ -50,8 +49,7 @@ cudaError_t launch_kernel(const ForwardArguments& arguments, cudaStream_t stream
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
   const ForwardPlan plan = plan_forward(kGrain, arguments.shape.problem, processors);
-  kernel<<<static_cast<uint32_t>(plan.blocks), kForwardThreads, kSharedBytes, stream>>>(arguments);
-  return cudaGetLastError();
+  return launch_blocks(kernel, plan.blocks, kForwardThreads, kSharedBytes, stream, arguments);
 }
 
 inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArguments& arguments) {

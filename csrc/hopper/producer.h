@@ -115,7 +115,7 @@ class Producer {
                       halves);
     const int32_t kv_head = item.head / (problem.heads / problem.kv_heads);
     const auto load = [&](const CUtensorMap& map, const Step& step, int32_t round,
-                          const RingCursor& stage) {
+                          const RingPlace<kConfig.stages>& stage) {
       const bool shared = kConfig.grain == Grain::kCoarse || round < item.shared;
       if (!shared || list_ == 0) load_operand(map, step, stage, shared, kv_head, item.batch);
     };
@@ -137,7 +137,7 @@ class Producer {
 
   // Hands the consumers an empty stage for the output of the tile.
   __device__ void offer_output() {
-    const RingCursor stage = order_.claim_output();
+    const auto stage = order_.claim_output();
     if (list_ != 0) return;
     barrier_wait_together(shared_.stage_empty(stage.stage), stage.parity ^ 1);
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_.stage_full(stage.stage));
@@ -149,9 +149,9 @@ class Producer {
       if (kConfig.grain == Grain::kFine && consumer != list_) continue;
       barrier_wait_together(shared_.query_empty(consumer), (parities_ & 1) ^ 1);
       if (threadIdx.x % 32 == 0) {
-        const uint32_t full = shared_.query_full(consumer);
-        const uint32_t queries = shared_address(shared_.query(consumer));
-        barrier_arrive_expect(full, kConfig.query_bytes());
+        MemoryBarrier* full = shared_.query_full(consumer);
+        uint8_t* queries = shared_.query(consumer);
+        barrier_arrive_expecting(full, kConfig.query_bytes());
 #pragma unroll
         for (int32_t box = 0; box < kColumnBoxes; ++box) {
           load_box(&arguments_.q, queries + box * kConsumerTokens * kColumns * 2, full,
@@ -163,9 +163,10 @@ class Producer {
   }
 
   // Keys or values of one step, into a stage.
-  __device__ void load_operand(const CUtensorMap& map, const Step& step, const RingCursor& stage,
-                               bool shared, int32_t head, int32_t batch) {
-    const uint32_t empty = shared_.stage_empty(stage.stage);
+  __device__ void load_operand(const CUtensorMap& map, const Step& step,
+                               const RingPlace<kConfig.stages>& stage, bool shared, int32_t head,
+                               int32_t batch) {
+    MemoryBarrier* empty = shared_.stage_empty(stage.stage);
     barrier_wait_together(empty, stage.parity ^ 1);
     const int32_t lane = threadIdx.x % 32;
     if (!shared && lane < kConsumerWarps) barrier_arrive(empty);  // for who needs it not
@@ -173,13 +174,14 @@ class Producer {
     __syncwarp();
   }
 
-  __device__ void start_copies(const CUtensorMap& map, const Step& step, const RingCursor& stage,
-                               int32_t head, int32_t batch) {
-    const uint32_t full = shared_.stage_full(stage.stage);
-    const uint32_t destination = shared_address(shared_.stage(stage.stage));
+  __device__ void start_copies(const CUtensorMap& map, const Step& step,
+                               const RingPlace<kConfig.stages>& stage, int32_t head,
+                               int32_t batch) {
+    MemoryBarrier* full = shared_.stage_full(stage.stage);
+    uint8_t* destination = shared_.stage(stage.stage);
     const bool whole = step.halves[1].valid > 0;
     shared_.stage_valid(stage.stage) = make_int2(step.halves[0].valid, step.halves[1].valid);
-    barrier_arrive_expect(full, whole ? kConfig.stage_bytes() : kConfig.stage_bytes() / 2);
+    barrier_arrive_expecting(full, whole ? kConfig.stage_bytes() : kConfig.stage_bytes() / 2);
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
       if (step.halves[half].valid == 0) continue;

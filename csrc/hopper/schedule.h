@@ -4,12 +4,11 @@
 // blocks of threads take the next tile as they get free.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <type_traits>
 
 #include "hopper/config.h"
 #include "hopper/params.h"
+#include "hopper/primitives.h"
 #include "hopper/step_list.h"
 
 namespace video_attn::hopper {
@@ -269,14 +268,19 @@ __device__ inline int32_t tile_steps(const ForwardShape& shape, const Schedule& 
 
 constexpr int32_t kWeightClasses = 32;
 
+// Shared memory of order_tiles().
+struct OrderMemory {
+  int32_t places[kWeightClasses * kPlanThreads];
+  int32_t warp_totals[kPlanThreads / 32];
+  int32_t heaviest;
+};
+
 // One block orders the tiles of one list: a stable counting sort by weight class. Every thread owns
 // a run of tiles and, for each class, a counter that becomes the place of its next tile.
 template <Grain kGrain>
 __global__ void __launch_bounds__(kPlanThreads)
     order_tiles(const ForwardShape shape, const Schedule schedule) {
-  __shared__ int32_t places[kWeightClasses * kPlanThreads];
-  __shared__ int32_t warp_totals[kPlanThreads / 32];
-  __shared__ int32_t heaviest;
+  auto& [places, warp_totals, heaviest] = *reinterpret_cast<OrderMemory*>(shared_memory());
   const int32_t thread = threadIdx.x;
   const int32_t batch = blockIdx.x / schedule.heads;
   const int32_t head = blockIdx.x % schedule.heads;
@@ -331,13 +335,11 @@ cudaError_t launch_schedule(const ForwardShape& shape, const Schedule& schedule,
   const bool paired = schedule.paired != nullptr;
   const int64_t warps = lists * (paired ? schedule.tiles : schedule.rows);
   const auto blocks = static_cast<uint32_t>((warps + kWarpsPerPlanBlock - 1) / kWarpsPerPlanBlock);
-  if (paired) {
-    pair_lists<<<blocks, kPlanThreads, 0, stream>>>(shape, schedule);
-  } else {
-    count_halves<<<blocks, kPlanThreads, 0, stream>>>(shape, schedule);
-  }
-  order_tiles<kGrain><<<static_cast<uint32_t>(lists), kPlanThreads, 0, stream>>>(shape, schedule);
-  return cudaGetLastError();
+  const cudaError_t status = launch_blocks(paired ? pair_lists : count_halves, blocks, kPlanThreads,
+                                           0, stream, shape, schedule);
+  if (status != cudaSuccess) return status;
+  return launch_blocks(order_tiles<kGrain>, static_cast<uint32_t>(lists), kPlanThreads,
+                       sizeof(OrderMemory), stream, shape, schedule);
 }
 
 }  // namespace video_attn::hopper

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "hopper/exponential.h"
+#include "hopper/primitives.h"
 #include "hopper/step_list.h"
 #include "kittens.cuh"
 

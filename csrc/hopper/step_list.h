@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VIDEO_ATTN_HOST_DEVICE __host__ __device__
-#else
-#define VIDEO_ATTN_HOST_DEVICE
-#endif
+#include "device/language.h"
 
 namespace video_attn::hopper {
 

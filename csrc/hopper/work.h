@@ -2,8 +2,9 @@
 // operands pass through its ring, and the work items that the scheduling warp hands to all others.
 #pragma once
 
+#include "device/ring.h"
+#include "hopper/primitives.h"
 #include "hopper/schedule.h"
-#include "hopper/tma.h"
 
 namespace video_attn::hopper {
 
@@ -50,33 +51,12 @@ constexpr int32_t kConsumerWarps = 4;
 
 template <ForwardConfig kConfig>
 struct Control {
-  uint64_t stage_full[kConfig.stages], stage_empty[kConfig.stages];
-  uint64_t query_full[kConsumers], query_empty[kConsumers];
-  uint64_t item_full[kItemStages], item_empty[kItemStages];
+  MemoryBarrier stage_full[kConfig.stages], stage_empty[kConfig.stages];
+  MemoryBarrier query_full[kConsumers], query_empty[kConsumers];
+  MemoryBarrier item_full[kItemStages], item_empty[kItemStages];
   int2 stage_valid[kConfig.stages];  // valid tokens of the two halves in a stage
   WorkItem items[kItemStages];
-  uint64_t round;  // of several producers, which begin each round together
-};
-
-// A place in a ring, and the parity of the phase that its barriers are in.
-struct RingCursor {
-  int32_t stage = 0;
-  uint32_t parity = 0;
-
-  // By fewer than `stages` places.
-  __device__ void advance(int32_t stages, int32_t places = 1) {
-    stage += places;
-    if (stage >= stages) {
-      stage -= stages;
-      parity ^= 1;
-    }
-  }
-  // By any number of places.
-  __device__ void advance_far(int32_t stages, int32_t places) {
-    const int32_t wraps = (stage + places) / stages;
-    stage += places - wraps * stages;
-    parity ^= wraps & 1;
-  }
+  MemoryBarrier round;  // of several producers, which begin each round together
 };
 
 // The stages that one consumer and its producer go through. Those of a round are one for all
@@ -85,6 +65,8 @@ struct RingCursor {
 template <ForwardConfig kConfig>
 class StageOrder {
  public:
+  using Place = RingPlace<kConfig.stages>;
+
   __device__ explicit StageOrder(int32_t consumer) : second_(consumer == 1) {}
 
   __device__ void begin(const WorkItem& item) {
@@ -93,43 +75,43 @@ class StageOrder {
       other_steps_ = item.halves_of(second_ ? 0 : 1).steps();
       const int32_t loads = 2 * (item.halves[0].steps() + item.halves[1].steps() - shared_);
       end_ = next_;
-      end_.advance_far(kConfig.stages, loads);
+      end_.advance_far(loads);
     }
   }
 
   // The stage of the keys, or of the values, of a round in which this consumer has a step.
-  __device__ RingCursor claim(int32_t round) {
-    RingCursor stage = next_;
+  __device__ Place claim(int32_t round) {
+    Place stage = next_;
     if constexpr (kConfig.grain == Grain::kCoarse) {
-      next_.advance(kConfig.stages);
+      next_.advance();
     } else {
       const int32_t others = round >= shared_ && round < other_steps_ ? 1 : 0;
-      stage.advance(kConfig.stages, second_ ? others : 0);
-      next_.advance(kConfig.stages, 1 + others);
+      stage.advance_by(second_ ? others : 0);
+      next_.advance_by(1 + others);
     }
     return stage;
   }
 
   // The stage of the values of this consumer's last round; the other's keys of the next round may
   // come before it.
-  __device__ RingCursor claim_last(int32_t round) {
+  __device__ Place claim_last(int32_t round) {
     if constexpr (kConfig.grain == Grain::kFine) {
-      if (other_steps_ > round + 1) next_.advance(kConfig.stages);
+      if (other_steps_ > round + 1) next_.advance();
     }
     return claim(round);
   }
 
   // The last stage of a tile, where its output is staged.
-  __device__ RingCursor claim_output() {
+  __device__ Place claim_output() {
     if constexpr (kConfig.grain == Grain::kFine) next_ = end_;
-    const RingCursor stage = next_;
-    next_.advance(kConfig.stages);
+    const Place stage = next_;
+    next_.advance();
     return stage;
   }
 
  private:
   const bool second_;
-  RingCursor next_, end_;
+  Place next_, end_;
   int32_t shared_ = 0, other_steps_ = 0;
 };
 
@@ -140,38 +122,32 @@ class SharedMemory {
   using ControlBlock = Control<kConfig>;
   static_assert(sizeof(ControlBlock) <= kControlBytes, "the control block outgrew its space");
 
-  __device__ explicit SharedMemory(char* base) : base_(base) {}
+  __device__ explicit SharedMemory(uint8_t* base) : base_(base) {}
 
-  __device__ char* query(int32_t consumer) const {
+  __device__ uint8_t* query(int32_t consumer) const {
     return base_ + consumer * kConfig.query_bytes();
   }
-  __device__ char* stage(int32_t stage) const {
+  __device__ uint8_t* stage(int32_t stage) const {
     return base_ + kConfig.ring_offset() + stage * kConfig.stage_bytes();
   }
   __device__ ControlBlock& control() const {
     return *reinterpret_cast<ControlBlock*>(base_ + kConfig.control_offset());
   }
   __device__ int2& stage_valid(int32_t stage) const { return control().stage_valid[stage]; }
-  __device__ uint32_t stage_full(int32_t stage) const {
-    return shared_address(&control().stage_full[stage]);
+  __device__ MemoryBarrier* stage_full(int32_t stage) const { return &control().stage_full[stage]; }
+  __device__ MemoryBarrier* stage_empty(int32_t stage) const {
+    return &control().stage_empty[stage];
   }
-  __device__ uint32_t stage_empty(int32_t stage) const {
-    return shared_address(&control().stage_empty[stage]);
+  __device__ MemoryBarrier* query_full(int32_t consumer) const {
+    return &control().query_full[consumer];
   }
-  __device__ uint32_t query_full(int32_t consumer) const {
-    return shared_address(&control().query_full[consumer]);
+  __device__ MemoryBarrier* query_empty(int32_t consumer) const {
+    return &control().query_empty[consumer];
   }
-  __device__ uint32_t query_empty(int32_t consumer) const {
-    return shared_address(&control().query_empty[consumer]);
-  }
-  __device__ uint32_t item_full(int32_t stage) const {
-    return shared_address(&control().item_full[stage]);
-  }
-  __device__ uint32_t item_empty(int32_t stage) const {
-    return shared_address(&control().item_empty[stage]);
-  }
+  __device__ MemoryBarrier* item_full(int32_t stage) const { return &control().item_full[stage]; }
+  __device__ MemoryBarrier* item_empty(int32_t stage) const { return &control().item_empty[stage]; }
 
-  __device__ uint32_t round() const { return shared_address(&control().round); }
+  __device__ MemoryBarrier* round() const { return &control().round; }
 
   // By one thread, before the barrier of the whole block. Warps arrive as one.
   __device__ void init_barriers() const {
@@ -188,11 +164,11 @@ class SharedMemory {
       barrier_init(item_empty(stage), kConsumers * kConsumerWarps + kProducers<kConfig.grain>);
     }
     if constexpr (kProducers<kConfig.grain> > 1) barrier_init(round(), kProducers<kConfig.grain>);
-    barrier_init_fence();
+    barrier_publish();
   }
 
  private:
-  char* base_;
+  uint8_t* base_;
 };
 
 // Takes the work items in turn. Every warp of consumers and producers has its own queue object.
@@ -203,17 +179,17 @@ class WorkQueue {
 
   // By a whole warp. False when there is no more.
   __device__ bool next(WorkItem& item) {
-    barrier_wait(shared_.item_full(cursor_.stage), cursor_.parity);
-    item = shared_.control().items[cursor_.stage];
+    barrier_wait(shared_.item_full(place_.stage), place_.parity);
+    item = shared_.control().items[place_.stage];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.item_empty(cursor_.stage));
-    cursor_.advance(kItemStages);
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_.item_empty(place_.stage));
+    place_.advance();
     return item.batch >= 0;
   }
 
  private:
   const SharedMemory<kConfig>& shared_;
-  RingCursor cursor_;
+  RingPlace<kItemStages> place_;
 };
 
 // One tile of the launch as a work item; `next` counts the tiles of all heads.
@@ -250,16 +226,16 @@ __device__ void schedule_tiles(const ForwardArguments& arguments,
   const ForwardShape& shape = arguments.shape;
   const Schedule& schedule = arguments.schedule;
   const int32_t tiles = shape.problem.batch * shape.problem.heads * schedule.tiles;
-  RingCursor cursor;
+  RingPlace<kItemStages> place;
   for (int32_t turn = blockIdx.x;; turn += gridDim.x) {
     const int32_t next = schedule.ticket == nullptr ? turn : atomicAdd(schedule.ticket, 1);
     WorkItem item;
     item.batch = -1;
     if (next < tiles) item = make_item<kConfig.grain>(shape, schedule, next);
-    barrier_wait(shared.item_empty(cursor.stage), cursor.parity ^ 1);
-    shared.control().items[cursor.stage] = item;
-    barrier_arrive(shared.item_full(cursor.stage));
-    cursor.advance(kItemStages);
+    barrier_wait(shared.item_empty(place.stage), place.parity ^ 1);
+    shared.control().items[place.stage] = item;
+    barrier_arrive(shared.item_full(place.stage));
+    place.advance();
     if (next >= tiles) return;
   }
 }
