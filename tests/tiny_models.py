@@ -37,8 +37,12 @@ class Tiny:
     rename: dict[str, str] = field(default_factory=dict)
 
     def model(self, weights: int = 0) -> Any:
+        return self.with_config(weights)
+
+    def with_config(self, weights: int = 0, **changes: Any) -> Any:
+        """The model with other values in its configuration."""
         torch.manual_seed(weights)
-        model = getattr(diffusers, self.kind)(**self.config).eval()
+        model = getattr(diffusers, self.kind)(**self.config | changes).eval()
         sharpen(model)
         return model
 
