@@ -21,7 +21,7 @@ from tiny_wan import (
 from torch import Tensor
 
 from video_attn import SlidingTile
-from video_attn.integrations import Schedule, applied_to, apply
+from video_attn.integrations import Schedule, applied_to, apply, fused_norms
 from video_attn.integrations.intercept import call_with_attention
 
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
@@ -63,6 +63,26 @@ def test_compile_of_the_transformer_before_and_after(pipe: Any, fresh_compiler: 
         assert error(latents(pipe), eager) < 1e-4
         assert counts(handle) == ((STEPS - 1) * CALLS, CALLS)
         assert graphs() == 1
+
+
+def test_compiled_code_serves_many_sizes(
+    fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three graphs, as without a pattern, for all layers, sizes and steps; norms fused as on a GPU,
+    by their definition in torch.
+    """
+    monkeypatch.setattr(fused_norms, "_serves", lambda device, dtype: True)
+    monkeypatch.setattr(fused_norms, "_fits", lambda *_: False)
+    monkeypatch.setattr(fused_norms, "from_tiles", lambda x, video: video.from_tiles(x, 1))
+    tiny, model = MODELS["wan"], MODELS["wan"].model()
+    sizes = (3, 8, 10), (4, 8, 12), (5, 6, 6), (2, 12, 8)
+    calls = [tiny.inputs(1) | {"hidden_states": random(1, 4, *size)} for size in sizes]
+    with apply(model, PATTERN, schedule=Schedule(dense_layers=1)):
+        expected = [output(model, inputs) for inputs in calls]
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        for inputs, right in zip(calls, expected, strict=True):
+            assert error(output(model, inputs), right) < 1e-4
+        assert graphs() <= 3
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in_place", "blocks"])
