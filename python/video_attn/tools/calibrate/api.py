@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,10 @@ from ..devices import chosen_device
 from .calibration import Calibration
 from .candidates import KINDS, Candidate, candidates_for
 from .costs import CostModel, count_pairs, measure_costs
-from .search import Progress, search
+from .search import CostsOf, Progress, search
+
+if TYPE_CHECKING:
+    from .pipeline import Runs
 
 OBJECTIVES = ("time", "density")
 
@@ -88,17 +91,14 @@ def calibrate(
         ValueError: arguments that do not fit together, or captures that do not tell enough.
         OSError: a file that cannot be read or written.
     """
-    if objective not in OBJECTIVES:
-        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
     place = torch.device(device) if isinstance(device, torch.device) else chosen_device(device)
+    costs_of = _costs(objective, costs, place, backend, say)
     folders = [Path(x) for x in ([captured] if isinstance(captured, (str, Path)) else captured)]
-    runs = None
+    runs: Runs | None = None
     if pipe is not None:
         runs = _runs(pipe, prompts, steps, layers, call or {}, place)
-        if len(folders) > 1:
-            raise UsageError("captured must be one folder where the captures of pipe go")
         num_steps = runs.num_steps if num_steps is None else num_steps
-        folders = runs.capture(folders[0] if folders else Path("captured_inputs"), say)
+        folders = runs.capture(_own_folder(folders), say)
     elif not folders:
         raise UsageError("there must be a pipe with prompts, or folders of captures")
     elif prompts or call or check_latents:
@@ -110,6 +110,36 @@ def calibrate(
             block_size=block_size,
         )  # fmt: skip
 
+    path = None if output is None else Path(output)
+    found = search(
+        folders, candidates, costs_of, budget=budget, per=per, over=over, num_steps=num_steps,
+        device=place, backend=backend, progress=progress,
+        kept=None if path is None else path.with_suffix(".errors.json"),
+    )  # fmt: skip
+    if check_latents and runs is not None:
+        from .pipeline import latent_differences
+
+        found.latents.update(latent_differences(runs, found.schedule()))
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def _own_folder(captured: Sequence[Path]) -> Path:
+    """Where the captures of a pipeline go."""
+    if len(captured) > 1:
+        raise UsageError("captured must be one folder where the captures of pipe go")
+    return captured[0] if captured else Path("captured_inputs")
+
+
+def _costs(
+    objective: str, costs: CostModel | Path | str | None, device: torch.device,
+    backend: str | None, say: Callable[[str], None],
+) -> CostsOf:  # fmt: skip
+    """What gives the cost model for the candidates and the size of a capture."""
+    if objective not in OBJECTIVES:
+        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+
     def model(chosen: Sequence[Candidate], capture: Capture, tokens: VideoTokens) -> CostModel:
         if objective == "density":
             return count_pairs(chosen, capture.q.shape[3])
@@ -118,40 +148,28 @@ def calibrate(
         if costs is not None:
             return CostModel.load(Path(costs))
         return measure_costs(
-            chosen, device=place, head_dim=capture.q.shape[3], dtype=capture.q.dtype,
-            backend=backend, grids=[tokens.grid] if place.type == "cuda" else None,
+            chosen, device=device, head_dim=capture.q.shape[3], dtype=capture.q.dtype,
+            backend=backend, grids=[tokens.grid] if device.type == "cuda" else None,
             progress=lambda text: say(f"timing {text}"),
         )  # fmt: skip
 
-    path = None if output is None else Path(output)
-    found = search(
-        folders, candidates, model, budget=budget, per=per, over=over, num_steps=num_steps,
-        device=place, backend=backend, progress=progress,
-        kept=None if path is None else path.with_suffix(".errors.json"),
-    )  # fmt: skip
-    if check_latents:
-        from .pipeline import latent_differences
-
-        assert runs is not None
-        found.latents.update(latent_differences(runs, found.schedule()))
-    if path is not None:
-        found.save(path)
-    return found
+    return model
 
 
 def _runs(
     pipe: Any, prompts: Sequence[str], steps: Sequence[int], layers: Sequence[int] | None,
     call: Mapping[str, Any], device: torch.device,
-) -> Any:  # fmt: skip
+) -> Runs:  # fmt: skip
+    """The runs of a pipeline, or of the one in a folder."""
     from ..render.model import load_pipeline
     from .pipeline import Runs
 
+    if isinstance(prompts, str):
+        raise UsageError("prompts must be a list of texts, got one text")
     name = f"{type(pipe).__name__} {getattr(pipe, 'name_or_path', '')}".strip()
     if isinstance(pipe, (str, Path)):
         name = str(pipe)
         pipe = load_pipeline(
             name, dtype=None, device=str(device), offload="none", tiling=False
         )  # fmt: skip
-    if isinstance(prompts, str):
-        raise UsageError("prompts must be a list of texts, got one text")
     return Runs(pipe, name, list(prompts), list(steps), layers, call)

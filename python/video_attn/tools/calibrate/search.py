@@ -22,12 +22,13 @@ from .memory import Memory, hash_of
 
 OVER = ("worst", "mean")
 Progress = Callable[[str, int, int], None]  # what is done now, so many of so many
+CostsOf = Callable[[Sequence[Candidate], Capture, VideoTokens], CostModel]
 
 
 def search(
     captured: Sequence[Path],
     candidates: Callable[[VideoTokens], Sequence[Candidate]],
-    costs: Callable[[Sequence[Candidate], Capture, VideoTokens], CostModel],
+    costs: CostsOf,
     *,
     budget: float = 0.1,
     per: str = "head",
