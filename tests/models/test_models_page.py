@@ -48,8 +48,7 @@ def test_python_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_row_of_the_table_has_a_test() -> None:
     """The tests that the page speaks of are there."""
     folder = ROOT / "tests" / "models"
-    names = ("test_pipelines.py", "test_pipelines_torch.py")
-    tests = "".join((folder / name).read_text(encoding="utf-8") for name in names)
+    tests = "".join(path.read_text(encoding="utf-8") for path in folder.glob("test_pipelines*.py"))
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     table = page.split("## What may be done to a pipeline")[1].split("## diffusers' own")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
