@@ -226,8 +226,7 @@ def test_two_pipelines_at_once() -> None:
     assert np.array_equal(latents(pipes[1]), alone[1])
 
 
-@pytest.mark.parametrize("what, expected_graphs", [("blocks", 2), ("transformer", 1)])
-def test_compile(pipe: CogVideoXPipeline, what: str, expected_graphs: int) -> None:
+def test_compiled_blocks(pipe: CogVideoXPipeline) -> None:
     """No graph break, and one graph for dense and sparse steps and all layers.
 
     The first block gets a strided view where the others get a whole tensor, hence two.
@@ -236,18 +235,13 @@ def test_compile(pipe: CogVideoXPipeline, what: str, expected_graphs: int) -> No
     torch.compiler.reset()
     with apply(pipe, Radial(RULE, BLOCK), schedule=schedule) as applied:
         eager = latents(pipe)
-        transformer = pipe.transformer
         torch._dynamo.utils.counters.clear()
-        if what == "blocks":
-            for block in transformer.transformer_blocks:
-                block.compile(backend="aot_eager", fullgraph=True)
-        else:
-            pipe.transformer = torch.compile(transformer, backend="aot_eager", fullgraph=True)
-        assert applied_to(pipe) is applied
+        for block in pipe.transformer.transformer_blocks:
+            block.compile(backend="eager", fullgraph=True)
         compiled = latents(pipe)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert error(compiled, eager) < 1e-4
-        assert graphs == expected_graphs
+        assert graphs == 2
         assert applied.sparse_calls == 2 * (STEPS - 2) * LAYERS
     torch.compiler.reset()
 
