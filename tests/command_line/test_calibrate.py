@@ -20,6 +20,7 @@ from video_attn import (
 )
 from video_attn.integrations import Schedule
 from video_attn.tools.calibrate import candidates_for
+from video_attn.tools.calibrate import costs as costs_module
 from video_attn.tools.calibrate import errors as errors_module
 from video_attn.tools.calibrate import explain as explain_module
 from video_attn.tools.calibrate.errors import dense_in_fp32
@@ -155,6 +156,22 @@ def test_windows_in_the_form_of_the_public_search(captured, tmp_path, capsys):
         torch.testing.assert_close(a, b)
     assert calibrate(captured, output, "--patterns", "vsa", "--windows", str(windows)) == 2
     assert "no window of (6, 8, 8) tiles" in capsys.readouterr().err
+
+
+def test_costs_are_measured_with_the_captures_and_read_again(
+    captured, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(costs_module, "GRIDS_CPU", ((2, 4, 4), (4, 4, 4)))
+    costs, output = tmp_path / "costs.json", tmp_path / "schedule.json"
+    words = ["calibrate", "--captured", str(captured), "--output", str(output), "--patterns", "sta"]
+    predicted = []
+    for option in ("--measure-costs", "--costs"):
+        assert cli.main([*words, *COMMAND, option, str(costs)]) == 0
+        predicted.append(json.loads(output.read_text())["about"]["predicted_seconds"])
+    assert predicted[0] == predicted[1] > 0
+    costs.write_text(costs.read_text().replace('"head_dim": 32', '"head_dim": 64'))
+    assert cli.main([*words, *COMMAND, "--costs", str(costs)]) == 2
+    assert "measured for head_dim 64, not 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("per", ["layer", "sum"])

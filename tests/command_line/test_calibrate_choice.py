@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from video_attn import (
     VideoTokens,
 )
+from video_attn.tools import UsageError
 from video_attn.tools.calibrate import Chooser, CostModel, Prices, candidates_for, measure_costs
 from video_attn.tools.calibrate import errors as errors_module
 from video_attn.tools.calibrate.costs import count_pairs, fit
@@ -220,5 +221,8 @@ def test_costs_are_measured_kept_and_read(tmp_path):
     one, two = (model.seconds(candidates[1], TOKENS, heads) for heads in (1, 2))
     assert two - one == pytest.approx(model.head_seconds(candidates[1], TOKENS))
     other = candidates_for(TOKENS, ["vsa"], **OPTIONS)[1]
-    with pytest.raises(Exception, match="vsa 2x2x2, native"):
+    with pytest.raises(UsageError, match="vsa 2x2x2, native"):
         model.seconds(other, TOKENS, 1)
+    model.check(16, torch.float32, None)
+    with pytest.raises(UsageError, match="for head_dim 16, not 64; backend None, not triton"):
+        model.check(64, torch.float32, "triton")

@@ -143,10 +143,10 @@ def _costs(
     def model(chosen: Sequence[Candidate], capture: Capture, tokens: VideoTokens) -> CostModel:
         if objective == "density":
             return count_pairs(chosen, capture.q.shape[3])
-        if isinstance(costs, CostModel):
-            return costs
         if costs is not None:
-            return CostModel.load(Path(costs))
+            known = costs if isinstance(costs, CostModel) else CostModel.load(Path(costs))
+            known.check(capture.q.shape[3], capture.q.dtype, backend)
+            return known
         return measure_costs(
             chosen, device=device, head_dim=capture.q.shape[3], dtype=capture.q.dtype,
             backend=backend, grids=[tokens.grid] if device.type == "cuda" else None,

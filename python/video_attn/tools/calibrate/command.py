@@ -81,20 +81,18 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    costs: CostModel | Path | None = args.costs
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("captures", total=None)
-        if args.measure_costs is not None:
-            costs = _measure(args, bar)
+        if args.measure_costs is not None and args.pipe is None and args.captured is None:
+            _measure(args, bar).save(args.measure_costs)
             print(f"costs: {args.measure_costs}")
-            if args.pipe is None and args.captured is None:
-                return 0
+            return 0
         try:
             found = calibrate(
                 args.pipe, _prompts(args), captured=_folders(args), steps=args.steps or (0,),
                 layers=args.layers, call=_call(args), patterns=args.patterns,
                 precisions=args.precisions, budget=args.budget, per=args.per, over=args.over,
-                objective=args.objective, costs=costs, num_steps=args.num_steps,
+                objective=args.objective, costs=args.costs, num_steps=args.num_steps,
                 sta_tile=as_triple(args.sta_tile, "--sta-tile"),
                 vsa_tile=as_triple(args.vsa_tile, "--vsa-tile"), block_size=args.block_size,
                 check_latents=args.check_latents, output=args.output, device=args.device,
@@ -150,37 +148,30 @@ def _call(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(args: argparse.Namespace, bar: Any) -> CostModel:
-    """The costs of all kinds and precisions that are asked for, at the size of the captures."""
+    """The costs of all kinds and precisions that are asked for, in heads of 128 channels."""
     import torch
 
     from ...functional.video_tokens import VideoTokens
-    from ..capture import find_captures, load_capture
     from .candidates import candidates_for
-    from .search import tokens_of
 
     device = chosen_device(args.device)
-    tokens, head_dim, dtype, grids = VideoTokens((18, 48, 48)), 128, torch.bfloat16, None
-    if args.captured is not None and args.pipe is None:
-        path = find_captures(args.captured[0])[0]
-        capture = load_capture(path).as_bhsd()
-        tokens, head_dim, dtype = tokens_of(capture, path), capture.q.shape[3], capture.q.dtype
-        grids = [tokens.grid] if device.type == "cuda" else None
-    elif device.type == "cpu":
-        dtype = torch.float32
     candidates = candidates_for(
-        tokens, args.patterns, args.precisions, sta_tile=as_triple(args.sta_tile, "--sta-tile"),
+        VideoTokens((18, 48, 48)), args.patterns, args.precisions,
+        sta_tile=as_triple(args.sta_tile, "--sta-tile"),
         vsa_tile=as_triple(args.vsa_tile, "--vsa-tile"), block_size=args.block_size,
     )  # fmt: skip
-    model = measure_costs(
-        candidates, device=device, head_dim=head_dim, dtype=dtype, backend=args.backend,
-        grids=grids, progress=lambda text: bar.log(f"timing {text}"),
+    return measure_costs(
+        candidates, device=device, head_dim=128, backend=args.backend,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        progress=lambda text: bar.log(f"timing {text}"),
     )  # fmt: skip
-    model.save(args.measure_costs)
-    return model
 
 
 def _write(args: argparse.Namespace, found: Calibration) -> None:
     print(f"schedule: {args.output}")
+    if args.measure_costs is not None:
+        found.costs.save(args.measure_costs)
+        print(f"costs: {args.measure_costs}")
     if args.windows is not None:
         found.save_windows(args.windows)
         print(f"windows: {args.windows}")

@@ -49,7 +49,8 @@ class CostModel(BaseModel):
     """The costs of one machine.
 
     Args:
-        machine: its name. head_dim, dtype, grids: what was measured.
+        machine: its name. head_dim, dtype, grids, backend: what was measured; backend None: the
+            best of the machine for each.
         costs: by :attr:`Candidate.kind` and precision, as "sta 6x8x8, native".
         per_parted_token: seconds for each token of each head of a layer whose heads part ways.
     """
@@ -59,6 +60,7 @@ class CostModel(BaseModel):
     head_dim: int
     dtype: str
     costs: dict[str, Cost]
+    backend: str | None = None
     per_parted_token: float = Field(default=0.0, ge=0)
     grids: list[Triple] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -100,6 +102,22 @@ class CostModel(BaseModel):
                 "with --measure-costs"
             )
         return self.costs[key]
+
+    def check(self, head_dim: int, dtype: torch.dtype, backend: str | None) -> None:
+        """Raises UsageError where something else was measured than what is to be predicted."""
+        asked = {
+            "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch."), "backend": backend,
+        }  # fmt: skip
+        differ = [
+            f"{name} {getattr(self, name)}, not {value}"
+            for name, value in asked.items()
+            if getattr(self, name) != value
+        ]
+        if differ and not self.is_count:
+            raise UsageError(
+                f"the costs were measured for {'; '.join(differ)}: measure them again, with "
+                "--measure-costs"
+            )
 
     def save(self, path: Path) -> None:
         """Writes the model as JSON."""
@@ -172,7 +190,8 @@ def measure_costs(
     together, apart = (time(p, tokens, count, "native") for p in _apart(count))
     return CostModel(
         machine=device_info(device).name, head_dim=head_dim,
-        dtype=str(dtype).removeprefix("torch."), costs=costs, grids=grids, versions=versions(),
+        dtype=str(dtype).removeprefix("torch."), backend=backend, costs=costs, grids=grids,
+        versions=versions(),
         per_parted_token=max(0.0, apart - together) / (count * tokens.sequence_length),
     )  # fmt: skip
 
