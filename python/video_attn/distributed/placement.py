@@ -58,6 +58,11 @@ class Placement:
         """Some token is held by more than one rank."""
         return self.source_lengths != self.lengths
 
+    @property
+    def has_holes(self) -> bool:
+        """Some slot is nobody's."""
+        return self.length > sum(self.source_lengths)
+
     def is_in_order(self) -> bool:
         """What all ranks send, one after another, lies as the slots do."""
         kept = self._on_device  # type: ignore[attr-defined]
@@ -66,16 +71,26 @@ class Placement:
             kept["in order"] = torch.equal(slots, torch.arange(self.length))
         return kept["in order"]
 
-    def holes(self, device: torch.device) -> Tensor | None:
-        """int64: the slots that are nobody's; None: there are none."""
+    def arrivals(self, device: torch.device) -> Tensor:
+        """int64 [length]: for every slot its row in what all ranks send, one after another; for a
+        slot that is nobody's the row after the last.
+        """
         kept = self._on_device  # type: ignore[attr-defined]
-        if ("holes", device) not in kept:
-            taken = torch.zeros(self.length, dtype=torch.bool)
-            for own in self.slots:
-                taken[own] = True
-            holes = (~taken).nonzero().flatten()
-            kept["holes", device] = holes.to(device) if holes.numel() else None
-        return kept["holes", device]
+        if ("arrivals", device) not in kept:
+            slots = torch.cat([self.source_slots(r) for r in range(len(self.slots))])
+            rows = torch.full((self.length,), slots.numel())
+            rows[slots] = torch.arange(slots.numel())
+            kept["arrivals", device] = rows.to(device)
+        return kept["arrivals", device]
+
+    def all_slots(self, name: str, device: torch.device) -> Tensor | slice:
+        """``slots`` or ``source_slots`` of all ranks one after another, as a slice if they are."""
+        kept = self._on_device  # type: ignore[attr-defined]
+        if ("all", name, device) not in kept:
+            ranks = range(len(self.slots))
+            own = [self.slots[r] if name == "slots" else self.source_slots(r) for r in ranks]
+            kept["all", name, device] = as_slice(torch.cat(own), device)
+        return kept["all", name, device]
 
     def on_device(self, rank: int, name: str, device: torch.device) -> Tensor | slice:
         """``slots``, ``sources`` or ``source_slots`` of a rank, as a slice where they are one."""

@@ -11,20 +11,21 @@ another, or none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from .placement import Placement, take
+from .placement import Placement
 from .team import Pending, Team, Traffic, current_traffic, start_messages
-from .words import as_words, gather, scatter
+from .words import gather, scatter
 
 Heads = tuple[int, int]  # first, past the last
 MAX_CHUNKS = 4
-CHUNK_BYTES = 16 * 2**20  # a chunk that brings less than this from the others is not worth a launch
+CHUNK_BYTES = 96 * 2**20  # what takes 0.2 ms on NVLink: a chunk costs the host as much
 
 
 def number_of_chunks(received: int) -> int:
@@ -86,12 +87,58 @@ def chunk_shares(shares: Sequence[HeadShare], chunks: int, group: int) -> list[l
 
 @dataclass
 class Travelling:
-    """A started swap: what came from each rank [tokens, B, channels], and what was given to it."""
+    """A started swap: its messages to and from each rank, those of this rank for itself among them.
 
+    Args:
+        arrived: [tokens of all ranks, B, channels of this rank's heads], one rank after another, or
+            flat where it holds heads of all ranks.
+        channels: of each tensor.
+    """
+
+    channels: list[int]
     pending: Pending
-    given: Sequence[Tensor]
+    sends: list[Tensor]
     parts: list[Tensor]
-    whole: Tensor | None = None  # all parts, if they lie one after another in the order of slots
+    arrived: Tensor
+
+    def wait(self, me: int) -> None:
+        self.pending.wait()
+        self.parts[me].copy_(self.sends[me])
+        self.sends = []
+
+
+@dataclass(frozen=True)
+class Run:
+    """Ranks one after another that get equally many heads, at equal distances: one copy for all."""
+
+    ranks: slice
+    first: int
+    heads: int
+    step: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their heads of ``x`` [B, H, S, D], seen as [S, ranks, B, heads, D]."""
+        last = self.first + (self.ranks.stop - self.ranks.start - 1) * self.step + self.heads
+        windows = x[:, self.first : last].unfold(1, self.heads, self.step)
+        return windows.permute(2, 1, 0, 4, 3)
+
+
+@lru_cache(maxsize=256)
+def runs_of(heads: tuple[Heads, ...]) -> tuple[Run, ...]:
+    """The ranks in as few runs as there are; ranks without heads are in none."""
+    runs: list[Run] = []
+    for rank, (first, last) in enumerate(heads):
+        if first == last:
+            continue
+        if runs and runs[-1].ranks.stop == rank and runs[-1].heads == last - first:
+            run = runs[-1]
+            distance = first - heads[rank - 1][0]
+            is_second = run.ranks.stop - run.ranks.start == 1
+            if distance > 0 and (is_second or distance == run.step):
+                runs[-1] = Run(slice(run.ranks.start, rank + 1), run.first, run.heads, distance)
+                continue
+        runs.append(Run(slice(rank, rank + 1), first, last - first, 1))
+    return tuple(runs)
 
 
 @dataclass(frozen=True)
@@ -126,9 +173,6 @@ class Swap:
     def _lengths(self) -> list[int]:
         return self.placement.lengths if self.copies else self.placement.source_lengths
 
-    def _slots(self, rank: int, device: torch.device) -> Tensor | slice:
-        return self.placement.on_device(rank, "slots" if self.copies else "source_slots", device)
-
     def _sources(self, device: torch.device) -> Tensor | slice:
         """The tokens of this rank that take part."""
         if self.copies:
@@ -140,10 +184,10 @@ class Swap:
         return [heads[rank][1] - heads[rank][0] for heads in self.heads]
 
     def _messages(
-        self, like: Sequence[Tensor], lengths: Sequence[int], mine: bool
+        self, like: Sequence[Tensor], lengths: Sequence[int], mine: bool, more: int = 0
     ) -> tuple[Tensor, list[Tensor]]:
         """(memory, in it a message for each rank [tokens, B, channels of its heads], or, with
-        ``mine``, of this rank's).
+        ``mine``, of this rank's). ``more``: rows that the memory has at its end beside them.
         """
         me, x = self.team.rank, like[0]
         widths = [
@@ -151,115 +195,108 @@ class Swap:
             for p in range(self.team.size)
         ]
         sizes = [n * x.shape[0] * w for n, w in zip(lengths, widths, strict=True)]
+        sizes.append(more * x.shape[0] * widths[me])
         flat = torch.empty(sum(sizes), dtype=x.dtype, device=x.device)
         return flat, [
             part.view(n, x.shape[0], w)
-            for part, n, w in zip(flat.split(sizes), lengths, widths, strict=True)
+            for part, n, w in zip(flat.split(sizes), lengths, widths, strict=False)
         ]
+
+    def _blocks(
+        self, flat: Tensor, like: Sequence[Tensor], tokens: int
+    ) -> Iterator[tuple[int, Run, Tensor]]:
+        """(tensor, run, its places [tokens, ranks, B, heads, D]) in messages of ``tokens`` rows to
+        or from all ranks: ``flat`` as :meth:`_messages` makes it.
+        """
+        batch, channels = like[0].shape[0], [x.shape[3] for x in like]
+        if tokens == 0:
+            return
+        widths = [
+            sum(n * d for n, d in zip(self._counts(p), channels, strict=True))
+            for p in range(self.team.size)
+        ]
+        starts = list(accumulate((tokens * batch * width for width in widths), initial=0))
+        for i, heads in enumerate(self.heads):
+            for run in (part for whole in runs_of(heads) for part in self._alike(whole)):
+                start, stop = run.ranks.start, run.ranks.stop
+                counts = self._counts(start)[:i]
+                before = sum(n * d for n, d in zip(counts, channels[:i], strict=True))
+                rows = flat[starts[start] : starts[stop]].view(stop - start, tokens, batch, -1)
+                rows = rows.narrow(3, before, run.heads * channels[i])
+                yield i, run, rows.unflatten(3, (run.heads, -1)).transpose(0, 1)
+
+    def _alike(self, run: Run) -> Iterator[Run]:
+        """The run in parts whose ranks have equally many heads of every tensor."""
+        start = run.ranks.start
+        for p in range(run.ranks.start + 1, run.ranks.stop + 1):
+            if p == run.ranks.stop or self._counts(p) != self._counts(start):
+                first = run.first + (start - run.ranks.start) * run.step
+                yield Run(slice(start, p), first, run.heads, run.step)
+                start = p
 
     # -- tokens -> heads ---------------------------------------------------------------------------
 
     def start_to_heads(self, xs: Sequence[Tensor]) -> Travelling:
         """Sends the parts [B, H, held, D] of this rank; all have one dtype."""
-        me, lengths = self.team.rank, self._lengths()
-        in_place = self.placement.is_in_order() and not (self.copies and self.placement.has_copies)
-        _, sends = self._messages(
-            xs, [0 if p == me else lengths[me] for p in range(self.team.size)], mine=False
-        )
-        flat, parts = self._messages(
-            xs, [n if in_place or p != me else 0 for p, n in enumerate(lengths)], mine=True
-        )
-        for p, part in enumerate(sends):
-            if p != me:
-                self._pack(part, xs, p)
-        pending = start_messages(sends, parts, self.team, self.label, self.traffic)
-        if not in_place:
-            return Travelling(pending, xs, parts)
-        self._pack(parts[me], xs, me)
-        return Travelling(pending, xs, parts, flat.view(sum(lengths), *parts[me].shape[1:]))
-
-    def _pack(self, rows: Tensor, xs: Sequence[Tensor], rank: int) -> None:
+        me, lengths, size = self.team.rank, self._lengths(), self.team.size
+        flat, sends = self._messages(xs, [lengths[me]] * size, mine=False)
         sources = self._sources(xs[0].device)
-        targets = _columns(rows, self._counts(rank), [x.shape[3] for x in xs])
-        for target, x, heads in zip(targets, xs, self.heads, strict=True):
-            first, last = heads[rank]
-            gather(target, x[:, first:last].permute(2, 0, 1, 3), sources, 0)
+        for i, run, target in self._blocks(flat, xs, lengths[me]):
+            gather(target, run.of(xs[i]), sources, 0)
+        # One row more, of zeros, is what goes to the slots that are nobody's.
+        arrived, parts = self._messages(xs, lengths, mine=True, more=1)
+        pending = start_messages(sends, parts, self.team, self.label, self.traffic)
+        arrived = arrived.view(sum(lengths) + 1, *parts[me].shape[1:])
+        return Travelling([x.shape[3] for x in xs], pending, sends, parts, arrived)
 
     def finish_to_heads(self, travelling: Travelling) -> list[Tensor]:
         """[B, heads of this rank, slots, D] of each tensor; slots that are nobody's are 0."""
-        travelling.pending.wait()
-        channels = [x.shape[3] for x in travelling.given]
-        whole = travelling.whole
-        if whole is None:
-            whole = self._in_order_of_slots(travelling)
-        parts = _columns(whole, self._counts(self.team.rank), channels)
-        return [part.permute(1, 2, 0, 3) for part in parts]
-
-    def _in_order_of_slots(self, travelling: Travelling) -> Tensor:
-        placement, me = self.placement, self.team.rank
-        like, device = travelling.parts[me], travelling.parts[me].device
-        shape = (placement.length, *like.shape[1:])
+        me, placement = self.team.rank, self.placement
+        travelling.wait(me)
+        whole, device = travelling.arrived, travelling.arrived.device
         if self.copies and placement.has_copies:
-            parts = list(travelling.parts)
-            parts[me] = like.new_empty(self._lengths()[me], *like.shape[1:])
-            self._pack(parts[me], travelling.given, me)
-            whole = like.new_zeros(shape)
-            for p, part in enumerate(parts):
-                whole[self._slots(p, device)] += part
-            return whole
-        whole = like.new_empty(shape)
-        holes = placement.holes(device)
-        if holes is not None:
-            as_words(whole)[0].index_fill_(0, holes, 0)
-        for p, part in enumerate(travelling.parts):
-            if p != me:
-                scatter(whole, part, self._slots(p, device), 0)
-        channels = [x.shape[3] for x in travelling.given]
-        own, sources = _columns(whole, self._counts(me), channels), self._sources(device)
-        for target, x, heads in zip(own, travelling.given, self.heads, strict=True):
-            mine = take(x[:, slice(*heads[me])].permute(2, 0, 1, 3), sources, 0)
-            scatter(target, mine, self._slots(me, device), 0)
-        return whole
+            whole = whole.new_zeros(placement.length, *whole.shape[1:])
+            for p, part in enumerate(travelling.parts):
+                whole[placement.on_device(p, "slots", device)] += part
+        elif placement.is_in_order():
+            whole = whole[:-1]
+        else:
+            if placement.has_holes:
+                whole[-1].zero_()
+            rows, target = whole, whole.new_empty(placement.length, *whole.shape[1:])
+            gather(target, rows, placement.arrivals(device), 0)
+            whole = target
+        parts = _columns(whole, self._counts(me), travelling.channels)
+        return [part.permute(1, 2, 0, 3) for part in parts]
 
     # -- heads -> tokens ---------------------------------------------------------------------------
 
     def start_to_tokens(self, ys: Sequence[Tensor]) -> Travelling:
         """Sends [B, heads of this rank, slots, D] of each tensor back to who holds the tokens."""
         me, lengths, device = self.team.rank, self._lengths(), ys[0].device
-        _, sends = self._messages(
-            ys, [0 if p == me else n for p, n in enumerate(lengths)], mine=True
-        )
-        _, parts = self._messages(
-            ys, [0 if p == me else lengths[me] for p in range(self.team.size)], mine=False
-        )
+        flat, sends = self._messages(ys, lengths, mine=True)
+        rows = flat.view(sum(lengths), *sends[me].shape[1:])
+        slots = self.placement.all_slots("slots" if self.copies else "source_slots", device)
         channels = [y.shape[3] for y in ys]
-        for p, rows in enumerate(sends):
-            if p != me:
-                targets = _columns(rows, self._counts(me), channels)
-                for target, y in zip(targets, ys, strict=True):
-                    gather(target, y.permute(2, 0, 1, 3), self._slots(p, device), 0)
+        for target, y in zip(_columns(rows, self._counts(me), channels), ys, strict=True):
+            gather(target, y.permute(2, 0, 1, 3), slots, 0)
+        arrived, parts = self._messages(ys, [lengths[me]] * self.team.size, mine=False)
         pending = start_messages(sends, parts, self.team, self.label, self.traffic)
-        return Travelling(pending, ys, parts)
+        return Travelling(channels, pending, sends, parts, arrived)
 
     def finish_to_tokens(self, travelling: Travelling, into: Sequence[Tensor], adds: bool) -> None:
         """Writes what arrived into tensors [B, H, held, D]; ``adds`` where heads come twice."""
-        travelling.pending.wait()
-        me, device = self.team.rank, into[0].device
-        sources, channels = self._sources(device), [x.shape[3] for x in into]
-        for p, part in enumerate(travelling.parts):
-            if p == me:
-                slots = self._slots(me, device)
-                pieces = [take(y.permute(2, 0, 1, 3), slots, 0) for y in travelling.given]
-            else:
-                pieces = _columns(part, self._counts(p), channels)
-            for x, heads, piece in zip(into, self.heads, pieces, strict=True):
-                if piece.numel() == 0:
-                    continue
-                target = x[:, slice(*heads[p])].permute(2, 0, 1, 3)
-                if adds:
-                    target[sources] += piece
-                else:
-                    scatter(target, piece, sources, 0)
+        me = self.team.rank
+        travelling.wait(me)
+        sources = self._sources(into[0].device)
+        for i, run, rows in self._blocks(travelling.arrived, into, self._lengths()[me]):
+            if not adds:
+                scatter(run.of(into[i]), rows, sources, 0)
+                continue
+            for r in range(rows.shape[1]):  # windows of heads may overlap
+                first = run.first + r * run.step
+                target = into[i][:, first : first + run.heads].permute(2, 0, 1, 3)
+                target[sources] += rows[:, r]
 
 
 def _columns(rows: Tensor, counts: Sequence[int], channels: Sequence[int]) -> list[Tensor]:
