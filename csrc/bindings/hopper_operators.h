@@ -40,8 +40,7 @@ inline constexpr BlockSizes kFineBlocks{64, 64, false};
 template <class Params>
 struct Kernel {
   const char* name;
-  size_t (*workspace)(const Params&);
-  cudaError_t (*launch)(const Params&, void* workspace, cudaStream_t);
+  cudaError_t (*launch)(const Params&, const Allocate&, cudaStream_t);
   BlockSizes blocks;
 };
 
@@ -191,6 +190,7 @@ Problem make_problem(const Kernel<Params>& kernel, const Call& call, const MaskA
                      double scale) {
   STD_TORCH_CHECK((mask.q_block_size == 0) == (mask.kv_block_size == 0),
                   "q_block_size and kv_block_size are both 0, for dense attention, or neither");
+  STD_TORCH_CHECK(scale >= 0.0, "scale is ", scale, ", allowed: 0 and more");
   return {static_cast<int32_t>(call.batch),
           static_cast<int32_t>(call.heads),
           static_cast<int32_t>(call.kv_heads),
@@ -204,10 +204,13 @@ Problem make_problem(const Kernel<Params>& kernel, const Call& call, const MaskA
 template <class Context, class Params>
 void run(const Kernel<Params>& kernel, const Params& params, const Tensor& q) {
   const Context context(kernel.name, q);
-  const int64_t bytes = static_cast<int64_t>(kernel.workspace(params));
   // Freed with this call: torch's allocator gives it only to later work of the same stream.
-  const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
-  const cudaError_t error = kernel.launch(params, workspace.data_ptr(), context.stream);
+  std::optional<Tensor> memory;
+  const auto allocate = [&](size_t bytes) {
+    memory = torch::stable::new_empty(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    return memory->data_ptr();
+  };
+  const cudaError_t error = kernel.launch(params, allocate, context.stream);
   STD_TORCH_CHECK(error == cudaSuccess, kernel.name, ": CUDA error ", static_cast<int>(error), ", ",
                   Context::describe(error));
 }

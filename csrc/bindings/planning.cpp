@@ -41,7 +41,7 @@ py::dict forward_plan(const std::string& grain, int32_t batch, int32_t heads, in
   problem.batch = batch;
   problem.heads = heads;
   problem.head_dim = head_dim;
-  problem.q_side = {length, block_size, {nullptr, 0}};
+  problem.q_side = problem.kv_side = {length, block_size, {nullptr, 0}};
   const ForwardPlan plan = plan_forward(grain_of(grain), problem, multiprocessors);
   py::dict result;
   result["channels"] = plan.config.head_dim;
@@ -52,6 +52,7 @@ py::dict forward_plan(const std::string& grain, int32_t batch, int32_t heads, in
   result["shared_bytes"] = plan.config.shared_bytes();
   result["tiles"] = plan.tiles;
   result["blocks"] = plan.blocks;
+  result["draws_dense_tiles"] = plan.draws_dense_tiles;
   return result;
 }
 

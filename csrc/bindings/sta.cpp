@@ -4,10 +4,9 @@
 namespace video_attn::hopper {
 namespace {
 
-constexpr Kernel<ForwardParams> kForward{"hopper_coarse_forward", coarse_forward_workspace,
-                                         coarse_forward, kCoarseBlocks};
-constexpr Kernel<BackwardParams> kBackward{"hopper_coarse_backward", coarse_backward_workspace,
-                                           coarse_backward, kCoarseBlocks};
+constexpr Kernel<ForwardParams> kForward{"hopper_coarse_forward", coarse_forward, kCoarseBlocks};
+constexpr Kernel<BackwardParams> kBackward{"hopper_coarse_backward", coarse_backward,
+                                           kCoarseBlocks};
 
 }  // namespace
 }  // namespace video_attn::hopper

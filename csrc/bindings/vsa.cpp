@@ -4,10 +4,8 @@
 namespace video_attn::hopper {
 namespace {
 
-constexpr Kernel<ForwardParams> kForward{"hopper_fine_forward", fine_forward_workspace,
-                                         fine_forward, kFineBlocks};
-constexpr Kernel<BackwardParams> kBackward{"hopper_fine_backward", fine_backward_workspace,
-                                           fine_backward, kFineBlocks};
+constexpr Kernel<ForwardParams> kForward{"hopper_fine_forward", fine_forward, kFineBlocks};
+constexpr Kernel<BackwardParams> kBackward{"hopper_fine_backward", fine_backward, kFineBlocks};
 
 }  // namespace
 }  // namespace video_attn::hopper

@@ -41,6 +41,16 @@ VIDEO_ATTN_DEVICE void threads_arrive(int32_t barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
+// Blocks of threads in a cluster, and the barrier of all their threads, which also makes earlier
+// writes to memory visible to them.
+constexpr int32_t kClusterBlocks = 8;
+VIDEO_ATTN_DEVICE void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
 // Registers of a thread from here on, by a whole warpgroup: more, or fewer.
 template <int kRegisters>
 VIDEO_ATTN_DEVICE void take_registers() {

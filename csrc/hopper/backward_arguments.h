@@ -4,11 +4,10 @@
 #include "hopper/backward_fused.h"
 #include "hopper/backward_order.h"
 #include "hopper/backward_prepare.h"
+#include "hopper/layout.h"
 #include "hopper/tensor_map.h"
 
 namespace video_attn::hopper {
-
-inline size_t align_bytes(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 inline bool shares_lists(const Side& side) { return side.block_size % (2 * kUnit) == 0; }
 
@@ -18,50 +17,37 @@ inline bool is_fused(const BackwardParams& params) {
          shares_lists(params.problem.kv_side);
 }
 
-// Where the parts of the workspace begin, in bytes.
-struct BackwardWorkspace {
-  size_t statistics, key_order, query_order, dq_sums, bytes;
-};
-
-inline BackwardWorkspace lay_out_workspace(const BackwardParams& params, bool fused) {
-  const Problem& problem = params.problem;
-  const size_t q_units =
-      static_cast<size_t>(problem.batch) * problem.heads * units_of(problem.q_side.length);
-  const size_t kv_units =
-      static_cast<size_t>(problem.batch) * problem.kv_heads * units_of(problem.kv_side.length);
-  BackwardWorkspace workspace{};
-  size_t end = 0;
-  const auto take = [&](size_t bytes) {
-    const size_t start = end;
-    end += align_bytes(bytes);
-    return start;
-  };
-  workspace.statistics = take(q_units * (2 * kUnit * sizeof(float)));
-  workspace.key_order = take(kv_units * sizeof(int32_t));
-  workspace.query_order = take(q_units * sizeof(int32_t));
-  workspace.dq_sums = take(fused ? q_units * (kSumsOfUnit * sizeof(float)) : 0);
-  workspace.bytes = end;
-  return workspace;
+// Units of 64 queries, or keys, of all heads and batches.
+inline int64_t query_units(const Problem& problem) {
+  return static_cast<int64_t>(units_of(problem.q_side.length)) * problem.heads * problem.batch;
+}
+inline int64_t key_units(const Problem& problem) {
+  return static_cast<int64_t>(units_of(problem.kv_side.length)) * problem.kv_heads * problem.batch;
 }
 
-// The pointers into a workspace that the kernels share.
+// Device memory that the kernels share.
 struct BackwardBuffers {
   float* statistics;
   int32_t *key_order, *query_order;
   float* dq_sums;
-
-  BackwardBuffers(void* base, const BackwardWorkspace& workspace)
-      : statistics(at<float>(base, workspace.statistics)),
-        key_order(at<int32_t>(base, workspace.key_order)),
-        query_order(at<int32_t>(base, workspace.query_order)),
-        dq_sums(at<float>(base, workspace.dq_sums)) {}
-
- private:
-  template <typename T>
-  static T* at(void* base, size_t offset) {
-    return reinterpret_cast<T*>(static_cast<char*>(base) + offset);
-  }
+  size_t dq_sums_bytes;
 };
+
+// Lays the buffers out from `base` on, which may be null, and returns their size.
+inline size_t place_buffers(BackwardBuffers& buffers, const BackwardParams& params, bool fused,
+                            void* base) {
+  const Problem& problem = params.problem;
+  const int64_t q_units = query_units(problem), kv_units = key_units(problem);
+  const bool listed = params.lists.counts != nullptr;
+  Layout layout{base};
+  layout.place(buffers.statistics, q_units * 2 * kUnit);
+  layout.place(buffers.key_order, listed ? kv_units : 0);
+  layout.place(buffers.query_order, listed ? q_units : 0);
+  const size_t before = layout.bytes;
+  layout.place(buffers.dq_sums, fused ? q_units * kSumsOfUnit : 0);
+  buffers.dq_sums_bytes = layout.bytes - before;
+  return layout.bytes;
+}
 
 inline PrepareGlobals prepare_globals(const BackwardParams& params, float* statistics) {
   const Problem& problem = params.problem;
@@ -154,20 +140,6 @@ inline cudaError_t finish_globals(const BackwardParams& params, float* dq_sums,
   globals->units = units_of(problem.q_side.length);
   globals->scale = problem.scale;
   return make_tensor_map(&globals->dq, params.dq, extents, problem.element, kUnit);
-}
-
-inline int64_t blocks_of(const BackwardParams& params, const FinishGlobals& globals) {
-  return static_cast<int64_t>(globals.units) * globals.heads * params.problem.batch * 2;
-}
-inline int64_t blocks_of(const BackwardParams&, const OrderGlobals& globals) {
-  const int64_t chunks = (globals.items + kOrderThreads - 1) / kOrderThreads;
-  return chunks * globals.heads * globals.batches;
-}
-inline int64_t blocks_of(const BackwardParams& params, const PrepareGlobals& globals) {
-  return static_cast<int64_t>(globals.units) * globals.heads * params.problem.batch;
-}
-inline int64_t blocks_of(const BackwardParams& params, const BackwardGlobals& globals) {
-  return static_cast<int64_t>(globals.tiles) * globals.kept_heads * params.problem.batch;
 }
 
 }  // namespace video_attn::hopper

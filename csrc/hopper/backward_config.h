@@ -159,13 +159,6 @@ struct BackwardGlobals {
   float scale, scale_log2;
 };
 
-// Valid tokens of a block, whatever its lens says about tokens past the end.
-__host__ __device__ inline int32_t valid_tokens(const Side& side, int32_t batch, int32_t block) {
-  const int32_t* lens =
-      side.lens.data == nullptr ? nullptr : side.lens.data + batch * side.lens.batch_stride;
-  return valid_tokens(block, side.block_size, side.length, lens);
-}
-
 __host__ __device__ constexpr int32_t units_of(int32_t length) { return divide_up(length, kUnit); }
 
 }  // namespace video_attn::hopper

@@ -1,14 +1,11 @@
-// The order in which the blocks of threads of a walk run: the longest lists of a head first, so
-// that no long one is left for the end, and neighbours in length side by side in a block of
-// threads. The results do not depend on it.
+// The order in which the blocks of threads of a walk run: the longest lists of a head first, and
+// neighbours in length side by side in a block of threads. The results do not depend on it.
 #pragma once
 
 #include "hopper/backward_config.h"
-#include "hopper/primitives.h"
+#include "hopper/heaviest_first.h"
 
 namespace video_attn::hopper {
-
-constexpr int kOrderThreads = 256;
 
 struct OrderGlobals {
   BlockLists lists;        // of the kept side
@@ -31,31 +28,13 @@ __device__ inline int32_t list_length(const OrderGlobals& globals, int32_t item,
   return length;
 }
 
-// One thread per item: its rank is the number of items that come before it.
-__device__ inline void run_order(const OrderGlobals& globals, int32_t* lengths) {
-  const int32_t chunks = (globals.items + kOrderThreads - 1) / kOrderThreads;
-  const int32_t row = blockIdx.x / chunks;
-  const int32_t head = row % globals.heads, batch = row / globals.heads;
-  const int32_t item = blockIdx.x % chunks * kOrderThreads + threadIdx.x;
-  const int32_t mine = item < globals.items ? list_length(globals, item, head, batch) : 0;
-  int32_t rank = 0;
-  for (int32_t base = 0; base < globals.items; base += kOrderThreads) {
-    const int32_t other = base + threadIdx.x;
-    __syncthreads();
-    lengths[threadIdx.x] = other < globals.items ? list_length(globals, other, head, batch) : -1;
-    __syncthreads();
-    for (int32_t i = 0; i < kOrderThreads; ++i) {
-      rank += lengths[i] > mine || (lengths[i] == mine && base + i < item);
-    }
-  }
-  if (item < globals.items) {
-    globals.order[static_cast<int64_t>(row) * globals.items + rank] = item;
-  }
-}
-
-static __global__ void __launch_bounds__(kOrderThreads)
+// One block of threads for all items of a head.
+static __global__ void __launch_bounds__(kSortThreads)
     order_lists(const __grid_constant__ OrderGlobals globals) {
-  run_order(globals, reinterpret_cast<int32_t*>(shared_memory()));
+  const int32_t head = blockIdx.x % globals.heads, batch = blockIdx.x / globals.heads;
+  heaviest_first(*reinterpret_cast<SortMemory*>(shared_memory()), globals.items,
+                 globals.order + static_cast<int64_t>(blockIdx.x) * globals.items,
+                 [&](int32_t item) { return list_length(globals, item, head, batch); });
 }
 
 }  // namespace video_attn::hopper

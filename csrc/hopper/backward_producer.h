@@ -4,6 +4,7 @@
 
 #include "hopper/backward_config.h"
 #include "hopper/backward_primitives.h"
+#include "hopper/warp_entries.h"
 
 namespace video_attn::hopper {
 
@@ -106,31 +107,16 @@ struct RingWriter {
 
   // Every tile of the list of one block of the kept side.
   __device__ void push_list(int32_t block, int32_t head, int32_t batch) {
-    const BlockLists& lists = globals.lists;
-    const bool dense = lists.counts == nullptr;
-    const int32_t block_size = globals.streamed.block_size;
-    const int32_t count =
-        dense ? (globals.streamed.length + block_size - 1) / block_size
-              : lists.counts[batch * lists.counts_batch_stride + head * lists.counts_head_stride +
-                             block * lists.counts_row_stride];
-    const int32_t* indices = lists.indices + batch * lists.indices_batch_stride +
-                             head * lists.indices_head_stride + block * lists.indices_row_stride;
+    const Side& streamed = globals.streamed;
+    const RowList list = row_list(globals.lists, streamed, batch, head, block);
+    WarpEntries entries(list, streamed, streamed.lens.of(batch));
 #pragma unroll 1
-    for (int32_t base = 0; base < count; base += 32) {
-      int32_t my_block = base + lane, my_valid = 0;
-      if (my_block < count) {
-        if (!dense) my_block = indices[my_block * lists.indices_stride];
-        my_valid = valid_tokens(globals.streamed, batch, my_block);
-      }
-      const int32_t here = min(32, count - base);
+    for (int32_t i = 0; i < list.count; ++i) {
+      const ListEntry entry = entries(i);
 #pragma unroll 1
-      for (int32_t i = 0; i < here; ++i) {
-        const int32_t start = __shfl_sync(~0u, my_block, i) * block_size;
-        const int32_t valid = __shfl_sync(~0u, my_valid, i);
-#pragma unroll 1
-        for (int32_t done = 0; done < valid; done += kUnit) {
-          push_tile(start + done, min(kUnit, valid - done), head, batch);
-        }
+      for (int32_t done = 0; done < entry.valid; done += kUnit) {
+        push_tile(entry.block * streamed.block_size + done, min(kUnit, entry.valid - done), head,
+                  batch);
       }
     }
   }

@@ -58,11 +58,16 @@ constexpr int32_t query_tiles(Grain grain, int32_t length, int32_t block_size) {
   return divide_up(length, block_size) * divide_up(block_size, kTileTokens);
 }
 
+// Dense launches of so many steps for each block of threads (0.5 to 0.9 ms) draw their tiles:
+// memory for the ticket costs a few microseconds.
+constexpr int64_t kDrawingSteps = 512;
+
 // A forward launch: blocks of threads take tiles until none is left.
 struct ForwardPlan {
   ForwardConfig config;
   int64_t tiles;   // of all batches and heads
   int32_t blocks;  // of threads
+  bool draws_dense_tiles;
 };
 
 constexpr ForwardPlan plan_forward(Grain grain, const Problem& problem, int32_t multiprocessors) {
@@ -70,7 +75,9 @@ constexpr ForwardPlan plan_forward(Grain grain, const Problem& problem, int32_t 
   const int64_t tiles = static_cast<int64_t>(problem.batch) * problem.heads *
                         query_tiles(grain, queries.length, queries.block_size);
   const int64_t blocks = tiles < multiprocessors ? tiles : multiprocessors;
-  return {forward_config(grain, problem.head_dim), tiles, static_cast<int32_t>(blocks)};
+  const int64_t steps = tiles * divide_up(problem.kv_side.length, kStepTokens);
+  return {forward_config(grain, problem.head_dim), tiles, static_cast<int32_t>(blocks),
+          tiles > blocks && steps >= kDrawingSteps * blocks};
 }
 
 }  // namespace video_attn::hopper

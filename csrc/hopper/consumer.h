@@ -26,8 +26,7 @@ class Consumer {
       : arguments_(arguments),
         shared_(shared),
         consumer_(consumer),
-        scale_(fmaxf(fabsf(arguments.shape.problem.scale), kLeastScale) * kLog2E),
-        negative_(arguments.shape.problem.scale < 0.0f),
+        scale_(fmaxf(arguments.shape.problem.scale, kLeastScale) * kLog2E),
         queue_(shared),
         order_(consumer) {
     if (consumer == kConsumers - 1) pass_turn();  // the first consumer begins
@@ -91,13 +90,12 @@ class Consumer {
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_.stage_empty(place.stage));
   }
 
-  // Scores of negative scales are turned around in the steps that take care of partial halves.
   __device__ void attend(const WorkItem& item, Softmax& softmax, Output& output) {
     Scores scores;
     Weights weights;
     const HalfCounts halves = item.halves_of(consumer_);
     const int32_t steps = halves.steps();
-    const int32_t full_steps = negative_ ? 0 : halves.full_steps();
+    const int32_t full_steps = halves.full_steps();
 
     const Place keys = order_.claim(0);
     wait_stage(keys);
@@ -166,7 +164,6 @@ class Consumer {
   }
 
   __device__ void mend_scores(Scores& scores, const Place& keys) const {
-    if (negative_) kittens::warp::mul(scores, scores, -1.0f);
     const int2 valid = shared_.stage_valid(keys.stage);
     __syncwarp();  // all lanes have read it before one releases the stage
     mask_scores(scores, valid.x, valid.y);
@@ -255,7 +252,6 @@ class Consumer {
   const SharedMemory<kConfig>& shared_;
   const int32_t consumer_;
   const float scale_;
-  const bool negative_;
   WorkQueue<kConfig> queue_;
   StageOrder<kConfig> order_;
   int32_t output_stage_ = -1;  // still in use for output; known to the first thread only

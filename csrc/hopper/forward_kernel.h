@@ -4,6 +4,8 @@
 #pragma once
 
 #include "hopper/consumer.h"
+#include "hopper/launch.h"
+#include "hopper/launch_kernel.h"
 #include "hopper/producer.h"
 #include "hopper/tensor_map.h"
 
@@ -37,21 +39,6 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   }
 }
 
-template <Grain kGrain, int32_t kHeadDim, class Element>
-cudaError_t launch_kernel(const ForwardArguments& arguments, cudaStream_t stream) {
-  constexpr int32_t kSharedBytes = forward_config(kGrain, kHeadDim).shared_bytes();
-  int device = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  const auto kernel = forward_kernel<kGrain, kHeadDim, Element>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  const ForwardPlan plan = plan_forward(kGrain, arguments.shape.problem, processors);
-  return launch_blocks(kernel, plan.blocks, kForwardThreads, kSharedBytes, stream, arguments);
-}
-
 inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArguments& arguments) {
   const Problem& problem = params.problem;
   const Extents queries{problem.batch, problem.heads, problem.q_side.length, problem.head_dim};
@@ -68,39 +55,67 @@ inline cudaError_t make_forward_maps(const ForwardParams& params, ForwardArgumen
   return status;
 }
 
-inline size_t forward_workspace(const ForwardParams& params, Grain grain) {
-  Schedule schedule = plan_shape(params, grain);
-  return needs_plan(params) ? place_schedule(schedule, nullptr) : 0;
+// The order in which tiles run: planned from the lists, or as they stand. Then every block of
+// threads has its turns; in long launches it draws tickets, so that one which started late does
+// less.
+template <Grain kGrain>
+cudaError_t make_schedule(const ForwardParams& params, const ForwardPlan& plan,
+                          const Allocate& allocate, cudaStream_t stream,
+                          ForwardArguments& arguments) {
+  Schedule& schedule = arguments.schedule;
+  schedule = plan_shape(params, kGrain);
+  if (needs_plan(params)) {
+    place_schedule(schedule, allocate(place_schedule(schedule, nullptr)));
+    const int64_t blocks = static_cast<int64_t>(schedule.batches) * schedule.heads * kClusterBlocks;
+    return launch<plan_tiles<kGrain>>(blocks, kPlanThreads, sizeof(SortMemory), stream,
+                                      arguments.shape, schedule);
+  }
+  if (!plan.draws_dense_tiles) return cudaSuccess;
+  schedule.ticket = static_cast<int32_t*>(allocate(sizeof(*schedule.ticket)));
+  return cudaMemsetAsync(schedule.ticket, 0, sizeof(*schedule.ticket), stream);
+}
+
+inline cudaError_t count_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 template <Grain kGrain, int32_t kHeadDim>
-cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardParams& params, const Allocate& allocate,
+                           cudaStream_t stream) {
+  constexpr int32_t kSharedBytes = forward_config(kGrain, kHeadDim).shared_bytes();
   ForwardArguments arguments;
   arguments.shape = {params.problem, params.lists};
-  arguments.schedule = plan_shape(params, kGrain);
   arguments.lse = params.lse;
-  cudaError_t status = make_forward_maps(params, arguments);
+  int processors = 0;
+  cudaError_t status = count_multiprocessors(&processors);
   if (status != cudaSuccess) return status;
-  if (needs_plan(params)) {
-    place_schedule(arguments.schedule, workspace);
-    status = launch_schedule<kGrain>(arguments.shape, arguments.schedule, stream);
-    if (status != cudaSuccess) return status;
-  }
+  const ForwardPlan plan = plan_forward(kGrain, params.problem, processors);
+  if (plan.tiles > INT32_MAX) return cudaErrorInvalidValue;
+  status = make_forward_maps(params, arguments);
+  if (status != cudaSuccess) return status;
+  status = make_schedule<kGrain>(params, plan, allocate, stream, arguments);
+  if (status != cudaSuccess) return status;
   return params.problem.element == Element::kFloat16
-             ? launch_kernel<kGrain, kHeadDim, kittens::half>(arguments, stream)
-             : launch_kernel<kGrain, kHeadDim, kittens::bf16>(arguments, stream);
+             ? launch<forward_kernel<kGrain, kHeadDim, kittens::half>>(
+                   plan.blocks, kForwardThreads, kSharedBytes, stream, arguments)
+             : launch<forward_kernel<kGrain, kHeadDim, kittens::bf16>>(
+                   plan.blocks, kForwardThreads, kSharedBytes, stream, arguments);
 }
 
 template <Grain kGrain>
-cudaError_t launch_forward(const ForwardParams& params, void* workspace, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardParams& params, const Allocate& allocate,
+                           cudaStream_t stream) {
   const Problem& problem = params.problem;
   const bool paired = kGrain == Grain::kFine && params.lists.counts != nullptr;
   if (paired && (problem.q_side.block_size != kUnit || problem.kv_side.block_size != kUnit)) {
     return cudaErrorInvalidValue;  // fine lists are of blocks of 64
   }
   return padded_head_dim(problem.head_dim) == 64
-             ? launch_forward<kGrain, 64>(params, workspace, stream)
-             : launch_forward<kGrain, 128>(params, workspace, stream);
+             ? launch_forward<kGrain, 64>(params, allocate, stream)
+             : launch_forward<kGrain, 128>(params, allocate, stream);
 }
 
 }  // namespace video_attn::hopper

@@ -4,21 +4,24 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
+
 #include "hopper/params.h"
 
 namespace video_attn::hopper {
 
-// Bytes of device memory, 256-aligned, that the launcher of the same name needs as workspace. They
-// depend on shapes only. The workspace comes uninitialised.
-size_t coarse_forward_workspace(const ForwardParams& params);
-size_t coarse_backward_workspace(const BackwardParams& params);
-size_t fine_forward_workspace(const ForwardParams& params);
-size_t fine_backward_workspace(const BackwardParams& params);
+// Gives bytes of device memory, uninitialised and 256-aligned. A launcher asks at most once, for
+// all that its kernels hand to each other.
+using Allocate = std::function<void*(size_t bytes)>;
 
-// Enqueue on `stream` of the current device: no host sync, no allocation, capturable in a graph.
-cudaError_t coarse_forward(const ForwardParams& params, void* workspace, cudaStream_t stream);
-cudaError_t coarse_backward(const BackwardParams& params, void* workspace, cudaStream_t stream);
-cudaError_t fine_forward(const ForwardParams& params, void* workspace, cudaStream_t stream);
-cudaError_t fine_backward(const BackwardParams& params, void* workspace, cudaStream_t stream);
+// Enqueue on `stream` of the current device: no host sync, capturable in a graph.
+cudaError_t coarse_forward(const ForwardParams& params, const Allocate& allocate,
+                           cudaStream_t stream);
+cudaError_t coarse_backward(const BackwardParams& params, const Allocate& allocate,
+                            cudaStream_t stream);
+cudaError_t fine_forward(const ForwardParams& params, const Allocate& allocate,
+                         cudaStream_t stream);
+cudaError_t fine_backward(const BackwardParams& params, const Allocate& allocate,
+                          cudaStream_t stream);
 
 }  // namespace video_attn::hopper

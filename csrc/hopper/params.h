@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/block_lists.h"
+
 namespace video_attn::hopper {
 
 enum class Element : int32_t { kFloat16, kBFloat16 };
@@ -14,29 +16,6 @@ enum class Element : int32_t { kFloat16, kBFloat16 };
 struct Tensor4 {
   void* data;
   int64_t batch_stride, head_stride, token_stride;  // in elements
-};
-
-// Valid tokens of each block, int32 [batch or 1, blocks]; data is null when all are valid.
-struct BlockLens {
-  const int32_t* data;
-  int64_t batch_stride;
-};
-
-// One side of the problem: its tokens, the blocks they are cut into, and the valid ones.
-struct Side {
-  int32_t length;
-  int32_t block_size;  // dense attention: 128
-  BlockLens lens;
-};
-
-// For each block of one side an ascending list of blocks of the other; counts is null for dense
-// attention. Broadcast dimensions have stride 0.
-struct BlockLists {
-  const int32_t* counts;   // [batch or 1, heads or 1, rows]
-  const int32_t* indices;  // [batch or 1, heads or 1, rows, longest]
-  int32_t longest;
-  int64_t counts_batch_stride, counts_head_stride, counts_row_stride;
-  int64_t indices_batch_stride, indices_head_stride, indices_row_stride, indices_stride;
 };
 
 struct Problem {

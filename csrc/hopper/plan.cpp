@@ -3,7 +3,7 @@
 namespace video_attn::hopper {
 
 RowPlan plan_row(const std::vector<int32_t>& blocks, const Side& kv_side) {
-  const auto entry = [&](int32_t position) -> KeyEntry {
+  const auto entry = [&](int32_t position) -> ListEntry {
     const int32_t block = blocks.at(position);
     return {block, valid_tokens(block, kv_side.block_size, kv_side.length, kv_side.lens.data)};
   };

@@ -1,44 +1,10 @@
 // The producer warps: walk the lists of key blocks and keep the ring of operands full.
 #pragma once
 
+#include "hopper/warp_entries.h"
 #include "hopper/work.h"
 
 namespace video_attn::hopper {
-
-// The entries of one row, read by a warp 32 at a time: a lane holds one, and the indices of the
-// next 32 are already on their way.
-class WarpEntries {
- public:
-  __device__ WarpEntries(const RowList& list, const Side& keys, const int32_t* lens)
-      : list_(list), keys_(keys), lens_(lens) {
-    following_ = index_at(threadIdx.x % 32);
-  }
-
-  // By a whole warp.
-  __device__ KeyEntry operator()(int32_t position) {
-    if (position / 32 != chunk_) load(position / 32);
-    return {__shfl_sync(~0u, block_, position % 32), __shfl_sync(~0u, valid_, position % 32)};
-  }
-
- private:
-  __device__ int32_t index_at(int32_t entry) const {
-    return entry < list_.count ? list_.block(entry) : 0;
-  }
-
-  __device__ void load(int32_t chunk) {
-    const int32_t lane = threadIdx.x % 32;
-    block_ = chunk == chunk_ + 1 ? following_ : index_at(chunk * 32 + lane);
-    valid_ = valid_tokens(block_, keys_.block_size, keys_.length, lens_);
-    following_ = index_at((chunk + 1) * 32 + lane);
-    chunk_ = chunk;
-  }
-
-  RowList list_;
-  const Side& keys_;
-  const int32_t* lens_;
-  int32_t chunk_ = -1;
-  int32_t block_ = 0, valid_ = 0, following_ = 0;
-};
 
 struct Step {
   KeyHalf halves[2];  // a missing half has no valid token and no load
@@ -111,8 +77,7 @@ class Producer {
     const Side& keys = problem.kv_side;
     const RowList list = planned_list(arguments_.shape, arguments_.schedule, item.batch, item.head,
                                       item.rows_of(list_).row);
-    StepCursor cursor(WarpEntries(list, keys, batch_lens(keys.lens, item.batch)), keys.block_size,
-                      halves);
+    StepCursor cursor(WarpEntries(list, keys, keys.lens.of(item.batch)), keys.block_size, halves);
     const int32_t kv_head = item.head / (problem.heads / problem.kv_heads);
     const auto load = [&](const CUtensorMap& map, const Step& step, int32_t round,
                           const RingPlace<kConfig.stages>& stage) {

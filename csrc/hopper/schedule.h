@@ -4,9 +4,9 @@
 // blocks of threads take the next tile as they get free.
 #pragma once
 
-#include <type_traits>
-
 #include "hopper/config.h"
+#include "hopper/heaviest_first.h"
+#include "hopper/layout.h"
 #include "hopper/params.h"
 #include "hopper/primitives.h"
 #include "hopper/step_list.h"
@@ -53,54 +53,18 @@ inline bool needs_plan(const ForwardParams& params) {
   return params.lists.counts != nullptr || params.problem.kv_side.lens.data != nullptr;
 }
 
-inline size_t list_count(const Schedule& schedule) {
-  return static_cast<size_t>(schedule.batches) * schedule.heads;
-}
-
-// Lays the schedule out from `workspace` on, which may be null, and returns its size.
-inline size_t place_schedule(Schedule& schedule, void* workspace) {
-  const size_t lists = list_count(schedule);
-  size_t bytes = 0;
-  const auto place = [&](auto*& array, size_t length) {
-    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(
-        static_cast<char*>(workspace) + bytes);
-    bytes += (length * sizeof(*array) + 255) / 256 * 256;
-  };
-  place(schedule.ticket, 1);
-  place(schedule.halves, lists * schedule.rows);
-  place(schedule.order, lists * schedule.tiles);
+// Lays the schedule out from `base` on, which may be null, and returns its size.
+inline size_t place_schedule(Schedule& schedule, void* base) {
+  const int64_t lists = static_cast<int64_t>(schedule.batches) * schedule.heads;
+  Layout layout{base};
+  layout.place(schedule.ticket, 1);
+  layout.place(schedule.halves, lists * schedule.rows);
+  layout.place(schedule.order, lists * schedule.tiles);
   if (schedule.longest > 0) {
-    place(schedule.common, lists * schedule.tiles);
-    place(schedule.paired, lists * schedule.rows * schedule.longest);
+    layout.place(schedule.common, lists * schedule.tiles);
+    layout.place(schedule.paired, lists * schedule.rows * schedule.longest);
   }
-  return bytes;
-}
-
-// The list of one row: where its indices lie, and how many there are.
-struct RowList {
-  const int32_t* indices;  // null: entry i is block i
-  int64_t stride;
-  int32_t count;
-
-  __device__ int32_t block(int32_t entry) const {
-    return indices == nullptr ? entry : indices[entry * stride];
-  }
-};
-
-__device__ inline RowList row_list(const ForwardShape& shape, int32_t batch, int32_t head,
-                                   int32_t row) {
-  const BlockLists& lists = shape.lists;
-  const Side& keys = shape.problem.kv_side;
-  if (lists.counts == nullptr) return {nullptr, 0, divide_up(keys.length, keys.block_size)};
-  const int64_t count_at = batch * lists.counts_batch_stride + head * lists.counts_head_stride +
-                           row * lists.counts_row_stride;
-  const int64_t indices_at = batch * lists.indices_batch_stride + head * lists.indices_head_stride +
-                             row * lists.indices_row_stride;
-  return {lists.indices + indices_at, lists.indices_stride, lists.counts[count_at]};
-}
-
-__device__ inline const int32_t* batch_lens(const BlockLens& lens, int32_t batch) {
-  return lens.data == nullptr ? nullptr : lens.data + batch * lens.batch_stride;
+  return layout.bytes;
 }
 
 __device__ inline int32_t warp_sum(int32_t value) {
@@ -109,9 +73,6 @@ __device__ inline int32_t warp_sum(int32_t value) {
   }
   return value;
 }
-
-constexpr int32_t kPlanThreads = 256;
-constexpr int32_t kWarpsPerPlanBlock = kPlanThreads / 32;
 
 // Which plan serves a batch and a head.
 __device__ inline int64_t list_of(const Schedule& schedule, int32_t batch, int32_t head) {
@@ -122,7 +83,7 @@ __device__ inline int64_t list_of(const Schedule& schedule, int32_t batch, int32
 // The list of one row in the order of its steps.
 __device__ inline RowList planned_list(const ForwardShape& shape, const Schedule& schedule,
                                        int32_t batch, int32_t head, int32_t row) {
-  RowList list = row_list(shape, batch, head, row);
+  RowList list = row_list(shape.lists, shape.problem.kv_side, batch, head, row);
   if (schedule.paired != nullptr) {
     const int64_t at = list_of(schedule, batch, head) * schedule.rows + row;
     list.indices = schedule.paired + at * schedule.longest;
@@ -131,53 +92,40 @@ __device__ inline RowList planned_list(const ForwardShape& shape, const Schedule
   return list;
 }
 
-// One warp counts the halves of one row.
-static __global__ void __launch_bounds__(kPlanThreads)
-    count_halves(const ForwardShape shape, const Schedule schedule) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *schedule.ticket = 0;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarpsPerPlanBlock + threadIdx.x / 32;
-  const int64_t list = at / schedule.rows;
-  if (list >= static_cast<int64_t>(schedule.batches) * schedule.heads) return;
-  const auto batch = static_cast<int32_t>(list / schedule.heads);
-  const auto head = static_cast<int32_t>(list % schedule.heads);
+// A warp counts the halves of a row.
+__device__ inline void count_halves(const ForwardShape& shape, const Schedule& schedule,
+                                    int32_t batch, int32_t head, int32_t row) {
   const Side& keys = shape.problem.kv_side;
-  const int32_t* lens = batch_lens(keys.lens, batch);
-  const RowList entries =
-      row_list(shape, batch, head, static_cast<int32_t>(at - list * schedule.rows));
+  const RowList list = row_list(shape.lists, keys, batch, head, row);
   HalfCounts counts{0, 0};
-  for (int32_t entry = threadIdx.x % 32; entry < entries.count; entry += 32) {
-    counts.add(valid_tokens(entries.block(entry), keys.block_size, keys.length, lens));
+  for (int32_t entry = threadIdx.x % 32; entry < list.count; entry += 32) {
+    counts.add(valid_tokens(keys, batch, list.block(entry)));
   }
   counts.full = warp_sum(counts.full);
   counts.all = warp_sum(counts.all);
-  if (threadIdx.x % 32 == 0) schedule.halves[at] = counts;
+  if (threadIdx.x % 32 == 0) {
+    schedule.halves[list_of(schedule, batch, head) * schedule.rows + row] = counts;
+  }
 }
 
-// One warp puts the two lists of one fine tile in paired order, and counts their halves.
-static __global__ void __launch_bounds__(kPlanThreads)
-    pair_lists(const ForwardShape shape, const Schedule schedule) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *schedule.ticket = 0;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarpsPerPlanBlock + threadIdx.x / 32;
-  const int64_t list = at / schedule.tiles;
-  if (list >= static_cast<int64_t>(schedule.batches) * schedule.heads) return;
-  const auto batch = static_cast<int32_t>(list / schedule.heads);
-  const auto head = static_cast<int32_t>(list % schedule.heads);
-  const int32_t tile = static_cast<int32_t>(at - list * schedule.tiles);
+// A warp puts the two lists of a fine tile in paired order, and counts their halves.
+__device__ inline void pair_lists(const ForwardShape& shape, const Schedule& schedule,
+                                  int32_t batch, int32_t head, int32_t tile) {
+  const int64_t plan = list_of(schedule, batch, head);
   const int32_t lane = threadIdx.x % 32;
   const uint32_t lower_lanes = (1u << lane) - 1;
   const Side& keys = shape.problem.kv_side;
-  const int32_t* lens = batch_lens(keys.lens, batch);
   for (int32_t row = tile * kConsumers; row < min(tile * kConsumers + 2, schedule.rows); ++row) {
-    const RowList own = row_list(shape, batch, head, row);
+    const RowList own = row_list(shape.lists, keys, batch, head, row);
     RowList other{nullptr, 0, 0};
-    if ((row ^ 1) < schedule.rows) other = row_list(shape, batch, head, row ^ 1);
-    int32_t* paired = schedule.paired + (list * schedule.rows + row) * schedule.longest;
+    if ((row ^ 1) < schedule.rows) other = row_list(shape.lists, keys, batch, head, row ^ 1);
+    int32_t* paired = schedule.paired + (plan * schedule.rows + row) * schedule.longest;
     HalfCounts counts{0, 0};
     int32_t common_count = 0, own_count = 0;
     for (int32_t first = 0; first < own.count; first += 32) {
       const bool exists = first + lane < own.count;
       const int32_t block = exists ? own.block(first + lane) : 0;
-      const int32_t valid = exists ? valid_tokens(block, keys.block_size, keys.length, lens) : 0;
+      const int32_t valid = exists ? valid_tokens(keys, batch, block) : 0;
       const bool common =
           valid == kUnit && holds_block(other.indices, other.stride, other.count, block);
       const uint32_t common_lanes = __ballot_sync(~0u, common);
@@ -185,15 +133,15 @@ static __global__ void __launch_bounds__(kPlanThreads)
       const int32_t place = paired_place(common, common_count + __popc(common_lanes & lower_lanes),
                                          own_count + __popc(own_lanes & lower_lanes), own.count);
       if (exists) paired[place] = block;
+      counts.add(valid);
       common_count += __popc(common_lanes);
       own_count += __popc(own_lanes);
-      counts.add(valid);
     }
     counts.full = warp_sum(counts.full);
     counts.all = warp_sum(counts.all);
     if (lane == 0) {
-      schedule.halves[list * schedule.rows + row] = counts;
-      schedule.common[at] = common_count;  // of either row the same
+      schedule.halves[plan * schedule.rows + row] = counts;
+      schedule.common[plan * schedule.tiles + tile] = common_count;  // of either row the same
     }
   }
 }
@@ -224,9 +172,7 @@ __device__ inline ConsumerRows consumer_rows(const ForwardShape& shape, int32_t 
   rows.query = rows.row * queries.block_size + offset;
   const bool exists = offset < queries.block_size && rows.query < queries.length;
   rows.stored = exists ? min(kConsumerTokens, queries.length - rows.query) : 0;
-  const int32_t* lens = batch_lens(queries.lens, batch);
-  const int32_t valid =
-      exists ? valid_tokens(rows.row, queries.block_size, queries.length, lens) - offset : 0;
+  const int32_t valid = exists ? valid_tokens(queries, batch, rows.row) - offset : 0;
   rows.valid = min(max(valid, 0), rows.stored);
   return rows;
 }
@@ -266,80 +212,34 @@ __device__ inline int32_t tile_steps(const ForwardShape& shape, const Schedule& 
   return steps;
 }
 
-constexpr int32_t kWeightClasses = 32;
+constexpr int32_t kPlanThreads = 512;
 
-// Shared memory of order_tiles().
-struct OrderMemory {
-  int32_t places[kWeightClasses * kPlanThreads];
-  int32_t warp_totals[kPlanThreads / 32];
-  int32_t heaviest;
-};
-
-// One block orders the tiles of one list: a stable counting sort by weight class. Every thread owns
-// a run of tiles and, for each class, a counter that becomes the place of its next tile.
+// A cluster of blocks of threads plans one list: its warps count or pair the rows, then the first
+// block orders the tiles.
 template <Grain kGrain>
-__global__ void __launch_bounds__(kPlanThreads)
-    order_tiles(const ForwardShape shape, const Schedule schedule) {
-  auto& [places, warp_totals, heaviest] = *reinterpret_cast<OrderMemory*>(shared_memory());
-  const int32_t thread = threadIdx.x;
-  const int32_t batch = blockIdx.x / schedule.heads;
-  const int32_t head = blockIdx.x % schedule.heads;
-  const int32_t run = divide_up(schedule.tiles, kPlanThreads);
-  const int32_t first = min(thread * run, schedule.tiles);
-  const int32_t last = min(first + run, schedule.tiles);
-  if (thread == 0) heaviest = 1;
-  for (int32_t entry = thread; entry < kWeightClasses * kPlanThreads; entry += kPlanThreads) {
-    places[entry] = 0;
+__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kPlanThreads)
+    plan_tiles(const __grid_constant__ ForwardShape shape,
+               const __grid_constant__ Schedule schedule) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *schedule.ticket = 0;
+  const int32_t list = blockIdx.x / kClusterBlocks, part = blockIdx.x % kClusterBlocks;
+  const int32_t batch = list / schedule.heads, head = list % schedule.heads;
+  constexpr int32_t kWarps = kPlanThreads / 32;
+  const int32_t first = part * kWarps + threadIdx.x / 32;
+  if (schedule.paired != nullptr) {
+    for (int32_t tile = first; tile < schedule.tiles; tile += kClusterBlocks * kWarps) {
+      pair_lists(shape, schedule, batch, head, tile);
+    }
+  } else {
+    for (int32_t row = first; row < schedule.rows; row += kClusterBlocks * kWarps) {
+      count_halves(shape, schedule, batch, head, row);
+    }
   }
-  __syncthreads();
-  int32_t heaviest_here = 1;
-  for (int32_t tile = first; tile < last; ++tile) {
-    heaviest_here = max(heaviest_here, tile_steps<kGrain>(shape, schedule, batch, head, tile));
-  }
-  atomicMax(&heaviest, heaviest_here);
-  __syncthreads();
-  const auto place_of = [&](int32_t tile) -> int32_t& {
-    const int64_t steps = tile_steps<kGrain>(shape, schedule, batch, head, tile);
-    const auto weight = static_cast<int32_t>(steps * (kWeightClasses - 1) / heaviest);
-    return places[(kWeightClasses - 1 - weight) * kPlanThreads + thread];
-  };
-  for (int32_t tile = first; tile < last; ++tile) ++place_of(tile);
-  __syncthreads();
-
-  // Exclusive prefix sums over classes, and over threads within a class.
-  int32_t total = 0;
-  for (int32_t i = 0; i < kWeightClasses; ++i) total += places[thread * kWeightClasses + i];
-  int32_t before = total;
-  for (int32_t distance = 1; distance < 32; distance *= 2) {
-    const int32_t left = __shfl_up_sync(~0u, before, distance);
-    if (thread % 32 >= distance) before += left;
-  }
-  if (thread % 32 == 31) warp_totals[thread / 32] = before;
-  __syncthreads();
-  before -= total;
-  for (int32_t warp = 0; warp < thread / 32; ++warp) before += warp_totals[warp];
-  for (int32_t i = 0; i < kWeightClasses; ++i) {
-    const int32_t count = places[thread * kWeightClasses + i];
-    places[thread * kWeightClasses + i] = before;
-    before += count;
-  }
-  __syncthreads();
-  int32_t* order = schedule.order + static_cast<int64_t>(blockIdx.x) * schedule.tiles;
-  for (int32_t tile = first; tile < last; ++tile) order[place_of(tile)++] = tile;
-}
-
-template <Grain kGrain>
-cudaError_t launch_schedule(const ForwardShape& shape, const Schedule& schedule,
-                            cudaStream_t stream) {
-  const auto lists = static_cast<int64_t>(list_count(schedule));
-  const bool paired = schedule.paired != nullptr;
-  const int64_t warps = lists * (paired ? schedule.tiles : schedule.rows);
-  const auto blocks = static_cast<uint32_t>((warps + kWarpsPerPlanBlock - 1) / kWarpsPerPlanBlock);
-  const cudaError_t status = launch_blocks(paired ? pair_lists : count_halves, blocks, kPlanThreads,
-                                           0, stream, shape, schedule);
-  if (status != cudaSuccess) return status;
-  return launch_blocks(order_tiles<kGrain>, static_cast<uint32_t>(lists), kPlanThreads,
-                       sizeof(OrderMemory), stream, shape, schedule);
+  cluster_sync();
+  if (part > 0 || threadIdx.x >= kSortThreads) return;
+  int32_t* order = schedule.order + static_cast<int64_t>(list) * schedule.tiles;
+  heaviest_first(
+      *reinterpret_cast<SortMemory*>(shared_memory()), schedule.tiles, order,
+      [&](int32_t tile) { return tile_steps<kGrain>(shape, schedule, batch, head, tile); });
 }
 
 }  // namespace video_attn::hopper

@@ -3,12 +3,9 @@
 
 namespace video_attn::hopper {
 
-size_t coarse_backward_workspace(const BackwardParams& params) {
-  return lay_out_workspace(params, is_fused(params)).bytes;
-}
-
-cudaError_t coarse_backward(const BackwardParams& params, void* workspace, cudaStream_t stream) {
-  return launch_backward<true>(params, workspace, stream);
+cudaError_t coarse_backward(const BackwardParams& params, const Allocate& allocate,
+                            cudaStream_t stream) {
+  return launch_backward<true>(params, allocate, stream);
 }
 
 }  // namespace video_attn::hopper

@@ -8,26 +8,12 @@
 
 #include <cstdint>
 
-#include "device/language.h"
+#include "device/block_lists.h"
 
 namespace video_attn::hopper {
 
 constexpr int32_t kUnit = 64;  // tokens: rows of a warpgroup; blocks are multiples of it
 constexpr int32_t kStepTokens = 2 * kUnit;
-
-VIDEO_ATTN_HOST_DEVICE constexpr int32_t divide_up(int32_t value, int32_t divisor) {
-  return (value + divisor - 1) / divisor;
-}
-
-// Valid tokens of block `block` of a side of `length` tokens; `lens` is null when all are
-// valid.
-VIDEO_ATTN_HOST_DEVICE inline int32_t valid_tokens(int32_t block, int32_t block_size,
-                                                   int32_t length, const int32_t* lens) {
-  const int64_t left = length - static_cast<int64_t>(block) * block_size;
-  int64_t valid = left < block_size ? left : block_size;
-  if (lens != nullptr && lens[block] < valid) valid = lens[block];
-  return valid > 0 ? static_cast<int32_t>(valid) : 0;
-}
 
 // The halves of one row, full ones and all.
 struct HalfCounts {
@@ -53,7 +39,7 @@ struct KeyHalf {
 };
 
 // One entry of a list: a block and its valid tokens.
-struct KeyEntry {
+struct ListEntry {
   int32_t block, valid;
 };
 
@@ -87,7 +73,7 @@ VIDEO_ATTN_HOST_DEVICE inline int32_t paired_place(bool common, int32_t common_b
 VIDEO_ATTN_HOST_DEVICE inline int32_t shared_steps(int32_t common) { return common / 2; }
 
 // Walks the halves of a row in the order of the steps. `Entries` maps a position in the list to its
-// KeyEntry; the caller knows from the HalfCounts how many halves there are.
+// ListEntry; the caller knows from the HalfCounts how many halves there are.
 template <class Entries>
 class HalfCursor {
  public:
@@ -96,7 +82,7 @@ class HalfCursor {
 
   VIDEO_ATTN_HOST_DEVICE KeyHalf next() {
     if (full_left_ > 0) return next_full();
-    KeyEntry entry = entries_(position_++);
+    ListEntry entry = entries_(position_++);
     while (entry.valid % kUnit == 0) entry = entries_(position_++);
     const int32_t rest = entry.valid % kUnit;
     return {entry.block * block_size_ + entry.valid - rest, rest};
@@ -104,7 +90,7 @@ class HalfCursor {
 
  private:
   VIDEO_ATTN_HOST_DEVICE KeyHalf next_full() {
-    KeyEntry entry = entries_(position_);
+    ListEntry entry = entries_(position_);
     while (offset_ + kUnit > entry.valid) {
       entry = entries_(++position_);
       offset_ = 0;

@@ -3,12 +3,9 @@
 
 namespace video_attn::hopper {
 
-size_t fine_backward_workspace(const BackwardParams& params) {
-  return lay_out_workspace(params, false).bytes;
-}
-
-cudaError_t fine_backward(const BackwardParams& params, void* workspace, cudaStream_t stream) {
-  return launch_backward<false>(params, workspace, stream);
+cudaError_t fine_backward(const BackwardParams& params, const Allocate& allocate,
+                          cudaStream_t stream) {
+  return launch_backward<false>(params, allocate, stream);
 }
 
 }  // namespace video_attn::hopper

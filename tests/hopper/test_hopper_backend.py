@@ -248,6 +248,7 @@ def wrong(grain: str, direction: str) -> list[tuple[dict[str, Any], str]]:
         ({"lse": good["lse"][:, :, ::2]}, "lse must be contiguous"),
         ({"q_block_size": 96}, "q_block_size is 96, allowed: multiples of 64"),
         ({"kv_block_size": 0}, "both 0"),
+        ({"scale": -0.25}, "scale is -0.25, allowed: 0 and more"),
         ({"kv_num_blocks": None}, "block lists"),
         ({"kv_indices": None}, "counts and indices come together"),
         ({"kv_num_blocks": counts.long()}, "key block lists must be int32"),

@@ -159,7 +159,17 @@ def test_rows_and_keys_that_nobody_sees(block):
     assert lse[:, :, :block].eq(-torch.inf).all() and lse[:, :, 2 * block :].eq(-torch.inf).all()
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.3, 4.0])
+def test_dense_attention_that_draws_its_tiles():
+    """Twelve tiles of 128 steps, for the three multiprocessors of the emulation."""
+    q, k, v = (torch.randn(1, 4, n, 8).bfloat16() for n in (384, 16384, 16384))
+    out, lse = hopper._forward(ForwardCall(q, k, v, None, 0.35))
+    scores = q.double() @ k.double().mT * 0.35
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-3, rtol=1e-4)
+    expected = scores.softmax(-1) @ v.double()
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 4.0])
 def test_any_scale(scale):
     q, k, v = (torch.randn(1, 1, 100, 64).bfloat16() for _ in range(3))
     out, lse = hopper._forward(ForwardCall(q, k, v, None, scale))

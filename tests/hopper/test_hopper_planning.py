@@ -232,6 +232,17 @@ def test_grid_of_a_forward_launch(planning, grain):
         assert plan["blocks"] == min(plan["tiles"], sms)
 
 
+def test_long_dense_launches_draw_their_tiles(planning):
+    """A block of threads that starts late does less; short launches want no ticket."""
+    dense = {"batch": 1, "heads": 24, "block_size": 128, "head_dim": 128, "multiprocessors": 132}
+    plans = [planning.forward_plan("coarse", length=n, **dense) for n in (4096, 32768)]
+    # 24 heads of 32 tiles, 32 steps each, by 132: 186 steps a block; 64 times as many.
+    assert [plan["draws_dense_tiles"] for plan in plans] == [False, True]
+    # No more tiles than blocks of threads: each has one, however long.
+    one = {**dense, "heads": 1, "length": 16896}
+    assert not planning.forward_plan("coarse", **one)["draws_dense_tiles"]
+
+
 def test_many_tiles_are_counted_in_64_bits(planning):
     big = {**FORWARD, "batch": 4096, "heads": 4096, "length": 2**20, "block_size": 128}
     assert planning.forward_plan("coarse", multiprocessors=132, **big)["tiles"] == 2**24 * 2**13

@@ -13,14 +13,12 @@ struct EmulatedContext {
   cudaStream_t stream = nullptr;
 };
 
-constexpr Kernel<ForwardParams> kCoarseForward{"hopper_coarse_forward", coarse_forward_workspace,
-                                               coarse_forward, kCoarseBlocks};
-constexpr Kernel<BackwardParams> kCoarseBackward{
-    "hopper_coarse_backward", coarse_backward_workspace, coarse_backward, kCoarseBlocks};
-constexpr Kernel<ForwardParams> kFineForward{"hopper_fine_forward", fine_forward_workspace,
-                                             fine_forward, kFineBlocks};
-constexpr Kernel<BackwardParams> kFineBackward{"hopper_fine_backward", fine_backward_workspace,
-                                               fine_backward, kFineBlocks};
+constexpr Kernel<ForwardParams> kCoarseForward{"hopper_coarse_forward", coarse_forward,
+                                               kCoarseBlocks};
+constexpr Kernel<BackwardParams> kCoarseBackward{"hopper_coarse_backward", coarse_backward,
+                                                 kCoarseBlocks};
+constexpr Kernel<ForwardParams> kFineForward{"hopper_fine_forward", fine_forward, kFineBlocks};
+constexpr Kernel<BackwardParams> kFineBackward{"hopper_fine_backward", fine_backward, kFineBlocks};
 
 }  // namespace
 }  // namespace video_attn::hopper

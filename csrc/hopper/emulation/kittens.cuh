@@ -235,20 +235,6 @@ struct group {
       }
     }
   }
-  template <class Tile>
-  static void mul(Tile& to, const Tile& from, float factor) {
-    for (int j = 0; j < Tile::width; ++j) {
-      for (int k = 0; k < 4; ++k) {
-        const auto pair = from.tiles[0][j].data[k];
-        to.tiles[0][j].data[k] = {pair.x * factor, pair.y * factor};
-      }
-    }
-  }
-
-  template <class D, class A, class B>
-  static void mm_ABt(D& d, const A& a, const B& b) {
-    emulated::start<emulated::Form::kABt, false>(d, a, b);
-  }
   template <class D, class A, class B, int kFence = 1, int kAccumulate = 1>
   static void mma_ABt(D& d, const A& a, const B& b) {
     emulated::start<emulated::Form::kABt, kAccumulate != 0>(d, a, b);
@@ -295,12 +281,6 @@ struct group {
       }
     }
   }
-
-  static void sync(int barrier) { emulated::Block::current().barrier(barrier, kWarps * 32); }
-  template <int kCount>
-  static void increase_registers() {}
-  template <int kCount>
-  static void decrease_registers() {}
 };
 
 using warp = group<1>;

@@ -22,6 +22,7 @@ _MEANING = {
     "shared_bytes": "shared memory of a block",
     "tiles": "in all",
     "blocks": "of threads; each takes tile after tile",
+    "draws_dense_tiles": "1: the next one as it gets free; 0: dense attention has its turns",
 }
 
 
@@ -70,5 +71,5 @@ def print_plan(problem: list[int], *, as_json: bool) -> int:
         return 0
     print(f"Hopper forward pass on {_SXM5} multiprocessors:")
     for name, value in plan.items():
-        print(f"{name:>14} {value:>9,}  {_MEANING[name]}")
+        print(f"{name:>17} {value:>9,}  {_MEANING[name]}")
     return 0
