@@ -17,6 +17,7 @@ from .launch import (
     dim_args,
     head_args,
     named_strides,
+    packed,
     padded,
     problem_args,
     side_args,
@@ -112,7 +113,7 @@ def attention_bwd_kernel_dq(
     G: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    VEC: tl.constexpr, WIDE: tl.constexpr,
+    VEC: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dq_i = scale sum_j p_ij (grad_i . v_j - delta_i) k_j; one program per query tile."""
     i_tile, i_b, i_h = program_tile(n_tiles, HQ)
@@ -144,6 +145,9 @@ def attention_bwd_kernel_dq(
     )
     b_pivot = tl.load(pivot + o_row, mask=m_m, other=float("inf"))  # [BM]
     b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)  # [BM]
+    if PACKED:  # strides that the compiler knows
+        stride_k_s = BD // VEC
+        stride_v_s = BDV // VEC
     given = (
         (b_q, b_grad, b_pivot, b_delta),
         p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, scale_log2,
@@ -200,7 +204,7 @@ def attention_bwd_kernel_dkv(
     G: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    VEC: tl.constexpr, WIDE: tl.constexpr,
+    VEC: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dv_j = sum_i p_ij grad_i, dk_j = scale sum_i p_ij (grad_i . v_j - delta_i) q_i.
 
@@ -223,6 +227,9 @@ def attention_bwd_kernel_dkv(
     first_query = (start + o_m).to(tl.int32) - (kv_len - q_len)  # that sees a causal key
     b_k = load_tile(p_k, start, o_m, m_m, o_d, stride_k_s, D, VEC, True)  # [BM, BD]
     b_v = load_tile(p_v, start, o_m, m_m, o_dv, stride_v_s, DV, VEC, True)  # [BM, BDV]
+    if PACKED:  # strides that the compiler knows
+        stride_q_s = BD // VEC
+        stride_grad_out_s = BDV // VEC
     b_dk = tl.zeros([BM, BD], tl.float32)
     b_dv = tl.zeros([BM, BDV], tl.float32)
 
@@ -284,14 +291,15 @@ def attention_backward(
     shared = {"pivot": pivot, "delta": delta} | problem_args(x.q, x.k, scale, is_causal)
 
     steps = plan_steps(lists, q_side, kv_side, is_causal, dq_row)
-    args = shared | head_args(**inputs, dq=dq) | {"HQ": x.q.shape[1]}
+    args = shared | head_args(**inputs, dq=dq) | {"HQ": x.q.shape[1], "PACKED": packed(x.k, x.v)}
     args |= dim_args(x.q.shape[3], x.v.shape[3], args["VEC"])
     args |= side_args("q", steps.own) | side_args("kv", steps.other)
     launches = [_prepare(x, pivot, delta)]
     launches += steps.launches(attention_bwd_kernel_dq, x.q.shape[0] * x.q.shape[1], args)
 
     steps = plan_steps(transposed, kv_side, q_side, is_causal, dkv_row)
-    args = shared | head_args(**inputs, dk=dk, dv=dv) | {"H": x.k.shape[1]}
+    args = shared | head_args(**inputs, dk=dk, dv=dv)
+    args |= {"H": x.k.shape[1], "PACKED": packed(x.q, x.grad_out)}
     args |= dim_args(x.q.shape[3], x.v.shape[3], args["VEC"])
     args |= side_args("kv", steps.own) | side_args("q", steps.other)
     launches += steps.launches(attention_bwd_kernel_dkv, x.k.shape[0] * x.k.shape[1], args)

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ..quantize import TILE
 from .codes import Codes, code_args
-from .launch import Launch, Lists, Side, columns, dim_args, head_args, problem_args, side_args
+from .launch import (
+    Launch,
+    Lists,
+    Side,
+    columns,
+    dim_args,
+    head_args,
+    packed,
+    problem_args,
+    side_args,
+)
 from .launch_tables import LaunchRow
 from .quantized_step import quantized_step, query_factors
 from .step_lists import plan_steps
@@ -78,7 +88,8 @@ def attention_fwd_kernel(
     QUANTIZED: tl.constexpr, Q_GROUPS: tl.constexpr, K_GROUPS: tl.constexpr,
     Q_SCALE_SLOT: tl.constexpr, K_SCALE_SLOT: tl.constexpr,
     P_EXPONENT: tl.constexpr, FP16_SUMS: tl.constexpr,
-    VEC: tl.constexpr, VEC_OUT: tl.constexpr, WIDE: tl.constexpr,
+    VEC: tl.constexpr, VEC_V: tl.constexpr, VEC_OUT: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j exp(s_ij - lse_i) v_j, lse_i = log sum_j exp(s_ij), s = scale q k^T.
 
@@ -103,13 +114,16 @@ def attention_fwd_kernel(
     m_m = o_m < n_valid
     p_q = head_rows(q, i_b, i_h, stride_q_b, stride_q_h, VEC)
     p_k = head_rows(k, i_b, i_h // G, stride_k_b, stride_k_h, VEC)
-    p_v = head_rows(v, i_b, i_h // G, stride_v_b, stride_v_h, VEC)
+    p_v = head_rows(v, i_b, i_h // G, stride_v_b, stride_v_h, VEC_V)
     p_out = head_rows(out, i_b, i_h, stride_out_b, stride_out_h, VEC_OUT)
     last_key = (start + o_m).to(tl.int32) + (kv_len - q_len)  # that a causal row sees
     b_q = load_tile(p_q, start, o_m, m_m, o_d, stride_q_s, D, VEC, True)  # [BM, BD]
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BDV], tl.float32)
+    if PACKED:  # strides that the compiler knows
+        stride_k_s = BD // VEC
+        stride_v_s = BDV // VEC
     state = (b_m, b_l, b_acc)
     given = (b_q, p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, scale_log2)
     if QUANTIZED:
@@ -121,7 +135,7 @@ def attention_fwd_kernel(
         p_k_scale = k_scale + i_head * n_k_groups
         b_m, b_l, b_acc = walk(
             quantized_step, state, (given, b_factor, p_k_scale),
-            (VEC, IS_CAUSAL, K_SCALE_SLOT, K_GROUPS, MODE, P_EXPONENT, FP16_SUMS),
+            (VEC_V, IS_CAUSAL, K_SCALE_SLOT, K_GROUPS, MODE, P_EXPONENT, FP16_SUMS),
             steps, n_valid, p_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
         )  # fmt: skip
     else:
@@ -170,7 +184,8 @@ def attention_forward(
     """
     args = head_args(q=q, k=k, v=v, out=out) | problem_args(q, k, scale, is_causal)
     args |= dim_args(q.shape[3], v.shape[3], args["VEC"])
-    args |= {"VEC_OUT": args["VEC"], "DV_OUT": args["DV"], **code_args(None, q_side, kv_side)}
+    args |= {"VEC_V": args["VEC"], "VEC_OUT": args["VEC"], "DV_OUT": args["DV"]}
+    args |= {"PACKED": packed(k, v), **code_args(None, q_side, kv_side)}
     return _launches(args, out, lse, lists, q_side, kv_side, row)
 
 
@@ -192,9 +207,11 @@ def quantized_attention_forward(
     args = head_args(out=out)
     dim, dim_v = codes.q.shape[3], codes.v_scale.shape[2]
     args |= {"VEC_OUT": args["VEC"], "DV_OUT": columns(out.shape[3], dim_v, args["VEC"])}
-    args |= head_args(q=codes.q, k=codes.k, v=codes.v) | dim_args(dim, dim_v, args["VEC"])
+    args |= head_args(v=codes.v)
+    args["VEC_V"] = args["VEC"]
+    args |= head_args(q=codes.q, k=codes.k) | dim_args(dim, dim_v, args["VEC"])
     args |= problem_args(codes.q, codes.k, scale, is_causal)
-    args |= code_args(codes, q_side, kv_side)
+    args |= {"PACKED": False, **code_args(codes, q_side, kv_side)}
     return _launches(args, out, lse, lists, q_side, kv_side, row)
 
 

@@ -25,12 +25,17 @@ GROUPS = {
 }
 
 
+# FP8 codes of V: channels are padded with zeros to a multiple of so many tokens, the largest step,
+# so that steps read whole vectors without a mask.
+FP8_ROWS = 128
+
+
 class Codes(NamedTuple):
     """What the quantizers make. The padded dims BD, BDV are powers of two, zero past D and DV."""
 
     q: Tensor  # int8 or FP8 [B, HQ, Sq, BD]
     k: Tensor  # int8 or FP8 [B, H, Sk, BD]
-    v: Tensor  # fp16 [B, H, Sk, BDV]; FP8 [B, H, BDV, Sk and some more]
+    v: Tensor  # fp16 [B, H, Sk, BDV]; FP8 [B, H, BDV, Sk and zeros]
     q_scale: Tensor  # fp32 [B, HQ, groups]
     k_scale: Tensor  # fp32 [B, H, groups]
     v_scale: Tensor  # fp32 [B, H, BDV]
@@ -80,8 +85,8 @@ def allocate_codes(
 
     if precision == "sage_fp16":
         v_codes = empty(batch, kv_heads, kv_len, dim_v, dtype=torch.float16)
-    else:  # rows of 128 bytes: whole vectors wherever a step starts
-        v_codes = empty(batch, kv_heads, dim_v, -(-kv_len // 128) * 128, dtype=fp8)
+    else:
+        v_codes = empty(batch, kv_heads, dim_v, -(-kv_len // FP8_ROWS) * FP8_ROWS, dtype=fp8)
     return Codes(
         q=empty(batch, heads, q_len, dim, dtype=qk_dtype),
         k=empty(batch, kv_heads, kv_len, dim, dtype=qk_dtype),

@@ -139,6 +139,15 @@ def reads_vectors(*tensors: Tensor) -> bool:
     return all(x.data_ptr() % 16 == 0 and vector_length(x) * x.element_size() >= 4 for x in tensors)
 
 
+def packed(*tensors: Tensor) -> bool:
+    """Whether in all of [B, H, S, D] rows follow one another, with a head dim that is not padded.
+
+    Kernels that walk over such rows know the stride when they are compiled: they keep one address
+    instead of one for each row that a thread copies, which takes 10 % of a step's instructions.
+    """
+    return all(x.stride(2) == x.shape[3] == padded(x.shape[3]) for x in tensors)
+
+
 def columns(size: int, padded_size: int, vec: int) -> int | None:
     """A head dim as kernels take it: in ``vec`` numbers; None where it fills its padded size."""
     return None if size == padded_size else size // vec

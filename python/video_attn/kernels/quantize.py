@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quantize import TILE, v_limit
-from .codes import Codes, code_limit, padded_codes
+from .codes import FP8_ROWS, Codes, code_limit, padded_codes
 from .launch import (
     Launch,
     Side,
@@ -48,10 +48,13 @@ def channel_statistics_kernel(
     x, partial, counts, lens,
     stride_x_b, stride_x_h, stride_x_s, stride_lens_b,
     H, D, length, n_tiles, n_chunks, CHUNK,
-    SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MEAN: tl.constexpr, AMAX: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of CHUNK tiles: sum, largest, smallest and amax of every channel, and how many tokens."""
+    """Of CHUNK tiles, for every channel: the sum, where MEAN is wanted, and how many tokens; where
+    AMAX is wanted that, or with MEAN the largest and smallest, from which it is subtracted later.
+    """
+    EXTREMES: tl.constexpr = MEAN and AMAX
     pid = tl.program_id(0).to(tl.int64)
     i_chunk, i_h, i_b = pid % n_chunks, pid // n_chunks % H, pid // n_chunks // H
     p_lens = lens if lens is None else lens + i_b * stride_lens_b
@@ -68,17 +71,23 @@ def channel_statistics_kernel(
         m_m = o_m < n_valid
         b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
         b_x = b_x.to(tl.float32)
-        b_sum += b_x
-        b_largest = tl.maximum(b_largest, tl.where(m_m[:, None], b_x, float("-inf")))
-        b_smallest = tl.minimum(b_smallest, tl.where(m_m[:, None], b_x, float("inf")))
-        b_amax = tl.maximum(b_amax, magnitude_bits(b_x))
         n_counted += n_valid
+        if MEAN:
+            b_sum += b_x
+        if EXTREMES:
+            b_largest = tl.maximum(b_largest, tl.where(m_m[:, None], b_x, float("-inf")))
+            b_smallest = tl.minimum(b_smallest, tl.where(m_m[:, None], b_x, float("inf")))
+        elif AMAX:
+            b_amax = tl.maximum(b_amax, magnitude_bits(b_x))
     p_partial = partial + pid * (4 * BD) + o_d
-    tl.store(p_partial, tl.sum(b_sum, 0))
-    tl.store(p_partial + BD, tl.max(b_largest, 0))
-    tl.store(p_partial + 2 * BD, tl.min(b_smallest, 0))
-    tl.store(p_partial + 3 * BD, tl.max(b_amax, 0).to(tl.float32, bitcast=True))
-    tl.store(counts + pid, n_counted)
+    if MEAN:
+        tl.store(p_partial, tl.sum(b_sum, 0))
+        tl.store(counts + pid, n_counted)
+    if EXTREMES:
+        tl.store(p_partial + BD, tl.max(b_largest, 0))
+        tl.store(p_partial + 2 * BD, tl.min(b_smallest, 0))
+    elif AMAX:
+        tl.store(p_partial + 3 * BD, tl.max(b_amax, 0).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -178,7 +187,7 @@ def quantize_channels_kernel(
     stride_lens_b,
     H, D, length, n_tiles, n_programs, n_chunks,
     SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    LIMIT: tl.constexpr, PER_HEAD: tl.constexpr, CHUNKS: tl.constexpr,
+    LIMIT: tl.constexpr, PER_HEAD: tl.constexpr, CHUNKS: tl.constexpr, PAST: tl.constexpr,
     PROGRAM_TILES: tl.constexpr, VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Codes of V with a scale per channel; FP8 codes as [channels, tokens]. means: smooth_v."""
@@ -222,6 +231,13 @@ def quantize_channels_kernel(
                 p_tile = p_codes + o_d.to(tl.int64)[:, None] * (stride_codes_s * VEC_CODES)
                 p_tile += (start + o_m)[None, :]
                 tl.store(p_tile, tl.trans(b_code), mask=(o_m < n_rows)[None, :])
+    if codes.dtype.element_ty != tl.float16 and i_program == n_programs - 1:
+        # Past the end too, where steps read without a mask.
+        o_past = length + tl.arange(0, PAST)
+        p_past = p_codes + o_d.to(tl.int64)[:, None] * (stride_codes_s * VEC_CODES)
+        b_zero = tl.zeros([BD, PAST], tl.float32).to(codes.dtype.element_ty)
+        m_past = (o_past < stride_codes_s * VEC_CODES)[None, :]
+        tl.store(p_past + o_past[None, :], b_zero, mask=m_past)
 
 
 class _Statistics(NamedTuple):
@@ -240,9 +256,11 @@ def quantize(
     options = codes.options
     per_head = options.granularity == "per_head"
     none = _Statistics()
-    of_q = _statistics(q, q_side) if per_head else none
-    of_k = _statistics(k, kv_side) if per_head or options.smooth_k else none
-    of_v = _statistics(v, kv_side)
+    of_q = _statistics(q, q_side, mean=False, amax=True) if per_head else none
+    of_k = none
+    if per_head or options.smooth_k:
+        of_k = _statistics(k, kv_side, mean=options.smooth_k, amax=per_head)
+    of_v = _statistics(v, kv_side, mean=options.smooth_v, amax=True)
     common = {
         "LIMIT": code_limit(codes.q.dtype), "scale": scale,
         "k_partial": of_k.partial, "k_counts": of_k.counts, "n_k_chunks": of_k.n_chunks,
@@ -260,12 +278,12 @@ def quantize(
         args |= {"GROUPS": codes.groups(role), "n_groups": scales.shape[2]}
         launches.append(_launch(quantize_tokens_kernel, x, args))
     args = _launch_args(v, codes.v, codes.v_scale, kv_side, of_v)
-    args |= {"counts": of_v.counts, "means": codes.v_mean, "PER_HEAD": per_head}
+    args |= {"counts": of_v.counts, "means": codes.v_mean, "PER_HEAD": per_head, "PAST": FP8_ROWS}
     args |= {"LIMIT": v_limit(codes.precision, options.pv_accumulation, codes.v.dtype)}
     return [*launches, _launch(quantize_channels_kernel, v, args)]
 
 
-def _statistics(x: Tensor, side: Side) -> _Statistics:
+def _statistics(x: Tensor, side: Side, *, mean: bool, amax: bool) -> _Statistics:
     heads, tiles, dim = x.shape[0] * x.shape[1], side.tiles(TILE), padded_codes(x.shape[3])
     chunk = -(-tiles // _CHUNKS)
     n_chunks = -(-tiles // chunk)
@@ -275,6 +293,7 @@ def _statistics(x: Tensor, side: Side) -> _Statistics:
     args |= {"BD": dim, "D": columns(x.shape[3], dim, args["VEC"])}
     args |= {"partial": partial, "counts": counts, "H": x.shape[1]}
     args |= {"n_chunks": n_chunks, "CHUNK": chunk, "WIDE": wide_rows(TILE, args)}
+    args |= {"MEAN": mean, "AMAX": amax}
     launch = Launch(channel_statistics_kernel, heads * n_chunks, args, _STATISTICS_OPTIONS)
     return _Statistics(partial, counts, n_chunks, (launch,))
 

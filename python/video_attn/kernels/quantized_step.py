@@ -20,26 +20,29 @@ def quantized_step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constex
     b_m, b_l, b_acc = state
     start_n, o_n, m_n = rows
     plain, b_factor, p_k_scale = given
-    b_q, p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, _ = plain
-    VEC: tl.constexpr = OPTIONS[0]
+    b_q, p_k, p_v, _, stride_v_s, o_d, o_dv, _, _, last_key, _ = plain
+    VEC_V: tl.constexpr = OPTIONS[0]
     IS_CAUSAL: tl.constexpr = OPTIONS[1]
     K_SCALE_SLOT: tl.constexpr = OPTIONS[2]
     K_GROUPS: tl.constexpr = OPTIONS[3]
     MODE: tl.constexpr = OPTIONS[4]
     P_EXPONENT: tl.constexpr = OPTIONS[5]
     FP16_SUMS: tl.constexpr = OPTIONS[6]
-    b_k = load_tile(p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED)  # [BN, BD]
-    b_k_scale = key_scales(p_k_scale, start_n, o_n, m_n, K_SCALE_SLOT, K_GROUPS, MODE, MASKED)
-    b_s, b_row_factor = quantized_scores(b_q, b_k, b_factor, b_k_scale)
+    # Rows of K, and of an fp16 V, follow one another: strides that the compiler knows.
+    b_k = load_tile(p_k, start_n, o_n, m_n, o_d, o_d.shape[0], None, 1, MASKED)  # [BN, BD]
+    k_scales = key_scales(p_k_scale, start_n, o_n, m_n, K_SCALE_SLOT, K_GROUPS, MODE, MASKED)
+    b_s = quantized_scores(b_q, b_k)
     m_s = seen_keys(start_n, o_n, m_n, last_key, MASKED and IS_CAUSAL)
     b_p, b_m, b_l, b_alpha = online_softmax_scaled(
-        b_s, b_row_factor, m_s, b_m, b_l, P_EXPONENT, MASKED
+        b_s, b_factor, k_scales, m_s, b_m, b_l, P_EXPONENT, MASKED
     )
     b_acc = b_acc * b_alpha[:, None]
     if p_v.dtype.element_ty == tl.float16:
-        b_v = load_tile(p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED)  # [BN, BDV]
+        b_v = load_tile(p_v, start_n, o_n, m_n, o_dv, o_dv.shape[0], None, 1, MASKED)  # [BN, BDV]
     else:
-        b_v = load_channels(p_v, start_n, o_n, m_n, o_dv, stride_v_s, VEC, MASKED)  # [BDV, BN]
+        # Codes of tokens that do not count are 0, past the end too: only gathers need a mask.
+        M_V: tl.constexpr = MASKED and MODE == "gather"
+        b_v = load_channels(p_v, start_n, o_n, m_n, o_dv, stride_v_s, VEC_V, M_V)  # [BDV, BN]
     return b_m, b_l, add_quantized_values(b_acc, b_p, b_v, FP16_SUMS)
 
 
@@ -57,52 +60,82 @@ def key_scales(
     p_scale, start, o_n, m_n, SLOT: tl.constexpr, GROUPS: tl.constexpr,
     MODE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """K's scales of a step: one number where all its rows share it, else [BN]."""
+    """K's scales of a step: (one number or [BN],), or two numbers where it is two tiles."""
+    TILES: tl.constexpr = (o_n.shape[0] + TILE - 1) // TILE
     if GROUPS is None:
-        b_scale = tl.load(p_scale)
-    elif GROUPS[0] * GROUPS[1] == 1 and SLOT == TILE and o_n.shape[0] <= TILE and MODE != "gather":
-        b_scale = tl.load(p_scale + start // TILE)
+        k_scales = (tl.load(p_scale),)
+    elif GROUPS[0] * GROUPS[1] == 1 and SLOT == TILE and MODE != "gather" and TILES + MASKED <= 2:
+        p_tile = p_scale + start // TILE
+        k_scales = (tl.load(p_tile),)
+        if TILES == 2:
+            k_scales = (k_scales[0], tl.load(p_tile + 1))
     else:
         o_group = scale_group(start + o_n, SLOT, GROUPS)
         if MASKED:
-            b_scale = tl.load(p_scale + o_group, mask=m_n, other=0.0)
+            k_scales = (tl.load(p_scale + o_group, mask=m_n, other=0.0),)
         else:
-            b_scale = tl.load(p_scale + o_group)
-    return b_scale
+            k_scales = (tl.load(p_scale + o_group),)
+    return k_scales
 
 
 @triton.jit
-def quantized_scores(b_q, b_k, b_factor, b_k_scale):
-    """Products of codes, fp32 [BM, BN], and what turns them into base-2 scores, [BM]."""
+def quantized_scores(b_q, b_k):
+    """Products of codes, fp32 [BM, BN]."""
     if b_q.dtype == tl.int8:
         b_s = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)  # int32 sums are exact
+    elif b_q.shape[1] > _FP8_RUN:
+        b_s = tl.dot(b_q, tl.trans(b_k), max_num_imprecise_acc=_FP8_RUN)
     else:
-        b_s = tl.dot(b_q, tl.trans(b_k), max_num_imprecise_acc=min(b_q.shape[1], _FP8_RUN))
-    if len(b_k_scale.shape) == 0:
-        b_factor = b_factor * b_k_scale
+        b_s = tl.dot(b_q, tl.trans(b_k))
+    return b_s
+
+
+@triton.jit
+def scaled_scores(b_s, b_factor, k_scales, MASKED: tl.constexpr):
+    """Factors that bring scores to base 2, [BM, BN] or [BM, 1], and maxima of rows after it, [BM].
+
+    Scores that share a factor, which is not negative, have their maximum before it: one product
+    instead of one for each. MASKED: no maxima, b_s has rows that do not count.
+    """
+    b_max = b_factor
+    if len(k_scales) == 2:
+        b_first, b_second = b_factor * k_scales[0], b_factor * k_scales[1]
+        m_first = tl.arange(0, b_s.shape[1])[None, :] < TILE
+        b_factors = tl.where(m_first, b_first[:, None], b_second[:, None])
+        b_max = tl.maximum(
+            tl.max(tl.where(m_first, b_s, float("-inf")), 1) * b_first,
+            tl.max(tl.where(m_first, float("-inf"), b_s), 1) * b_second,
+        )
+    elif len(k_scales[0].shape) == 0:
+        b_factors = (b_factor * k_scales[0])[:, None]
+        if not MASKED:
+            b_max = tl.max(b_s, 1) * (b_factor * k_scales[0])
     else:
-        b_s = b_s * b_k_scale[None, :]
-    return b_s, b_factor
+        b_factors = b_factor[:, None] * k_scales[0][None, :]
+        if not MASKED:
+            b_max = tl.max(b_s * b_factors, 1)
+    return b_factors, b_max
 
 
 @triton.jit
 def online_softmax_scaled(
-    b_s, b_factor, m_s, b_m, b_l, EXPONENT: tl.constexpr, MASKED: tl.constexpr
+    b_s, b_factor, k_scales, m_s, b_m, b_l, EXPONENT: tl.constexpr, MASKED: tl.constexpr
 ):
     """Folds scores in: weights times 2^EXPONENT, new maximum, new sum, factor for earlier sums.
 
-    Maxima are of base-2 scores, ``s * factor``: the factors change from step to step.
+    Maxima are of base-2 scores: the factors change from step to step.
     """
+    b_factors, b_max = scaled_scores(b_s, b_factor, k_scales, MASKED)
     if MASKED:
-        b_x = tl.where(m_s, b_s * b_factor[:, None], float("-inf"))
+        b_x = tl.where(m_s, b_s * b_factors, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_x, 1))
         # Rows that have seen no key yet: any finite pivot gives weights 0.
         b_pivot = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
         b_p = tl.exp2(b_x - (b_pivot - EXPONENT)[:, None])
     else:
-        b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * b_factor)
+        b_m_new = tl.maximum(b_m, b_max)
         b_pivot = b_m_new
-        b_p = tl.exp2(b_s * b_factor[:, None] - (b_pivot - EXPONENT)[:, None])
+        b_p = tl.exp2(b_s * b_factors - (b_pivot - EXPONENT)[:, None])
     b_alpha = tl.exp2(b_m - b_pivot)
     return b_p, b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_alpha
 
@@ -131,5 +164,5 @@ def add_quantized_values(b_acc, b_p, b_v, FP16_SUMS: tl.constexpr):
             b_acc = tl.dot(b_p, b_v, b_acc)
     else:
         b_p = to_fp8(b_p, b_v.dtype)
-        b_acc = tl.dot(b_p, tl.trans(b_v), b_acc, max_num_imprecise_acc=min(b_v.shape[1], _FP8_RUN))
+        b_acc += tl.dot(b_p, tl.trans(b_v))
     return b_acc
