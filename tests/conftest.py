@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gpu() -> torch.device:
     """The GPU of tests marked ``gpu``."""
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def on_quick_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests of what stands above the kernels; one marked ``gpu`` runs on its GPU's backends."""
+    from video_cases import quick_backend
+
+    with nullcontext() if request.node.get_closest_marker("gpu") else quick_backend():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -20,19 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from video_cases import DEVICES, DTYPES, answer, quick_backend, random_qkv
+from video_cases import DEVICES, DTYPES, answer, random_qkv
 
 from st_attn import sliding_tile_attention
 from video_attn import VideoLayout, attention, sliding_tile, sliding_tile_mask
 
-
-@pytest.fixture(autouse=True)
-def _quick_backend(request: pytest.FixtureRequest):
-    if request.node.get_closest_marker("gpu"):
-        yield
-    else:
-        with quick_backend():
-            yield
+pytestmark = pytest.mark.usefixtures("on_quick_backend")
 
 
 @dataclass(frozen=True)

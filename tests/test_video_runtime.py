@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from video_cases import answer, quick_backend, random_qkv
+from video_cases import answer, random_qkv
 
 from st_attn import sliding_tile_attention
 from video_attn import VideoLayout, attention, sliding_tile, sliding_tile_mask, video_sparse
@@ -22,13 +22,7 @@ from vsa import video_sparse_attn
 WINDOWS = [(3, 1, 2), (1, 2, 9), (2, 2, 3)]
 
 
-@pytest.fixture(autouse=True)
-def _quick_backend(request: pytest.FixtureRequest):
-    if request.node.get_closest_marker("gpu"):
-        yield
-    else:
-        with quick_backend():
-            yield
+pytestmark = pytest.mark.usefixtures("on_quick_backend")
 
 
 def test_one_launch_without_a_copy(monkeypatch):

@@ -18,20 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from video_cases import DEVICES, DTYPES, answer, quick_backend, random_qkv, spy_on_masks
+from video_cases import DEVICES, DTYPES, answer, random_qkv, spy_on_masks
 from vsa_definition import NONE, TEXT, Tokens, check, tile_numbers
 
 from video_attn import BlockMask, VideoLayout, video_sparse
 from vsa import block_sparse_attn, block_sparse_attn_from_indices, video_sparse_attn
 
-
-@pytest.fixture(autouse=True)
-def _quick_backend(request: pytest.FixtureRequest):
-    if request.node.get_closest_marker("gpu"):
-        yield
-    else:
-        with quick_backend():
-            yield
+pytestmark = pytest.mark.usefixtures("on_quick_backend")
 
 
 @pytest.fixture

@@ -12,20 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from video_cases import answer, quick_backend, random_qkv, spy_on_masks
+from video_cases import answer, random_qkv, spy_on_masks
 
 from video_attn import BlockMask, video_sparse
 from video_attn.patterns.video_sparse import kept_blocks
 from vsa import video_sparse_attn
 
-
-@pytest.fixture(autouse=True)
-def _quick_backend(request: pytest.FixtureRequest):
-    if request.node.get_closest_marker("gpu"):
-        yield
-    else:
-        with quick_backend():
-            yield
+pytestmark = pytest.mark.usefixtures("on_quick_backend")
 
 
 @pytest.fixture

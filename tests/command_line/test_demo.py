@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from video_attn import VideoLayout, cli, registry
+from video_attn import VideoLayout, cli
 from video_attn.patterns.sliding_tile import sliding_tile_mask
 from video_attn.tools import UsageError, video
 from video_attn.tools.demo import command as demo
@@ -29,13 +28,7 @@ from video_attn.tools.demo.patterns import (
 )
 from video_attn.tools.plot import style
 
-
-@pytest.fixture(autouse=True)
-def quick_backend() -> Iterator[None]:
-    """The CPU backend, or the reference where it is not built: never Triton's interpreter."""
-    built = {b.name for b in registry.backends() if b.available() is None}
-    with registry.use_backend("cpu" if "cpu" in built else "reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("on_quick_backend")
 
 
 def small_clip(frames: int = 4, height: int = 32, width: int = 48) -> video.Clip:

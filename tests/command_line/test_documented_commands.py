@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_cogvideox import saved
+from video_cases import quick_backend
 
-from video_attn import cli, registry
+from video_attn import cli
 from video_attn.attention_types import ATTENTION_TYPES
 from video_attn.tools.capture import find_captures, load_capture
 
@@ -57,11 +58,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(ROOT / "op_tests", folder / "op_tests", symlinks=True)
     for name in SHELL_SCRIPTS:
         shutil.copy2(ROOT / name, folder / name)
-    built = {b.name for b in registry.backends() if b.available() is None}
     here = Path.cwd()
     os.chdir(folder)
     try:
-        with registry.use_backend("cpu" if "cpu" in built else "reference"):
+        with quick_backend():
             for line in command_lines():
                 run(line, folder)
             yield folder

@@ -6,7 +6,6 @@ import ast
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import readme_tables
 import torch
 
-from video_attn import cli, registry
+from video_attn import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -33,12 +32,7 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(autouse=True)
-def quick_backend() -> Iterator[None]:
-    """The CPU backend, or the reference where it is not built: never Triton's interpreter."""
-    built = {b.name for b in registry.backends() if b.available() is None}
-    with registry.use_backend("cpu" if "cpu" in built else "reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("on_quick_backend")
 
 
 # -- Python ---------------------------------------------------------------------------------------
