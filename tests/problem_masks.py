@@ -6,7 +6,7 @@ import math
 import random
 from typing import TYPE_CHECKING
 
-import oracle
+import token_masks
 import torch
 from torch import Tensor
 
@@ -29,9 +29,9 @@ def problem_masks(problem: Problem, rng: random.Random) -> Masks:
     no_rows = torch.zeros(1, 1, problem.q_len, dtype=torch.bool)
     all_keys = torch.ones(1, 1, problem.kv_len, dtype=torch.bool)
     if problem.kind == "dense":
-        return oracle.dense_tokens(problem.q_len, problem.kv_len), None, no_rows, all_keys
+        return token_masks.dense_tokens(problem.q_len, problem.kv_len), None, no_rows, all_keys
     if problem.kind == "causal":
-        return oracle.causal_tokens(problem.q_len, problem.kv_len), None, no_rows, all_keys
+        return token_masks.causal_tokens(problem.q_len, problem.kv_len), None, no_rows, all_keys
     return _video_masks(problem, rng) if problem.kind in VIDEO_KINDS else _list_masks(problem, rng)
 
 
@@ -57,7 +57,7 @@ def _list_masks(problem: Problem, rng: random.Random) -> Masks:
             ]
             for n, size in ((nq, sizes[0]), (nk, sizes[1]))
         )
-    token_mask = oracle.listed_tokens(lists, sizes, lengths, q_lens, kv_lens)
+    token_mask = token_masks.listed_tokens(lists, sizes, lengths, q_lens, kv_lens)
     counts, indices = list_tensors(lists, nk, spare=rng.randrange(3))
     mask = BlockMask.from_indices(
         indices, *sizes, q_len=lengths[0], kv_len=lengths[1], kv_num_blocks=counts,
@@ -66,8 +66,10 @@ def _list_masks(problem: Problem, rng: random.Random) -> Masks:
     blind = torch.zeros(1, 1, problem.q_len, dtype=torch.bool)
     if q_lens is not None:
         everything = [[[{0} for _ in range(nq)]]]
-        blind = ~oracle.listed_tokens(everything, (sizes[0], 1), (lengths[0], 1), q_lens)[..., 0]
-    listed = oracle.listed_tokens(lists, sizes, lengths, None, kv_lens).any(-2)
+        blind = ~token_masks.listed_tokens(everything, (sizes[0], 1), (lengths[0], 1), q_lens)[
+            ..., 0
+        ]
+    listed = token_masks.listed_tokens(lists, sizes, lengths, None, kv_lens).any(-2)
     return token_mask, mask, blind, listed
 
 
@@ -86,7 +88,7 @@ def list_tensors(lists: Lists, num_kv_blocks: int, spare: int = 0) -> tuple[Tens
 
 def _video_masks(problem: Problem, rng: random.Random) -> Masks:
     volume = math.prod(problem.tile)
-    slots = oracle.padded_coordinates(problem.grid, problem.tile)
+    slots = token_masks.padded_coordinates(problem.grid, problem.tile)
     valid_text = rng.randint(0, problem.text_length)
     positions = [c is not None for c in slots] + [
         i < valid_text for i in range(problem.text_length)
@@ -97,7 +99,7 @@ def _video_masks(problem: Problem, rng: random.Random) -> Masks:
         windows = [
             (rng.randint(1, 4), rng.randint(1, 4), rng.randint(1, 4)) for _ in range(mask_heads)
         ]
-        token_mask = oracle.sliding_tile_tokens(
+        token_mask = token_masks.sliding_tile_tokens(
             slots, problem.grid, problem.tile, windows, problem.text_length, valid_text
         )
     else:
@@ -109,7 +111,7 @@ def _video_masks(problem: Problem, rng: random.Random) -> Masks:
             ]
             for _ in range(mask_batch)
         ]
-        token_mask = oracle.selected_tile_tokens(tiles, tiles, selected)
+        token_mask = token_masks.selected_tile_tokens(tiles, tiles, selected)
     lens = [[sum(positions[i * volume : (i + 1) * volume]) for i in range(blocks)]]
     mask = BlockMask.from_dense(
         any_in_block(token_mask, volume, volume), volume, volume, _int32(lens), _int32(lens),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import oracle
+import token_masks
 import torch
 from problem_masks import VIDEO_KINDS, problem_masks
 from torch import Tensor
@@ -77,8 +78,8 @@ class Problem:
     mask_batch: bool = False
     mask_heads: bool = False
     density: float = 1.0
-    grid: oracle.Triple = (1, 1, 1)
-    tile: oracle.Triple = (1, 1, 1)
+    grid: token_masks.Triple = (1, 1, 1)
+    tile: token_masks.Triple = (1, 1, 1)
     text_length: int = 0
 
     def __str__(self) -> str:
@@ -209,7 +210,7 @@ def _describe(
 
 
 def _describe_video(
-    rng: random.Random, tile: oracle.Triple, text: int, max_len: int
+    rng: random.Random, tile: token_masks.Triple, text: int, max_len: int
 ) -> dict[str, Any]:
     """An odd grid whose padded tiles and text have at most ``max_len`` positions."""
     volume, tiles = math.prod(tile), [1, 1, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
+import token_masks
 import torch
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def check(precision: str, got: Tensor, exact: Tensor, bound: float | None = None
 def tokens_of(mask: BlockMask | None, q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
     if mask is not None:
         return mask.to_token_mask()
-    make = oracle.causal_tokens if is_causal else oracle.dense_tokens
+    make = token_masks.causal_tokens if is_causal else token_masks.dense_tokens
     return make(q.shape[2], k.shape[2])
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import oracle
 import pytest
+import token_masks
 import torch
 from machine import HAS_GPU
 from problem_masks import list_tensors
@@ -217,7 +218,7 @@ def test_offsets_past_two_billion_elements(axis, block_size, backend, device):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out, lse = attention(q, k, v, mask, backend=backend, return_lse=True)
     grads = torch.autograd.grad(out, (q, k, v), grad_out)
-    token_mask = oracle.listed_tokens(lists, (block_size, block_size), (48, 48))
+    token_mask = token_masks.listed_tokens(lists, (block_size, block_size), (48, 48))
     case = oracle.Case(*clean[:3], token_mask, None, clean[3])
     result = oracle.Result(out.detach(), lse.detach(), *grads)
     oracle.check_against_oracle(result, case, f"{backend} {axis}")
@@ -386,7 +387,7 @@ def test_huge_scores_do_not_overflow(backend, device):
     q, k, v = (torch.randn(1, 1, 40, 16, generator=generator).to(device) for _ in range(3))
     q, k = q * 60, k * 60
     out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend=backend)
-    tokens = oracle.dense_tokens(40, 40)
+    tokens = token_masks.dense_tokens(40, 40)
     oracle.check_against_oracle(oracle.Result(out, lse), oracle.Case(q, k, v, tokens, 1.0), backend)
     assert float(lse.abs().max()) > 1e4
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, dataclass
 
-import oracle
 import pytest
+import token_masks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +42,7 @@ class Example:
         )  # fmt: skip
 
     def tokens(self) -> torch.Tensor:
-        return oracle.listed_tokens(
+        return token_masks.listed_tokens(
             self.lists, self.sizes, self.lengths, self.q_block_lens, self.kv_block_lens
         )
 
@@ -122,7 +122,7 @@ def test_counts_may_be_left_out():
     mask = BlockMask.from_indices(indices, 4, 4, q_len=7, kv_len=12)
     assert mask.kv_num_blocks.tolist() == [[[2, 2]]]
     assert mask.kv_num_blocks.dtype == torch.int32
-    expected = oracle.listed_tokens([[[{0, 2}, {1, 2}]]], (4, 4), (7, 12))
+    expected = token_masks.listed_tokens([[[{0, 2}, {1, 2}]]], (4, 4), (7, 12))
     assert torch.equal(mask.to_token_mask(), expected)
 
 
@@ -326,7 +326,7 @@ def flex_tokens(flex, shape: tuple[int, ...]) -> torch.Tensor:
         (flex.full_kv_num_blocks, flex.full_kv_indices, True),
     ):
         lists = lists_of(counts, indices)
-        block = oracle.listed_tokens(
+        block = token_masks.listed_tokens(
             [[[set(row) for row in rows] for rows in heads_] for heads_ in lists],
             (q_size, kv_size), (q_len, kv_len),
         )  # fmt: skip

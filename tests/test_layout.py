@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
+import token_masks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,16 +20,16 @@ layouts = st.builds(
 some = settings(max_examples=60)
 
 
-def raster_positions(layout: VideoLayout) -> dict[oracle.Triple, int]:
+def raster_positions(layout: VideoLayout) -> dict[token_masks.Triple, int]:
     """Where each video token stands in the raster sequence."""
     start = layout.text_length if layout.text_first else 0
-    return {c: start + i for i, c in enumerate(oracle.raster_coordinates(layout.grid))}
+    return {c: start + i for i, c in enumerate(token_masks.raster_coordinates(layout.grid))}
 
 
 def padded_positions(layout: VideoLayout) -> list[int]:
     """The raster position of the token in every slot of the padded tile order, -1 for padding."""
     raster = raster_positions(layout)
-    slots = oracle.padded_coordinates(layout.grid, layout.tile)
+    slots = token_masks.padded_coordinates(layout.grid, layout.tile)
     text_start = 0 if layout.text_first else layout.video_length
     text = [text_start + i for i in range(layout.text_length)]
     return [-1 if c is None else raster[c] for c in slots] + text
@@ -59,7 +59,7 @@ def test_sizes_and_lens(layout):
     assert layout.is_ragged == (-1 in padded)
     assert layout.video_length == math.prod(layout.grid)
     tiles = {tuple(a // b for a, b in zip(c, layout.tile, strict=True))
-             for c in oracle.raster_coordinates(layout.grid)}  # fmt: skip
+             for c in token_masks.raster_coordinates(layout.grid)}  # fmt: skip
     assert layout.num_tiles == len(tiles)
     assert layout.tile_grid == tuple(max(t[axis] for t in tiles) + 1 for axis in range(3))
     for slot in slots:

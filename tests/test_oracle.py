@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import oracle
 import pytest
+import token_masks
 import torch
 from poison import fill_with_poison
 from problems import HEAD_DIMS, MEMORIES, Built, Problem, random_problems, run_attention
@@ -35,7 +36,7 @@ def test_oracle_equals_torch(answer, causal):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, 65, 24, dtype=torch.float64) for h in (4, 2, 2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    mask = oracle.causal_tokens(65, 65) if causal else oracle.dense_tokens(65, 65)
+    mask = token_masks.causal_tokens(65, 65) if causal else token_masks.dense_tokens(65, 65)
     expected = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True, scale=0.3)
     out, lse = answer(q, k, v, mask, 0.3)
     torch.testing.assert_close(out, expected)
@@ -47,14 +48,14 @@ def test_oracle_equals_torch(answer, causal):
 
 
 def test_causal_is_aligned_at_the_bottom_right():
-    assert oracle.causal_tokens(2, 3)[0, 0].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert oracle.causal_tokens(3, 2)[0, 0].tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert token_masks.causal_tokens(2, 3)[0, 0].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert token_masks.causal_tokens(3, 2)[0, 0].tolist() == [[0, 0], [1, 0], [1, 1]]
 
 
 def test_sliding_tile_window_by_hand():
     """5 tiles of 2 on one axis, window 3: the window is shifted at the border, never shrunk."""
-    coordinates = oracle.raster_coordinates((10, 1, 1))
-    tokens = oracle.sliding_tile_tokens(coordinates, (10, 1, 1), (2, 1, 1), [(3, 1, 1)], 2, 1)
+    coordinates = token_masks.raster_coordinates((10, 1, 1))
+    tokens = token_masks.sliding_tile_tokens(coordinates, (10, 1, 1), (2, 1, 1), [(3, 1, 1)], 2, 1)
     seen = [[j for j in range(12) if row[j]] for row in tokens[0, 0]]
     low = {0: 0, 1: 0, 2: 2, 3: 4, 4: 4}
     for i in range(10):
@@ -64,9 +65,9 @@ def test_sliding_tile_window_by_hand():
 
 
 def test_tile_order_by_hand():
-    order = oracle.tile_order_coordinates((1, 2, 3), (1, 2, 2))
+    order = token_masks.tile_order_coordinates((1, 2, 3), (1, 2, 2))
     assert order == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 0, 2), (0, 1, 2)]
-    assert oracle.padded_coordinates((1, 2, 3), (1, 2, 2)) == [*order, None, None]
+    assert token_masks.padded_coordinates((1, 2, 3), (1, 2, 2)) == [*order, None, None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import raster_coordinates, sliding_tile_tokens
+from token_masks import raster_coordinates, sliding_tile_tokens
 from torch import Tensor
 
 import video_attn

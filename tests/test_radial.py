@@ -1,4 +1,4 @@
-"""Radial attention: the closed form against the definition, the published figures, the options."""
+"""Radial masks: the closed form against the definition, the published figures, the options."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import Case, check_against_oracle
-from oracle import Result as Answer
+from radial_cases import blocks_of, layout_of, ours, rule_of
 from radial_oracle import Definition, block_mask, frame_pair, published_block_mask, token_mask
-from torch import Tensor
 
-from radial_attn.attn_mask import MaskMap
-from radial_attn.models.cogvideox import get_window_width
-from video_attn import BlockMask, Scenes, VideoLayout, attention, radial
+from video_attn import VideoLayout
 from video_attn.patterns.radial import (
     RadialRule,
     density_by_distance,
@@ -22,31 +18,6 @@ from video_attn.patterns.radial import (
     frame_windows,
     radial_mask,
 )
-
-
-def layout_of(definition: Definition) -> VideoLayout:
-    grid = (definition.frames, 1, definition.tokens)
-    return VideoLayout(grid, (1, 1, 1), definition.text, definition.text_first)
-
-
-def rule_of(definition: Definition) -> RadialRule:
-    return RadialRule(
-        decay_factor=definition.decay,
-        neighbor_fraction=definition.neighbor,
-        min_window=definition.min_window,
-        split_width=definition.split,
-        sink_frames=definition.sink,
-        pooling=definition.pooling,
-    )
-
-
-def ours(definition: Definition) -> BlockMask:
-    return radial_mask(layout_of(definition), rule_of(definition), block_size=definition.block)
-
-
-def blocks_of(mask: BlockMask) -> Tensor:
-    return mask.to_dense()[0, 0]
-
 
 # What must not go wrong: one token, one frame, blocks larger than frames or than all, frames that
 # start at block borders and one beside them, text that fills blocks or does not, every option.
@@ -247,99 +218,6 @@ def test_majority_pooling_loses_no_tail_where_the_published_one_does(name: str) 
     assert (own["majority"] == 1).all()
 
 
-@pytest.mark.parametrize("text_first", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_attention_over_the_mask(text_first: bool, dtype: torch.dtype) -> None:
-    """Text before the video needs no permuted copy: the mask says where the frames start."""
-    definition = Definition(6, 21, 8, 13, text_first, split=0, decay=0.2, min_window=2)
-    mask = ours(definition)
-    generator = torch.Generator().manual_seed(5)
-    q, k, v = torch.randn(3, 2, 3, definition.length, 16, generator=generator).to(dtype)
-    out, lse = attention(q, k, v, mask, return_lse=True)
-    blocks = block_mask(definition)
-    tokens = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)
-    tokens = tokens[: definition.length, : definition.length]
-    check_against_oracle(Answer(out, lse), Case(q, k, v, tokens[None, None]), "radial")
-    assert 0 < mask.density() < 1
-
-
-@pytest.mark.parametrize("order", ["bhsd", "bshd"])
-@pytest.mark.parametrize("text_length", [None, 5, (0, 13), torch.tensor([13, 7])], ids=str)
-def test_radial_of_q_k_v(order: str, text_length: object) -> None:
-    """Raster order in and out, text of another length per batch item, what is past it is NaN."""
-    definition = Definition(6, 21, 8, 13, split=0, decay=0.2, min_window=2)
-    generator = torch.Generator().manual_seed(6)
-    q, k, v, grad = torch.randn(4, 2, 2, definition.length, 16, generator=generator)
-    blocks = block_mask(definition)
-    tokens = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)
-    tokens = tokens[: definition.length, : definition.length].expand(2, 1, -1, -1).clone()
-    lengths = [13, 13] if text_length is None else torch.as_tensor(text_length).tolist()
-    lengths = [lengths] * 2 if isinstance(lengths, int) else lengths
-    given = [q.clone(), k.clone(), v.clone()]
-    for item, length in enumerate(lengths):
-        past = slice(6 * 21 + length, None)
-        tokens[item, :, past] = False
-        tokens[item, :, :, past] = False
-        grad[item, :, past] = 0
-        for x in given:
-            x[item, :, past] = torch.nan
-    case = Case(q, k, v, tokens, grad_out=grad)
-    inputs = [x.transpose(1, 2) if order == "bshd" else x for x in given]
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    options = {"rule": rule_of(definition), "block_size": 8, "text_length": text_length}
-    out = radial(*inputs, (6, 3, 7), layout=order, **options)
-    grads = torch.autograd.grad(out, inputs, grad.transpose(1, 2) if order == "bshd" else grad)
-    results = [x.transpose(1, 2) if order == "bshd" else x for x in (out.detach(), *grads)]
-    check_against_oracle(Answer(results[0], None, *results[1:]), case, "radial")
-
-
-def test_text_before_the_video_first_and_scenes() -> None:
-    """The options of radial() reach the mask."""
-    layout = VideoLayout((6, 3, 7), (1, 1, 1), 13, text_first=True)
-    q, k, v = torch.randn(3, 1, 2, 139, 16, generator=torch.Generator().manual_seed(1))
-    rule = RadialRule(split_width=0, min_window=2)
-    scenes = Scenes([0, 2, 6], [[True, False], [True, True]], unit="latent")
-    mask = radial_mask(layout, rule, block_size=8, scenes=scenes)
-    out = radial(q, k, v, "6x3x7", rule=rule, block_size=8, scenes=scenes, text_first=True)
-    assert torch.equal(out, attention(q, k, v, mask))
-    assert not torch.equal(out, radial(q, k, v, (6, 3, 7), rule=rule, block_size=8))
-
-
-@pytest.mark.parametrize("change, error, words", [
-    ({"grid": (6, 3)}, ValueError, "grid must be three integers"),
-    ({"grid": (7, 3, 7)}, ValueError, "has 147 tokens, but q has only 139"),
-    ({"text_length": 14}, ValueError, "text_length must be 0 to 13"),
-    ({"text_length": (1, 2, 3)}, ValueError, "one per batch item"),
-    ({"text_length": 5, "text_first": True}, ValueError, "must be all 13 text tokens when"),
-    ({"text_first": 1}, TypeError, "text_first"),
-    ({"rule": {}}, TypeError, "rule must be a RadialRule, got dict"),
-    ({"block_size": None}, TypeError, "block_size must be an int"),
-    ({"layout": "sbhd"}, ValueError, "layout"),
-    ({"window": 3}, TypeError, "window"),
-])  # fmt: skip
-def test_wrong_arguments_of_radial_are_refused(
-    change: dict, error: type[Exception], words: str
-) -> None:
-    q = torch.zeros(1, 2, 139, 16)
-    with pytest.raises(error, match=words):
-        radial(q, q, q, **({"grid": (6, 3, 7)} | change))
-
-
-def test_gradients_reach_a_frame_pair_only_through_kept_blocks() -> None:
-    definition = Definition(4, 16, 8, split=0, decay=0.1, min_window=1)
-    layout, rule = layout_of(definition), rule_of(definition)
-    mask = radial_mask(layout, rule, block_size=8, transposed=True)
-    assert mask._transpose is not None
-    q, k, v = torch.randn(3, 1, 1, 64, 8, generator=torch.Generator().manual_seed(2))
-    k.requires_grad_()
-    attention(q, k, v, mask)[0, 0, :8].sum().backward()
-    seen = blocks_of(mask)[0].repeat_interleave(8)
-    assert not seen.all()
-    assert (k.grad[0, 0].abs().sum(-1) > 0).equal(seen)
-    plain = ours(definition).transposed()
-    assert all(torch.equal(a, b) for a, b in zip(mask.transposed(), plain, strict=True))
-
-
 def test_masks_are_kept_by_their_full_key() -> None:
     layout = VideoLayout((3, 4, 6), (1, 4, 6), 5)
     first = radial_mask(layout, RadialRule(decay_factor=0.5), block_size=8)
@@ -417,65 +295,3 @@ def test_unknown_models_and_foreign_masks_are_refused() -> None:
     mask = radial_mask(replace(layout, text_length=3), block_size=8)
     with pytest.raises(ValueError, match="mask has q_len 51, but layout has 48 tokens"):
         frame_density(layout, mask)
-
-
-# -- the import paths of radial_attn ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["wan", "hunyuan", "cogvideox"])
-@pytest.mark.parametrize("distance, width", [(0, 1350), (2, 512), (4, 256), (8, 128), (12, 128)])
-def test_get_window_width(model_type: str, distance: int, width: int) -> None:
-    arguments = (1350, "radial", 13)
-    assert get_window_width(0, distance, *arguments, model_type=model_type) == width
-    assert get_window_width(12, 12 - distance, *arguments, model_type=model_type) == width
-    if distance == 2:
-        assert get_window_width(0, 2, *arguments, 0.3, model_type=model_type) == 512 * 0.3
-        assert get_window_width(0, 2, *arguments, 0.3, 256, model_type) == 256
-
-
-def test_get_window_width_of_adjacent_frames() -> None:
-    assert get_window_width(4, 5, 1351, "radial", 13) == 675
-    assert get_window_width(4, 5, 1351, "radial", 13, model_type="wan") == 1351
-    assert get_window_width(4, 9, 1351, "dense", 13) == 1351
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ((0, 13, 1350, "radial", 13), "j must be 0 to 12, got 13"),
-    ((-1, 0, 1350, "radial", 13), "i must be 0 to 12, got -1"),
-    ((0, 0, 0, "radial", 13), "token_per_frame must be >= 1, got 0"),
-    ((0, 0, 1350, "sliding", 13), "sparse_type must be 'radial' or 'dense', got 'sliding'"),
-    ((0, 0, 1350, "radial", 13, 1.0, 0), "block_size must be >= 1, got 0"),
-    ((0, 0, 1350, "radial", 13, 1.0, 128, "mochi"), "model_type"),
-])  # fmt: skip
-def test_wrong_window_widths_are_refused(arguments: tuple, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        get_window_width(*arguments)
-
-
-@pytest.mark.parametrize("text, text_first", [(0, False), (10, False), (10, True)])
-def test_mask_map(text: int, text_first: bool) -> None:
-    masks = MaskMap(video_token_num=5 * 24, num_frame=5, text_first=text_first)
-    query = torch.zeros(120 + text, 2, 8)
-    layout = VideoLayout((5, 1, 24), (1, 1, 24), text, text_first)
-    expected = radial_mask(layout, RadialRule.for_model("wan", 0.5), block_size=8)
-    assert torch.equal(
-        masks.queryLogMask(query, "radial", block_size=8, model_type="wan"), blocks_of(expected)
-    )
-    batched = masks.block_mask(query[None].expand(3, -1, -1, -1), "radial", 8, 0.5, "wan")
-    assert torch.equal(blocks_of(batched), blocks_of(expected))
-    assert masks.queryLogMask(query, "dense", 8, model_type="wan").all()
-    # Another map, another size: nothing is shared between them.
-    other = MaskMap(video_token_num=3 * 24, num_frame=3)
-    assert other.queryLogMask(query[:72], "radial", 8, 0.5, "wan").shape == (9, 9)
-    assert masks.queryLogMask(query, "radial", 8, 0.5, "wan").shape == expected.to_dense().shape[2:]
-
-
-def test_wrong_mask_maps_are_refused() -> None:
-    with pytest.raises(ValueError, match="video_token_num 121 is not a multiple of 5 frames"):
-        MaskMap(121, 5)
-    with pytest.raises(ValueError, match="query has 100 tokens, fewer than the 120 of the video"):
-        MaskMap(120, 5).queryLogMask(torch.zeros(100, 2, 8), "radial", model_type="wan")
-    with pytest.raises(ValueError, match="sparse_type"):
-        MaskMap(120, 5).queryLogMask(torch.zeros(120, 2, 8), "svg", model_type="wan")
-    with pytest.raises(ValueError, match=r"query must be \[S, H, D\] or \[B, S, H, D\]"):
-        MaskMap(120, 5).queryLogMask(torch.zeros(120, 8), "radial", model_type="wan")

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import attention_oracle, causal_tokens
+from oracle import attention_oracle
 from problems import require_backend
 from quantized_cases import ERROR_BOUND, check, normal, qkv, relative_error, tokens_of
+from token_masks import causal_tokens
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -14,6 +14,7 @@ from functools import partial
 import as_script
 import oracle
 import pytest
+import token_masks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,9 +57,9 @@ class Problem:
     def length(self) -> int:
         return math.prod(self.grid) + self.text
 
-    def token_mask(self, coordinates: list[oracle.Triple]) -> Tensor:
+    def token_mask(self, coordinates: list[token_masks.Triple]) -> Tensor:
         masks = [
-            oracle.sliding_tile_tokens(
+            token_masks.sliding_tile_tokens(
                 coordinates, self.grid, self.tile, self.windows, self.text, valid
             )
             for valid in self.valid_of_each
@@ -66,7 +67,7 @@ class Problem:
         return torch.cat(masks)
 
     def case(
-        self, dtype: torch.dtype, device: str, coordinates: list[oracle.Triple]
+        self, dtype: torch.dtype, device: str, coordinates: list[token_masks.Triple]
     ) -> oracle.Case:
         q, k, v, grad = random_qkv(
             (self.batch, self.heads, self.length, self.head_dim), self.kv_heads,
@@ -116,7 +117,9 @@ def test_tile_order_function_is_the_definition(problem, dtype, device):
     Bug classes: canvases other than three, head_dim 64 left unwritten, one launch per head with the
     batch in the wrong place, text padding read, text queries forgotten.
     """
-    case = problem.case(dtype, device, oracle.tile_order_coordinates(problem.grid, problem.tile))
+    case = problem.case(
+        dtype, device, token_masks.tile_order_coordinates(problem.grid, problem.tile)
+    )
 
     def function(q, k, v):
         return sliding_tile_attention(
@@ -133,7 +136,7 @@ def test_tile_order_function_is_the_definition(problem, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_raster_function_is_the_definition(problem, text_first, device):
     """video_attn.sliding_tile: the same in raster order, text before or after, bhsd and bshd."""
-    case = problem.case(torch.float32, device, oracle.raster_coordinates(problem.grid))
+    case = problem.case(torch.float32, device, token_masks.raster_coordinates(problem.grid))
     layout = "bshd" if text_first else "bhsd"
 
     def move(x: Tensor, video_first: bool) -> Tensor:
@@ -260,8 +263,8 @@ def test_lists_are_the_definition(grid, tile, window, data):
     valid = data.draw(st.integers(0, text))
     layout = VideoLayout(grid, tile, text)
     mask = sliding_tile_mask(layout, window, text_length=valid, transposed=True)
-    coordinates = oracle.padded_coordinates(grid, tile)
-    expected = oracle.sliding_tile_tokens(coordinates, grid, tile, window, text, valid)
+    coordinates = token_masks.padded_coordinates(grid, tile)
+    expected = token_masks.sliding_tile_tokens(coordinates, grid, tile, window, text, valid)
     got = mask.to_token_mask()
     assert torch.equal(got.expand_as(expected), expected)
     lists = sliding_tile_mask(layout, window, text_length=valid)

@@ -14,6 +14,7 @@ from functools import partial
 import as_script
 import oracle
 import pytest
+import token_masks
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -373,7 +374,9 @@ def test_block_sparse_attention_is_the_definition(shape, sizes, form, device):
     lens = [kv_size] * nk if sizes is None else sizes
     tensor_sizes = None if sizes is None else torch.tensor(sizes, device=device)
     lists = [[[set(r.nonzero().flatten().tolist()) for r in h] for h in b] for b in keep]
-    tokens = oracle.listed_tokens(lists, (q_size, kv_size), (q.shape[2], k.shape[2]), None, [lens])
+    tokens = token_masks.listed_tokens(
+        lists, (q_size, kv_size), (q.shape[2], k.shape[2]), None, [lens]
+    )
     case = oracle.Case(q, k, v, tokens.to(device), grad_out=grad)
 
     def function(q, k, v):

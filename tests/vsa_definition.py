@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import oracle
+import token_masks
 import torch
 from torch import Tensor
 
@@ -27,13 +28,13 @@ class Tokens:
 TEXT, NONE = -2, -1
 
 
-def tile_numbers(grid: oracle.Triple, tile: oracle.Triple) -> list[int]:
+def tile_numbers(grid: token_masks.Triple, tile: token_masks.Triple) -> list[int]:
     """The tile of every token in raster order, tiles counted in raster order."""
-    tiles = sorted({_tile_of(c, tile) for c in oracle.raster_coordinates(grid)})
-    return [tiles.index(_tile_of(c, tile)) for c in oracle.raster_coordinates(grid)]
+    tiles = sorted({_tile_of(c, tile) for c in token_masks.raster_coordinates(grid)})
+    return [tiles.index(_tile_of(c, tile)) for c in token_masks.raster_coordinates(grid)]
 
 
-def _tile_of(token: oracle.Triple, tile: oracle.Triple) -> oracle.Triple:
+def _tile_of(token: token_masks.Triple, tile: token_masks.Triple) -> token_masks.Triple:
     return token[0] // tile[0], token[1] // tile[1], token[2] // tile[2]
 
 

@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import oracle
 import pytest
+import token_masks
 import torch
 from calibrate_cases import OPTIONS, TOKENS, head
 from torch import Tensor
@@ -53,7 +54,7 @@ def test_errors_are_those_of_the_definition(monkeypatch):
     monkeypatch.setattr(errors_module, "CHUNK_BYTES", 5 * 4 * 384)  # five rows at a time
     q, k, v = head("local")
     exact = dense_in_fp32(q, k, v, 0.3)
-    everything = oracle.dense_tokens(TOKENS.sequence_length, TOKENS.sequence_length)
+    everything = token_masks.dense_tokens(TOKENS.sequence_length, TOKENS.sequence_length)
     reference = oracle.attention_oracle(q, k, v, everything, 0.3)[0]
     assert (exact - reference).norm() < 5e-6 * reference.norm()
     candidates = candidates_for(TOKENS, ["vsa"], ["native", "sage_fp16"], **OPTIONS)

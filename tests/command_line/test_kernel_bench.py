@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import attention_oracle, causal_tokens, dense_tokens
+from oracle import attention_oracle
 from safetensors.torch import load_file
+from token_masks import causal_tokens, dense_tokens
 from torch import Tensor
 
 from video_attn import cli

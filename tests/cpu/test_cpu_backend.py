@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from far_memory import far_view
-from oracle import Case, Result, attention_oracle, causal_tokens, check_against_oracle
+from oracle import Case, Result, attention_oracle, check_against_oracle
 from problems import require_backend
+from token_masks import causal_tokens
 from torch import Tensor
 
 from video_attn import BlockMask, attention, native

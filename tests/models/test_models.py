@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import raster_coordinates, sliding_tile_tokens
 from tiny_models import MODELS, Tiny, output, random
+from token_masks import raster_coordinates, sliding_tile_tokens
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode

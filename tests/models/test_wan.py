@@ -18,8 +18,8 @@ import torch
 from diffusers import (
     WanPipeline,
 )
-from oracle import raster_coordinates, sliding_tile_tokens
 from tiny_wan_pipeline import LAYERS, tiny_pipeline
+from token_masks import raster_coordinates, sliding_tile_tokens
 from torch import Tensor
 from torch.nn import functional as F
 

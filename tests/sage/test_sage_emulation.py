@@ -13,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import sage_emulation
+import token_masks
 import torch
 from sage_problems import (
     GRANULARITIES,
@@ -236,7 +237,7 @@ def test_error_against_exact_attention(precision, bound, dim):
         normal(1, 1, 256, dim, seed=2),
         normal(1, 1, 256, dim, seed=3),
     )
-    exact, exact_lse = oracle.attention_oracle(q, k, v, oracle.dense_tokens(192, 256))
+    exact, exact_lse = oracle.attention_oracle(q, k, v, token_masks.dense_tokens(192, 256))
     out, lse = run(q, k, v, precision=precision)
     assert relative_error(out, exact) <= bound
     assert (lse - exact_lse).abs().max() < 0.06
@@ -247,7 +248,7 @@ def test_error_against_exact_attention(precision, bound, dim):
 def test_lse_of_biased_keys():
     q, k, v = qkv((100, 200), dims=(128, 128))
     k[..., :8] += 12.0 * torch.tensor([1.0, -1.0] * 4)
-    exact, exact_lse = oracle.attention_oracle(q, k, v, oracle.dense_tokens(100, 200))
+    exact, exact_lse = oracle.attention_oracle(q, k, v, token_masks.dense_tokens(100, 200))
     errors = {}
     for smooth_k in (True, False):
         out, lse = run(

@@ -102,6 +102,15 @@ def video(batch: int = 2, length: int = LENGTH, seed: int = 1, dtype: Any = None
     return torch.randn(batch, length, WIDTH, generator=generator).to(dtype or torch.float32)
 
 
+def attention_of(module: Any, x: Tensor) -> AttentionCall:
+    """What a VideoAttention asks of attention."""
+    heads = [
+        project(x).unflatten(2, (module.num_heads, -1)).transpose(1, 2)
+        for project in (module.to_q, module.to_k, module.to_v)
+    ]
+    return AttentionCall(*heads)
+
+
 def vsa(ratio: float = 0.5, **more: Any) -> dict[str, Any]:
     return {"method": "vsa", "top_k_ratio": ratio, **more}
 
@@ -142,3 +151,8 @@ def defined(
 def error(got: Tensor, expected: Tensor) -> float:
     """The largest difference in standard deviations of what is expected."""
     return float(((got - expected).abs().max() / expected.std()).detach())
+
+
+def defined_output(module: Any, x: Tensor, grid: Any, top_k: int, gate: Any = 0.0) -> Tensor:
+    out = defined(attention_of(module, x), grid, (4, 4, 4), top_k, gate)
+    return out.transpose(1, 2).flatten(2)

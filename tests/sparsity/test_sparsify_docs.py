@@ -15,7 +15,7 @@ from tiny_models import MODELS, output
 from torch import Tensor, nn
 
 import video_attn.sparsity as mtsa
-from video_attn.sparsity.config import METHODS
+from video_attn.sparsity.attributes import METHODS
 from video_attn.tools.token_table import count_tokens
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "sparsify.md").read_text(encoding="utf-8")

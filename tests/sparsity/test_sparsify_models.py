@@ -5,101 +5,19 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from sparsity_cases import config, defined, error, vsa
+from sparsity_cases import config, error
+from sparsity_model_cases import TILE, attention_layers, calls, model_output
 from tiny_models import GRID, MODELS, TEXT, Tiny, output, random
 from torch import Tensor, nn
 
 import video_attn.sparsity as mtsa
 from video_attn.integrations import apply
-from video_attn.integrations.attention_call import AttentionCall
-from video_attn.integrations.intercept import replace_processor
-from video_attn.integrations.models import family_of
 
-TILE = (2, 2, 2)  # of the 3 x 4 x 5 tokens: 12 tiles, ragged in time and width
 FAMILIES = ("wan", "ltx", "ltx2", "cogvideox", "hunyuan", "hunyuan15", "mochi")
-DOCUMENT = {  # of the document, for LTX-2
-    "sparse_cfg": {
-        "*.attn1": {"method": "vsa", "top_k_ratio": 0.5, "block_size_3d": [4, 4, 4]},
-        "*.attn2": {"enable": False},
-        "*.audio_attn*": {"enable": False},
-        "*.audio_to_video*": {"enable": False},
-        "*.video_to_audio*": {"enable": False},
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def built() -> dict[str, Any]:
-    return {}
-
-
-@pytest.fixture
-def model_of(built: dict[str, Any]) -> Iterator[Any]:
-    """Makes each tiny model once; what a test did to it is undone."""
-
-    def model(name: str) -> tuple[Tiny, Any]:
-        if name not in built:
-            built[name] = MODELS[name].model()
-        return MODELS[name], built[name]
-
-    yield model
-    for made in built.values():
-        mtsa.unsparsify(made)
-        assert not mtsa.is_attn_sparsified(made)
-
-
-def calls(model: Any) -> dict[str, int]:
-    """Sparse calls by module, of those that had any."""
-    found = {n: m._sparse_attention for n, m in mtsa.get_named_sparse_attention_modules(model)}
-    return {name: state.sparse_calls for name, state in found.items() if state.sparse_calls}
-
-
-def attention_layers(model: Any) -> list[Any]:
-    family = family_of(model)
-    assert family is not None
-    return [layer.module for layer in family.attention_layers(model)]
-
-
-def defined_output(tiny: Tiny, model: Any, inputs: dict[str, Any], top_k: int, gate: Any) -> Tensor:
-    """The model with VSA by its definition in its attention layers. ``gate``: modules or 0."""
-    layers = attention_layers(model)
-    hidden: dict[int, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda m, a, k: hidden.__setitem__(id(m), a[0] if a else k["hidden_states"]),
-            with_kwargs=True,
-        )
-        for layer in layers
-    ]
-
-    def attend(layer: Any, call: AttentionCall) -> Tensor:
-        length = call.query.shape[2]
-        valid = tiny.valid if tiny.valid and length == 60 + tiny.text else None
-        weight: Any = 0.0
-        if gate:
-            weight = gate[id(layer)](hidden[id(layer)])
-            weight = weight.unflatten(-1, (call.query.shape[1], -1)).transpose(1, 2)
-            if weight.shape[2] < length:  # the video alone: text has no coarse branch
-                side = (tiny.text, 0) if tiny.text_first else (0, tiny.text)
-                weight = nn.functional.pad(weight, (0, 0, *side))
-        return defined(call, GRID, TILE, top_k, weight, text_first=tiny.text_first, valid=valid)
-
-    processors = [
-        replace_processor(layer, lambda call, layer=layer: attend(layer, call)) for layer in layers
-    ]
-    try:
-        return output(model, inputs)
-    finally:
-        for item in processors:
-            item.undo()
-        for handle in handles:
-            handle.remove()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -118,7 +36,7 @@ def test_numbers_are_those_of_the_definition(model_of: Any, name: str) -> None:
     mtsa.unsparsify(model)
     assert torch.equal(output(model, inputs), dense)
     for top_k, out in outs.items():
-        assert error(out, defined_output(tiny, model, inputs, top_k, 0)) < 1e-4
+        assert error(out, model_output(tiny, model, inputs, top_k, 0)) < 1e-4
         assert error(out, dense) > 1e-2
 
 
@@ -151,7 +69,7 @@ def defined_from_disabled(tiny: Tiny, model: Any, inputs: Any, gates: Any) -> Te
     for layer in kept:
         layer._sparse_attention.added_gate = False
     mtsa.unsparsify(model)
-    return defined_output(tiny, model, inputs, 3, gates)
+    return model_output(tiny, model, inputs, 3, gates)
 
 
 # -- geometry --------------------------------------------------------------------------------------
@@ -274,109 +192,6 @@ def test_dense_steps(model_of: Any) -> None:
     with mtsa.video_shape(transformer, GRID, step=(1, 3)):
         output(transformer, tiny.inputs(1))
     assert sum(calls(transformer).values()) == 2
-
-
-# -- LTX-2 -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "configuration", [DOCUMENT, mtsa.VSA_DEFAULT, {"sparse_cfg": {"*": vsa()}}]
-)
-def test_ltx2_has_two_sparse_calls_never_twelve(model_of: Any, configuration: Any) -> None:
-    tiny, model = model_of("ltx2")
-    mtsa.sparsify(model, configuration)
-    assert len(mtsa.get_named_sparse_attention_modules(model)) == 12
-    output(model, tiny.inputs(1))
-    assert calls(model) == {f"transformer_blocks.{i}.attn1": 1 for i in range(2)}
-
-
-def test_ltx2_the_documents_targets(model_of: Any) -> None:
-    _, model = model_of("ltx2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # every pattern of the document matches
-        mtsa.sparsify(model, DOCUMENT)
-    enabled = [n for n, m in mtsa.get_named_sparse_attention_modules(model) if m.is_enabled]
-    assert enabled == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
-
-
-def test_ltx2_text_as_long_as_the_video(model_of: Any) -> None:
-    """At 256 x 256 x 121 both have 1024 tokens: only one of them is self-attention."""
-    tiny, model = model_of("ltx2")
-    inputs = tiny.inputs(1)
-    inputs |= {
-        "encoder_hidden_states": random(1, 60, 16),
-        "encoder_attention_mask": torch.ones(1, 60).long(),
-    }
-    dense = output(model, inputs)
-    mtsa.sparsify(model, {"sparse_cfg": {"*": vsa(1.0, block_size_3d=TILE)}})
-    assert error(output(model, inputs), dense) < 1e-4
-    assert calls(model) == {f"transformer_blocks.{i}.attn1": 1 for i in range(2)}
-
-
-def test_ltx2_condition_tokens_are_seen_by_all(model_of: Any) -> None:
-    """Keyframes and references are appended after the video, with coordinates of their own."""
-    tiny, model = model_of("ltx2")
-    inputs = conditioned(tiny, model, 6)
-    mtsa.sparsify(model, config("*attn1", ratio=0.25, block_size_3d=TILE))
-    out = output(model, inputs)
-    assert sum(calls(model).values()) == 2
-    mtsa.unsparsify(model)
-    assert error(out, defined_output(tiny, model, inputs, 3, 0)) < 1e-4
-
-
-def conditioned(tiny: Tiny, model: Any, extra: int) -> dict[str, Any]:
-    inputs = tiny.inputs(1)
-    coordinates = model.rope.prepare_video_coords(1, 3, 4, 5, torch.device("cpu"), fps=25.0)
-    return inputs | {
-        "hidden_states": torch.cat([inputs["hidden_states"], random(1, extra, 4)], 1),
-        "video_coords": torch.cat([coordinates, coordinates[:, :, :extra]], 2),
-    }
-
-
-def test_ltx2_masks_of_ic_lora(model_of: Any) -> None:
-    tiny, model = model_of("ltx2")
-    mask = torch.rand(1, 60, 60, generator=torch.Generator().manual_seed(0))
-    inputs = tiny.inputs(1) | {"video_self_attention_mask": mask}
-    dense = output(model, inputs)
-    mtsa.sparsify(model, config("*.attn1", block_size_3d=TILE))
-    with pytest.raises(ValueError, match=r"'transformer_blocks.0.attn1'.*cannot serve"):
-        output(model, inputs)
-    mtsa.set_sparse_attention_attribute(model, "*.attn1", {"on_unsupported": "dense"})
-    with pytest.warns(UserWarning, match="runs dense"):
-        assert torch.equal(output(model, inputs), dense)
-    assert not calls(model)
-
-
-def test_ltx2_stg_passes() -> None:
-    """Spatio-temporal guidance leaves attention out in some blocks: no call, and no warning."""
-    tiny = MODELS["ltx2"]
-    perturbed = Tiny(tiny.kind, tiny.config | {"perturbed_attn": True}, tiny.inputs, 2)
-    model = perturbed.model()
-    inputs = tiny.inputs(1) | {"spatio_temporal_guidance_blocks": [1]}
-    inputs["perturbation_mask"] = torch.zeros(1)
-    dense = output(model, inputs)
-    mtsa.sparsify(model, config("*.attn1", ratio=1.0, block_size_3d=TILE))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert error(output(model, inputs), dense) < 1e-4
-    assert calls(model) == {"transformer_blocks.0.attn1": 1}
-    output(model, tiny.inputs(1))
-    assert calls(model) == {"transformer_blocks.0.attn1": 2, "transformer_blocks.1.attn1": 1}
-
-
-def test_ltx23_keeps_another_weight_under_the_name_of_the_gate() -> None:
-    """One number per head: the width tells it from a gate."""
-    model = MODELS["ltx2"].model()
-    attention = model.transformer_blocks[0].attn1
-    attention.to_gate_compress = nn.Linear(16, 2)
-    mtsa.sparsify(model, config("*.attn1", ratio=0.25, block_size_3d=TILE))
-    assert attention._sparse_attention.gate_owner is None
-    with_it = output(model, MODELS["ltx2"].inputs(1))
-    mtsa.unsparsify(model)
-    assert attention.to_gate_compress.out_features == 2
-    del attention.to_gate_compress
-    mtsa.sparsify(model, config("*.attn1", ratio=0.25, block_size_3d=TILE))
-    assert torch.equal(output(model, MODELS["ltx2"].inputs(1)), with_it)
 
 
 # -- others ----------------------------------------------------------------------------------------

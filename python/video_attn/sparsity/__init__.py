@@ -12,16 +12,14 @@ docs/sparsify.md is the guide.
 
 from __future__ import annotations
 
-from .config import (
-    VSA_DEFAULT,
+from .attributes import (
     DenseAttributeConfig,
     RadialAttributeConfig,
     ScheduleConfig,
     SlidingTileAttributeConfig,
-    SparseAttentionConfig,
     VSAAttributeConfig,
-    VSAConfig,
 )
+from .config import VSA_DEFAULT, SparseAttentionConfig, VSAConfig
 from .conversion import (
     disable_sparse_attention,
     enable_sparse_attention,

@@ -10,15 +10,8 @@ from typing import Any
 from torch import nn
 
 from .attend import attach_processor, check_processor
-from .config import (
-    DEFAULT,
-    VSA_DEFAULT,
-    AttentionAttributes,
-    given_attributes,
-    merged,
-    read_config,
-    resolved,
-)
+from .attributes import AttentionAttributes
+from .config import DEFAULT, VSA_DEFAULT, given_attributes, merged, read_config, resolved
 from .gates import GATE, find_gate_owner
 from .matching import Pattern, matches, no_match_message
 from .module import SparseAttentionModule, _switched, convert, revert

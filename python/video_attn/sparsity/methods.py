@@ -14,7 +14,7 @@ from ..functional.video_tokens import VideoTokens
 from ..functional.vsa import video_sparse
 from ..integrations.attention_call import AttentionCall
 from ..quantize import parse_recipe
-from .config import (
+from .attributes import (
     AttentionAttributes,
     RadialAttributeConfig,
     SlidingTileAttributeConfig,

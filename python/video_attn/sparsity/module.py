@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..integrations.intercept import ReplacedProcessor, rebound
 from ..layout import Triple
-from .config import _triple
+from .attributes import read_triple
 from .state import ModuleState
 
 _STATE = "_sparse_attention"
@@ -57,7 +57,7 @@ class SparseAttentionModule(nn.Module):
             ValueError: not three positive integers.
         """
         self._sparse_attention.video_shape = (
-            None if video_shape is None else _triple(video_shape, "video_shape")
+            None if video_shape is None else read_triple(video_shape, "video_shape")
         )
 
     def get_threshold_info(self) -> dict[str, Any]:

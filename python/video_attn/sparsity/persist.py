@@ -15,10 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .attributes import read_triple
 from .config import given_attributes, resolved
 from .conversion import _carry_out, get_named_sparse_attention_modules
 from .gates import GATE, gate_tensors, load_gates
-from .module import SparseAttentionModule, _triple, original_class
+from .module import SparseAttentionModule, original_class
 from .roots import roots_of
 from .state import ModuleState
 
@@ -131,7 +132,7 @@ def _restored(name: str, saved: Mapping[str, Any]) -> ModuleState:
     state = ModuleState(name, given, resolved(given))
     state.enabled = bool(saved["enabled"]) and state.attributes is not None
     if saved["video_shape"] is not None:
-        state.video_shape = _triple(saved["video_shape"], "video_shape")
+        state.video_shape = read_triple(saved["video_shape"], "video_shape")
     return state
 
 

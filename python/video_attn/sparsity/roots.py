@@ -24,7 +24,7 @@ from ..integrations.context import call, call_state, enter_call, leave_call
 from ..integrations.models import Family, family_of
 from ..integrations.steps import TRANSFORMERS, denoising_step, unwrapped
 from ..layout import Triple
-from .config import _triple
+from .attributes import read_triple
 from .module import SparseAttentionModule
 from .state import ModuleState
 from .structure import attention_modules
@@ -181,7 +181,7 @@ def video_shape(
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range.
     """
-    tokens = VideoTokens(_triple(shape, "shape"), text_length, text_first)
+    tokens = VideoTokens(read_triple(shape, "shape"), text_length, text_first)
     if step is not None and not (len(step) == 2 and 0 <= step[0] < step[1]):
         raise ValueError(f"step must be (index from 0, count), got {step!r}")
     info = CallInfo(tokens, step, said=True)

@@ -15,7 +15,8 @@ from ..integrations.attention_call import AttentionCall
 from ..integrations.intercept import ReplacedProcessor
 from ..integrations.layer import LayerAttention
 from ..layout import Triple
-from .config import AttentionAttributes, merged, resolved
+from .attributes import AttentionAttributes
+from .config import merged, resolved
 from .methods import options_of, pattern_of
 
 
