@@ -26,8 +26,8 @@ from video_attn.tools.environment import VARIABLES
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (
-    "README.md", "docs/backends.md", "docs/benchmarks.md", "docs/compare.md", "docs/distributed.md",
-    "docs/install.md", "docs/radial.md",
+    "README.md", "docs/backends.md", "docs/benchmarks.md", "docs/calibrate.md", "docs/compare.md",
+    "docs/distributed.md", "docs/install.md", "docs/radial.md",
 )  # fmt: skip
 MACHINES = {
     "CPU": ("cpu", "cpu"),
@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": benchmarks_table,
     "h100": h100_table,
     "models": models_table,
+    "calibrate": lambda: benchmarks_table("calibrate"),
     "distributed": lambda: benchmarks_table("distributed"),
     "kernels": lambda: benchmarks_table("kernel_bench"),
     "radial": lambda: benchmarks_table("radial_"),
