@@ -83,8 +83,7 @@ def ltx2() -> tuple[Any, dict[str, Any]]:
         layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
         decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
         downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,),
-        patch_size=1, decoder_causal=False, spatial_compression_ratio=16,
-        temporal_compression_ratio=4,
+        patch_size=8, decoder_causal=False, temporal_compression_ratio=4,
     )  # fmt: skip
     audio_vae = diffusers.AutoencoderKLLTX2Audio(
         base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2,
