@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .listed import GRADIENTS, KEYS, ListedKeys, Listing
 from .merge import nothing_seen
 from .piece import Options
 from .ring_plan import RingWork
-from .rows import pack_all, room_for, split_message
+from .rows import Gathering, pack_all, room_for, split_message
 from .team import Pending, Team, Traffic, start_messages
 from .ulysses import Heads
 from .wide_rows import WideForward, WideGradients
 from .words import as_words
-
-KEYS, GRADIENTS = "ring: keys", "ring: gradients"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Gather(torch.autograd.Function):
 def _forward(call: GatherCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     wide = WideForward(call, q)
-    started = [_Keys(call, chunk, k, v) for chunk in call.chunks]
+    started = [_start(call, chunk, k, v) for chunk in call.chunks]
     outs, lses = [], []
     for chunk, keys in zip(call.chunks, started, strict=True):
         gathered = keys.finish()
@@ -100,7 +99,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = results
     wide = WideGradients(call, (*grads, q, out, lse))
-    started = [_Keys(call, chunk, k, v) for chunk in call.chunks]
+    started = [_start(call, chunk, k, v) for chunk in call.chunks]
     dq = torch.zeros_like(q)
     dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
     for chunk, keys in zip(call.chunks, started, strict=True):
@@ -121,11 +120,20 @@ def _backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
+def _start(call: GatherCall, chunk: Chunk, k: Tensor, v: Tensor) -> _Keys | ListedKeys:
+    gathering = chunk.work.gathering
+    if isinstance(gathering, Listing):
+        return ListedKeys(call, chunk, gathering, k, v)
+    return _Keys(call, chunk, gathering, k, v)
+
+
 class _Keys:
     """Keys and values of some heads on their way to who lists them, and their gradients."""
 
-    def __init__(self, call: GatherCall, chunk: Chunk, k: Tensor, v: Tensor) -> None:
-        self.call, self.plan = call, chunk.work.gathering
+    def __init__(
+        self, call: GatherCall, chunk: Chunk, gathering: Gathering, k: Tensor, v: Tensor
+    ) -> None:
+        self.call, self.plan = call, gathering
         self.held = [x[:, slice(*chunk.kv)] for x in (k, v)]
         self.pending: Pending | None = None
         if self.plan.moves:

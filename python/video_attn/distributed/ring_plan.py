@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ..block_mask import BlockMask
 from .placement import Placement
 from .rows import Gathering, Rows
 from .ulysses import Heads
+
+if TYPE_CHECKING:
+    from .listed import Listing
 
 WIDE_SHARE = 0.5  # rows that list more than this share of all key blocks may be wide
 MOST_OWNED = 1.05  # times the tokens that any rank holds
@@ -73,7 +76,7 @@ class RingWork:
         mask: of its query blocks over the gathered keys; None: it lists nothing.
     """
 
-    gathering: Gathering
+    gathering: Gathering | Listing
     mask: BlockMask | None
     wide: WideRows | None = None
 

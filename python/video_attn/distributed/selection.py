@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
-from ..block_mask import BlockMask
+from ..block_mask import BlockMask, unchecked_mask
 from ..block_ops import block_mean
 from ..functional.vsa import Gate, add_coarse, compress_and_select
 from ..patterns.video_sparse import selected_tiles_mask
 from .gather import Chunk, Gather, GatherCall
-from .job import Selection
+from .job import Selection, heads_of_mask
+from .listed import Listing, make_listing
 from .piece import Options
 from .placement import Placement
 from .ring_attention import block_owners, query_route
 from .ring_plan import BlockOwners, RingWork, WideRows
 from .route import to_blocks, to_tokens
-from .rows import Gathering, Rows
 from .team import Team, Traffic, as_bytes, current_traffic, start_exchange
 from .ulysses import cut_heads, number_of_chunks
 
@@ -87,12 +87,13 @@ def ring_of_selected(
     if isinstance(gate, Tensor):
         gate = to_blocks(gate, route, team, traffic)
     selected, coarse = _select(selection, own, q, k, v, gate, team, options, traffic)
-    keep = _listed(selection, own, selected, q.shape[:2])
+    wanted = _wanted(selection, own, selected, k.shape[1])
+    listing = make_listing(wanted, selection.lens, owners, size, team, traffic)
     if chunks is None:  # as if all were listed: the ranks must cut alike
         others = selection.layout.padded_length * (team.size - 1) // team.size
         row = q.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
         chunks = number_of_chunks(others * row)
-    parts = _chunks(selection, own, keep, k.shape[1], chunks, team, traffic)
+    parts = _chunks(selection, own, selected, listing, k.shape[1], chunks)
     call = GatherCall(team, parts, size, options, traffic)
     out, _ = Gather.apply(call, q, k, v)
     if coarse is not None:
@@ -168,14 +169,15 @@ def _select(
     lens = None if own.lens is None else own.lens[:, : own.tiles]
     needs_coarse = not (isinstance(gate, float) and gate == 0)
     with torch.set_grad_enabled(torch.is_grad_enabled() and needs_coarse):
-        q_mean, k_mean, v_mean = (
-            block_mean(x[:, :, :length], lens, size) if length else x[:, :, :0] for x in (q, k, v)
+        pooled = (q, k, v) if needs_coarse else (q, k)
+        q_mean, k_mean, *v_mean = (
+            block_mean(x[:, :, :length], lens, size) if length else x[:, :, :0] for x in pooled
         )
         columns = [own.owners.columns(r) for r in range(team.size)]
         order = torch.cat([c[c < tiles] for c in columns])
         counts = [int((c < tiles).sum()) for c in columns]
         in_order = order.argsort().to(q.device)
-        means = torch.cat([k_mean, v_mean], -1) if needs_coarse else k_mean
+        means = torch.cat([k_mean, *v_mean], -1)
         means = _AllMeans.apply(means, counts, team, traffic).index_select(2, in_order)
         if not needs_coarse:
             means = torch.cat([means, means.new_zeros(*means.shape[:3], v.shape[3])], -1)
@@ -192,159 +194,57 @@ def _select(
         return selected, coarse
 
 
-def _listed(selection: Selection, own: _Own, selected: Tensor, lead: Sequence[int]) -> Tensor:
-    """bool [B, Hq, own blocks, all blocks]: what own tiles list. Rows of text are wide: empty."""
+def _wanted(selection: Selection, own: _Own, selected: Tensor, kv_heads: int) -> Tensor:
+    """bool [B, Hkv, all blocks]: what own tiles list. Rows of text are wide: they want nothing."""
     layout = selection.layout
-    keep = torch.zeros(
-        *lead, own.rows.numel(), layout.num_blocks, dtype=torch.bool, device=selected.device
-    )
-    tiles = keep[:, :, : own.tiles]
-    tiles.scatter_(-1, selected.long(), True)
-    tiles[..., layout.num_tiles : layout.num_tiles + selection.text_blocks] = True
-    return keep
+    batch, heads = selected.shape[:2]
+    wanted = selected.new_zeros(batch, heads, layout.num_blocks, dtype=torch.bool)
+    if own.tiles:
+        wanted.scatter_(-1, selected.flatten(2).long(), True)
+        wanted[..., layout.num_tiles : layout.num_tiles + selection.text_blocks] = True
+    return wanted.unflatten(1, (kv_heads, -1)).any(2)
 
 
 # -- what is gathered ------------------------------------------------------------------------------
 
 
 def _chunks(
-    selection: Selection,
-    own: _Own,
-    keep: Tensor,
-    kv_heads: int,
-    chunks: int,
-    team: Team,
-    traffic: Traffic | None,
+    selection: Selection, own: _Own, selected: Tensor, listing: Listing, kv_heads: int, chunks: int
 ) -> list[Chunk]:
-    """The work of this rank by heads. The host waits once, to know what to send and expect."""
-    columns = [own.owners.columns(r) for r in range(team.size)]
-    group = keep.shape[1] // kv_heads
-    wanted = keep.any(2).unflatten(1, (kv_heads, group)).any(2)
-    order = torch.cat(columns).to(keep.device)
-    of_ranks = wanted[..., order].split([c.numel() for c in columns], -1)
-    asked = _ask(of_ranks, columns[team.rank].numel(), team, traffic)
-    wanted_from, wanted_by = ([x.cpu() for x in xs] for xs in (of_ranks, asked))
-    lens = None if selection.lens is None else selection.lens.cpu()
+    """The work of this rank by heads: its rows over the blocks of the whole sequence."""
+    group = selected.shape[1] // kv_heads
+    mask = _mask(selection, own, selected)
+    wide = _text_rows(selection, own, selected.device)
     result = []
     for kv in cut_heads(kv_heads, chunks):
-        heads, of_keys = (kv[0] * group, kv[1] * group), slice(*kv)
-        gathering, gathered = _gathering(
-            own, columns, [x[:, of_keys] for x in wanted_from],
-            [x[:, of_keys] for x in wanted_by], lens, selection.layout.tile_volume, team,
-            keep.device,
-        )  # fmt: skip
-        mask = None
-        if gathered.numel() and own.rows.numel():
-            mask = _mask(selection, own, keep[:, slice(*heads)], gathered)
-        wide = _text_rows(selection, own, columns[team.rank], gathered, keep.device)
-        result.append(Chunk(heads, kv, RingWork(gathering, mask, wide)))
+        heads = kv[0] * group, kv[1] * group
+        part = None if mask is None else heads_of_mask(mask, *heads)
+        result.append(Chunk(heads, kv, RingWork(listing, part, wide)))
     return result
 
 
-def _gathering(
-    own: _Own,
-    columns: Sequence[Tensor],
-    wanted_from: Sequence[Tensor],
-    wanted_by: Sequence[Tensor],
-    lens: Tensor | None,
-    size: int,
-    team: Team,
-    device: torch.device,
-) -> tuple[Gathering, Tensor]:
-    """(where keys come from, int64: the gathered blocks), of some heads; own blocks come first."""
-    me = team.rank
-    mine = columns[me].numel()
-    sends: list[Rows | None] = []
-    receives: list[Rows | None] = []
-    gathered, slots = [columns[me]], mine
-    for p, (theirs, ours) in enumerate(zip(wanted_from, wanted_by, strict=True)):
-        if p == me:
-            sends.append(None)
-            receives.append(None)
-            continue
-        listed = theirs.flatten(0, 1).any(0)
-        place = listed.cumsum(0) - 1 + slots
-        sends.append(_rows_of(ours, torch.arange(mine), columns[me], lens, size, device))
-        receives.append(_rows_of(theirs, place, columns[p], lens, size, device))
-        gathered.append(columns[p][listed])
-        slots += gathered[-1].numel()
-    everything = Rows(slice(0, mine * size))
-    gathering = Gathering(
-        slots * size, (everything, everything), tuple(sends), tuple(receives),
-        _padding(torch.cat(gathered)[mine:], mine * size, lens, size, device), True,
-    )  # fmt: skip
-    return gathering, torch.cat(gathered)
-
-
-def _rows_of(
-    wanted: Tensor,
-    place: Tensor,
-    blocks: Tensor,
-    lens: Tensor | None,
-    size: int,
-    device: torch.device,
-) -> Rows | None:
-    """The valid tokens of the blocks that are ``wanted`` [B, Hkv, blocks], where block i of an
-    owner, which is ``blocks[i]`` of all, stands at ``place[i]``.
-    """
-    entries = wanted.nonzero()
-    if entries.shape[0] == 0:
+def _mask(selection: Selection, own: _Own, selected: Tensor) -> BlockMask | None:
+    """Own tiles over the selected tiles and the text; rows of text are empty here."""
+    if own.rows.numel() == 0:
         return None
-    item, head, block = entries.T
-    counts = torch.full_like(block, size)
-    if lens is not None:
-        counts = lens.expand(wanted.shape[0], -1)[item, blocks[block]].long()
-    total = int(counts.sum())
-    first = place[block] * size - (counts.cumsum(0) - counts)  # less the rows before it
-    rows = torch.stack([item, head, first]).to(device)
-    rows = rows.repeat_interleave(counts.to(device), 1, output_size=total)
-    rows[2] += torch.arange(total, device=device)
-    return Rows.one_by_one(rows) if total else None
-
-
-def _padding(
-    blocks: Tensor, first: int, lens: Tensor | None, size: int, device: torch.device
-) -> Tensor | None:
-    """The slots, from ``first`` on, past the shortest length of each of ``blocks``."""
-    if lens is None or blocks.numel() == 0:
-        return None
-    valid = lens.amin(0)[blocks]
-    holes = (torch.arange(size) >= valid[:, None]).flatten().nonzero().flatten() + first
-    return holes.to(device) if holes.numel() else None
-
-
-def _ask(
-    wanted: Sequence[Tensor], blocks: int, team: Team, traffic: Traffic | None
-) -> list[Tensor]:
-    """Tells every rank which of its blocks are wanted here; bool [B, Hkv, own blocks] from each."""
-    batch, heads = wanted[0].shape[:2]
-    sent = torch.cat([x.reshape(-1) for x in wanted]).view(torch.uint8)
-    mine = batch * heads * blocks
-    received = start_exchange(
-        sent, [x.numel() for x in wanted], [mine] * team.size, team, "listed blocks", traffic
-    ).wait()
-    return [x.view(torch.bool).view(batch, heads, blocks) for x in received.split(mine)] if (
-        mine
-    ) else [wanted[0].new_zeros(batch, heads, 0)] * team.size  # fmt: skip
-
-
-def _mask(selection: Selection, own: _Own, keep: Tensor, columns: Tensor) -> BlockMask:
-    """Own rows over the blocks ``columns`` of one rank."""
-    size = selection.layout.tile_volume
-    chosen = columns.to(keep.device)
-    kv_lens = None if selection.lens is None else selection.lens[:, chosen].contiguous()
-    mask = BlockMask.from_dense(keep[..., chosen], size, size, own.lens, kv_lens)
-    longest = min(chosen.numel(), selection.top_k + selection.text_blocks)
-    return BlockMask(
-        mask.kv_num_blocks, mask.kv_indices[..., :longest].contiguous(), size, size,
-        mask.q_len, mask.kv_len, mask.q_block_lens, mask.kv_block_lens,
+    layout, size, device = selection.layout, selection.layout.tile_volume, selected.device
+    (batch, heads), texts = selected.shape[:2], own.rows.numel() - own.tiles
+    counts = torch.zeros(own.rows.numel(), dtype=torch.int32)
+    counts[: own.tiles] = selection.top_k + selection.text_blocks
+    text = torch.arange(layout.num_tiles, layout.num_tiles + selection.text_blocks)
+    beside = text.to(device, torch.int32).expand(batch, heads, own.tiles, -1)
+    lists = torch.cat([selected, beside], -1) if text.numel() else selected
+    if texts:
+        lists = torch.cat([lists, lists.new_zeros(batch, heads, texts, lists.shape[3])], 2)
+    return unchecked_mask(
+        kv_num_blocks=counts.to(device).expand(batch, heads, -1).contiguous(), kv_indices=lists,
+        q_block_size=size, kv_block_size=size, q_len=own.rows.numel() * size,
+        kv_len=layout.num_blocks * size, q_block_lens=own.lens, kv_block_lens=selection.lens,
     )  # fmt: skip
 
 
-def _text_rows(
-    selection: Selection, own: _Own, columns: Tensor, gathered: Tensor, device: torch.device
-) -> WideRows | None:
-    """Text queries see everything: they travel to the keys of every rank, its own ``columns``."""
+def _text_rows(selection: Selection, own: _Own, device: torch.device) -> WideRows | None:
+    """Text queries see everything: they travel to the keys of every rank."""
     layout, owners = selection.layout, own.owners
     tiles, size = layout.num_tiles, layout.tile_volume
     if layout.num_text_blocks == 0:
@@ -352,15 +252,13 @@ def _text_rows(
     owner = owners.q_owner[tiles:]
     counts = tuple(int((owner == r).sum()) for r in range(owners.ranks))
     mine = torch.arange(own.tiles, own.rows.numel(), device=device)
-    if columns.numel() == 0:
+    if own.rows.numel() == 0:
         return WideRows(counts, mine, None)
     in_rank_order = tiles + torch.argsort(owner, stable=True)
-    keep = gathered < tiles + selection.text_blocks
-    keep[columns.numel() :] = False
-    keep = keep.expand(1, 1, layout.num_text_blocks, -1)
-    q_lens, kv_lens = None, None
+    keep = torch.zeros(1, 1, layout.num_text_blocks, layout.num_blocks, dtype=torch.bool)
+    keep[..., own.rows[own.rows < tiles + selection.text_blocks]] = True
+    q_lens = None
     if selection.lens is not None:
         q_lens = selection.lens[:, in_rank_order.to(device)].contiguous()
-        kv_lens = selection.lens[:, gathered.to(device)].contiguous()
-    mask = BlockMask.from_dense(keep.to(device), size, size, q_lens, kv_lens)
+    mask = BlockMask.from_dense(keep.to(device), size, size, q_lens, selection.lens)
     return WideRows(counts, mine, mask)
