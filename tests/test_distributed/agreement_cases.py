@@ -6,11 +6,12 @@ import os
 import time
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from video_attn import BlockMask
-from video_attn.distributed import PeerError, Shards, sequence_parallel_attention
+from video_attn.distributed import PeerError, Shards, request, sequence_parallel_attention
 
 
 def inputs(tokens: int = 8, heads: int = 2, dtype: torch.dtype = torch.float32) -> list[Any]:
@@ -57,6 +58,21 @@ def different(group: Any, what: str, kind: str) -> str:
 def wrong_on_one(group: Any, kind: str) -> str:
     odd = dist.get_rank(group) == 1
     return message_of(group, *inputs(), scale=-1.0 if odd else None, kind=kind)
+
+
+def repeated(group: Any) -> list[str]:
+    """A call that runs ahead of the comparison where it was made before; rank 1 differs at last.
+    Nothing moves, so that no rank is left in an exchange.
+    """
+    ranks, odd = dist.get_world_size(group), dist.get_rank(group) == 1
+    mask = BlockMask.from_dense(torch.eye(2 * ranks, dtype=torch.bool)[None, None], 4, 4)
+    heard = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "_can_run_ahead", lambda teams, call: True)
+        patch.setattr(request, "give_up", lambda group, device: heard.append("given up"))
+        for scale in (1.0, 1.0, 2.0 if odd else 1.0):
+            heard.append(message_of(group, *inputs(), mask, kind="ring", scale=scale))
+    return heard
 
 
 def late(group: Any) -> str:

@@ -31,6 +31,13 @@ def test_one_rank_fails_its_checks(ranks: RankPool, kind: str) -> None:
     assert first == f"PeerError: rank 1 of 2 failed: {second}"
 
 
+def test_a_repeated_call_hears_the_others_at_its_end(ranks: RankPool) -> None:
+    ahead, waiting = ranks.run(len(PAIR), "agreement_cases:repeated")
+    assert ahead[:2] == waiting[:2] == ["no error"] * 2
+    assert ahead[2] == "given up" and ahead[3] == waiting[2]
+    assert waiting[2].startswith("ValueError: scale must be the same on all ranks")
+
+
 @pytest.fixture
 def own_ranks() -> Iterator[RankPool]:
     """Ranks whose connections break."""

@@ -230,7 +230,7 @@ class ListedKeys:
             mine = grad.unflatten(2, (-1, listing.size)).index_select(2, own)
             total += mine.flatten(2, 3)
         self.pending.wait()
-        batch, heads, slots = totals[0].shape[:3]
+        heads, slots = totals[0].shape[1:3]
         if slots == 0:
             return
         row = listing.sent_rows(self.heads)

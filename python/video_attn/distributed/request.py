@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,11 @@ from ..functional.video_tokens import VideoTokens
 from ..functional.vsa import Gate, check_gate
 from ..quantize import QuantizationOptions
 from ..registry import PRECISIONS, check_backend_name, context_backend
-from .agreement import agree
+from .agreement import Agreed, Announcement, PeerError
 from .job import Job, fingerprint, make_job
 from .piece import Options
 from .shards import Shards
-from .team import Team
+from .team import Team, give_up
 
 KINDS = ("ulysses", "ring", "usp")
 Group = dist.ProcessGroup | DeviceMesh | None
@@ -191,6 +192,60 @@ def _check_shards(teams: Teams, job: Job, request: Request) -> tuple[Shards | No
     return shards, kv_shards
 
 
+_agreed = Agreed()
+
+
+class Agreement:
+    """The comparison of a call with those of all ranks: made before it, or beside it.
+
+    Args:
+        held: (q, k) tokens that each rank holds, where the call could not say them by itself.
+    """
+
+    def __init__(
+        self, teams: Teams, call: Call | None, error: Exception | None, timeout: float
+    ) -> None:
+        self.held: list[list[int]] | None = None
+        self._beside: Announcement | None = None
+        self._device = None if call is None else call.tensors[0].device
+        key = None
+        if call is not None and _can_run_ahead(teams, call):
+            team, said = teams.all[0], call.describe()
+            key = team.group, json.dumps(said)
+            if key in _agreed:
+                self._beside = Announcement(team, said, None, timeout)
+                return
+        self.held = agree_on(teams, call, error, timeout)
+        if key is not None:
+            _agreed.add(key)
+
+    def finish(self) -> None:
+        """Hears what the others said, if the call has not waited for it.
+
+        Raises:
+            ValueError, PeerError: as before a call. The exchanges of this one are given up.
+        """
+        if self._beside is None or self._device is None:
+            return
+        try:
+            self._beside.answers()
+        except (ValueError, PeerError):
+            give_up(self._beside.team.group, self._device)
+            raise
+
+
+def _can_run_ahead(teams: Teams, call: Call) -> bool:
+    """A GPU only queues its exchanges: a host finds out that the others differ, and is not stuck
+    in one. All must be in one team, for errors to reach them, and know the lengths of all parts.
+    """
+    return (
+        call.tensors[0].device.type == "cuda"
+        and len(teams.all) == 1
+        and call.shards is not None
+        and call.kv_shards is not None
+    )
+
+
 def agree_on(
     teams: Teams, call: Call | None, error: Exception | None, timeout: float
 ) -> list[list[int]]:
@@ -198,7 +253,8 @@ def agree_on(
     said = {} if call is None else call.describe()
     for team in teams.all:  # an error in one row must reach the others too
         try:
-            said["tokens"] = [c["tokens"] for c in agree(team, said, error, timeout)]
+            answers = Announcement(team, said, error, timeout).answers()
+            said["tokens"] = [c["tokens"] for c in answers]
         except Exception as failure:
             error = failure
     if error is not None:

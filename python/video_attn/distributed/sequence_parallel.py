@@ -17,7 +17,7 @@ from ..functional.vsa import Gate
 from ..quantize import QuantizationOptions
 from .agreement import DEFAULT_TIMEOUT
 from .dtensor import attention_of_dtensors
-from .request import Group, Request, agree_on, known_shards, prepare, teams_of
+from .request import Agreement, Group, Request, known_shards, prepare, teams_of
 from .run import run
 from .shards import Shards
 
@@ -104,9 +104,9 @@ def sequence_parallel_attention(
             :func:`video_attn.attention`. A ring takes ``is_causal`` with contiguous shards only.
         head_chunks: into how many parts the heads of a rank are cut, to attend to one while the
             next travels; default by their size. A dense ring has steps instead.
-        check: first compare the sizes and options of all ranks (one small message over the CPU).
-            False leaves it out, for CUDA graphs and the last tenth of a millisecond: then ranks
-            that differ may hang.
+        check: compare the sizes and options of all ranks (one small message over the CPU): before
+            anything large moves, or, where a GPU repeats a call that all agreed on, beside it.
+            False leaves it out, for CUDA graphs: then ranks that differ may hang.
         timeout: seconds that ranks wait for one another in that comparison.
 
     Returns:
@@ -135,18 +135,20 @@ def _attend(
     teams = teams_of(group, kind)
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout must be a number of seconds > 0, got {timeout!r}")
-    call, held, error = None, None, None
+    call, agreement, error = None, None, None
     try:
         q, k, v = as_bhsd(layout, **dict(zip("qkv", qkv, strict=True)))
         call = prepare(teams, _as_bhsd(request, layout), q, k, v)
     except (TypeError, ValueError) as wrong:
         error = wrong
     if check:
-        held = agree_on(teams, call, error, timeout)
+        agreement = Agreement(teams, call, error, timeout)
     elif error is not None:
         raise error
     assert call is not None
-    out, lse = run(call, *known_shards(call, held))
+    out, lse = run(call, *known_shards(call, None if agreement is None else agreement.held))
+    if agreement is not None:
+        agreement.finish()
     out = out.transpose(1, 2) if layout == "bshd" else out
     return out if lse is None else (out, lse)
 

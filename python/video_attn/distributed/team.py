@@ -165,6 +165,7 @@ def _count(sizes: Sequence[int], team: Team, label: str, traffic: Traffic | None
 
 
 _carriers: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+_given_up: set[dist.ProcessGroup] = set()
 
 
 def _carrier(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
@@ -178,6 +179,11 @@ def _carrier(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
     """
     if device.type != "cuda":
         return group
+    if group in _given_up:
+        raise RuntimeError(
+            "an earlier call of this group differed between ranks and its exchanges were given "
+            "up: make a new group, or start the processes again"
+        )
     if group not in _carriers:
         backend = _backend_of(group, device)
         _carriers[group] = group
@@ -193,6 +199,14 @@ def _carrier(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
             # Its first exchange is one of all ranks, whatever they then have to send.
             dist.barrier(_carriers[group], device_ids=[_index(device)])
     return _carriers[group]
+
+
+def give_up(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Ends the exchanges that other ranks will not join, where the communicator is our own."""
+    carrier = _carriers.get(group, group)
+    if carrier is not group:
+        _given_up.add(group)
+        _backend_of(carrier, device).abort()
 
 
 def _index(device: torch.device) -> int:
