@@ -10,22 +10,18 @@ effective TFLOPS with those of the first row, head dim 128 in bf16 without a mas
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Case, make_dense_case, vsa_case
 from measure import COLUMNS, rows_of, time_case
+from options import Options, run_benchmark
 from peers import Provider, dense_flex_peer, dense_peers, efficient_peer, flex_peer, ours_on
 
 from video_attn.tools.bench import (
-    Record,
     Result,
-    WrongResultError,
     print_table,
-    record_path,
     say,
-    write_record,
 )
 
 BLOCK = 100  # tokens; no tile of a kernel divides it
@@ -76,54 +72,36 @@ def summary(results: dict[str, list[Result]], name: str) -> list[tuple[object, .
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
-    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
-    add("--backend", help="triton; on a CPU cpu")
-    add("--tokens", type=int, help="sequence length (8192; on a CPU 512)")
-    add("--heads", type=int, help="heads (16; on a CPU 2)")
-    add("--repeats", type=int, help="timed calls of each provider (20; on a CPU 5)")
-    add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
-    add("--output", type=Path, help="JSON record (benchmarks/results/coverage_MODEL.json)")
-    options = parser.parse_args(arguments)
+    asked = Options("coverage", __doc__)
+    asked.add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    asked.sized("--backend", "triton", "cpu", "ours")
+    asked.count("--tokens", 8192, 512, "sequence length")
+    asked.count("--heads", 16, 2, "heads")
+    asked.count("--repeats", 20, 5, "timed calls of each provider")
+    asked.switch("--backward", "backward too")
+    options = asked.parse(arguments)
     on_cpu = torch.device(options.device).type == "cpu"
     options.dtype = "float32" if on_cpu else "bfloat16"
-    for name, on_gpu, small in (
-        ("backend", "triton", "cpu"),
-        ("tokens", 8192, 512),
-        ("heads", 16, 2),
-        ("repeats", 20, 5),
-        ("output", *[record_path("coverage", options.device)] * 2),
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, small if on_cpu else on_gpu)
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def bench(options: argparse.Namespace) -> list[Result]:
     results: dict[str, list[Result]] = {}
+    for row in options.rows:
+        say(row)
+        case = make(row, options)
+        results[row] = time_case(
+            case, providers(case, options.backend), options.repeats, options.backward
+        )
+        print_table(f"{row}: {options.heads} heads", COLUMNS, rows_of(results[row]))
     name = ours_on(options.backend).name
-    try:
-        for row in options.rows:
-            say(row)
-            case = make(row, options)
-            timed = time_case(
-                case, providers(case, options.backend), options.repeats, options.backward
-            )
-            results[row] = timed
-            print_table(f"{row}: {options.heads} heads", COLUMNS, rows_of(timed))
-    except WrongResultError as error:
-        print(f"error: {error}")
-        return 1
     columns = ("row", "pass", "effective TFLOPS", f"of {PLAIN}")
     print_table(name, columns, summary(results, name))
-    every = [result for timed in results.values() for result in timed]
-    write_record(Record.of("bench_coverage", every, options.device), options.output)
-    print(f"record: {options.output}")
-    return 0
+    return [result for timed in results.values() for result in timed]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_benchmark(bench, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cases import DTYPES
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -33,7 +34,6 @@ from video_attn.tools.bench import (
     write_record,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative error against torch in fp32: some roundings of each dtype.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 OURS, DENSE, FLEX = "video_attn cpu", "torch SDPA, dense", "FlexAttention"

@@ -12,25 +12,22 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, Case, make_dense_case, vsa_case
+from cases import Case, make_dense_case, vsa_case
 from measure import reason_of
+from options import Options, run_benchmark
 from torch import Tensor
 
 from video_attn import attention, sageattn, sliding_tile
 from video_attn.calls import problem_of
 from video_attn.registry import Backend, backends
 from video_attn.tools.bench import (
-    Record,
     Result,
     Timing,
     print_table,
-    record_path,
     say,
-    write_record,
 )
 from vsa import video_sparse_attn
 
@@ -88,37 +85,28 @@ def time_host(run: Callable[[], object], device: torch.device, repeats: int) -> 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
-    add("--tokens", type=int, default=512, help="sequence length (512)")
-    add("--dtype", choices=list(DTYPES), help="bfloat16; on a CPU float32")
-    add("--repeats", type=int, help="timed calls of each (300; on a CPU 30)")
-    add("--output", type=Path, help="JSON record (benchmarks/results/host_MODEL.json)")
-    options = parser.parse_args(arguments)
-    on_cpu = torch.device(options.device).type == "cpu"
-    options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
-    options.repeats = options.repeats or (30 if on_cpu else 300)
-    options.output = options.output or record_path("host", options.device)
+    asked = Options("host", __doc__)
+    asked.add("--tokens", type=int, default=512, help="sequence length (512)")
+    asked.dtype()
+    asked.count("--repeats", 300, 30, "timed calls of each")
+    options = asked.parse(arguments)
     if options.tokens % BLOCK or options.tokens < TOP_K * BLOCK:
-        parser.error(f"--tokens must be a multiple of {BLOCK}, at least {TOP_K * BLOCK}")
+        asked.parser.error(f"--tokens must be a multiple of {BLOCK}, at least {TOP_K * BLOCK}")
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def bench(options: argparse.Namespace) -> list[Result]:
     device = torch.device(options.device)
     dense = make_dense_case(options.tokens, 2, 64, options.dtype, device)
     sparse = vsa_case(options.tokens, BLOCK, TOP_K, 2, 64, options.dtype, device)
     results: list[Result] = []
     for table, calls in calls_of(dense, sparse).items():
         rows = []
-        for name, run in calls.items():
+        for name, call in calls.items():
             say(f"{table}: {name}")
             problem = {**dense.problem, "call": table}
             try:
-                timing = time_host(run, device, options.repeats)
+                timing = time_host(call, device, options.repeats)
             except RuntimeError as error:
                 results.append(Result(problem, name, None, failure=reason_of(error)))
                 continue
@@ -126,9 +114,11 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(Result(problem, name, timing, microseconds))
             rows.append((name, *(f"{timing.quantile(x) * 1e6:.0f}" for x in (0.5, 0.2, 0.8))))
         print_table(f"{table}: host time of one call", ("what", "us", "p20", "p80"), rows)
-    write_record(Record.of("bench_host", results, options.device), options.output)
-    print(f"record: {options.output}")
-    return 0
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_benchmark(bench, parse(arguments))
 
 
 if __name__ == "__main__":

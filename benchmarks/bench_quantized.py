@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
-from cases import DTYPES, NEAR, Case, make_dense_case, sta_case, vsa_case
+from cases import NEAR, Case, make_dense_case, sta_case, vsa_case
 from measure import COLUMNS, rows_of, time_case
-from peers import CannotRunError, Provider, Run, dense_peers, flex_peer, quantized_peers, vsa_peers
+from options import Options, run_benchmark
+from peers import Provider, Run, dense_peers, flex_peer, quantized_peers, vsa_peers
 from torch import Tensor
 
 from video_attn import VideoLayout, attention
@@ -26,13 +26,9 @@ from video_attn.calls import ForwardCall, problem_of
 from video_attn.quantize import QUANTIZED_PRECISIONS, QuantizationOptions
 from video_attn.registry import backends
 from video_attn.tools.bench import (
-    Record,
     Result,
-    WrongResultError,
     print_table,
-    record_path,
     say,
-    write_record,
 )
 
 # Relative L2 error on normal data; docs/sage_notes.md explains the figures.
@@ -127,52 +123,34 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, Case, list[Provide
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
-    add("--tokens", type=int, nargs="+", help="dense lengths (16384 32768; on a CPU 512)")
-    add("--heads", type=int, help="heads of dense attention (16; on a CPU 1)")
-    add("--head-dim", type=int, default=128, help="head_dim (128)")
-    add("--dtype", choices=list(DTYPES), help="bfloat16; on a CPU float32")
-    add("--repeats", type=int, help="timed calls of each (20; on a CPU 1)")
-    add("--output", type=Path, help="JSON record (benchmarks/results/quantized_MODEL.json)")
-    options = parser.parse_args(arguments)
+    asked = Options("quantized", __doc__)
+    asked.sized("--tokens", [16384, 32768], [512], "dense lengths", type=int, nargs="+")
+    asked.count("--heads", 16, 1, "heads of dense attention")
+    asked.add("--head-dim", type=int, default=128, help="head_dim (128)")
+    asked.dtype()
+    asked.count("--repeats", 20, 1, "timed calls of each")
+    options = asked.parse(arguments)
     on_cpu = torch.device(options.device).type == "cpu"
-    for name, on_gpu, small in (
-        ("tokens", [16384, 32768], [512]),
-        ("heads", 16, 1),
-        ("grid", (30, 48, 80), (6, 16, 16)),
-        ("window", (3, 3, 3), (1, 1, 1)),
-        ("sparse_heads", (24, 12), (1, 1)),
-        ("vsa_tokens", 49152, 1280),
-        ("dtype", "bfloat16", "float32"),
-        ("repeats", 20, 1),
-    ):
-        if getattr(options, name, None) is None:
-            setattr(options, name, small if on_cpu else on_gpu)
-    options.output = options.output or record_path("quantized", options.device)
+    options.grid, options.window = ((6, 16, 16), (1, 1, 1)) if on_cpu else ((30, 48, 80), (3, 3, 3))
+    options.sparse_heads, options.vsa_tokens = ((1, 1), 1280) if on_cpu else ((24, 12), 49152)
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def bench(options: argparse.Namespace) -> list[Result]:
     results: list[Result] = []
-    try:
-        for title, case, peers in cases(options):
-            say(title)
-            found = time_case(case, [*our_providers(case), *peers], options.repeats, False)
-            print_table(title, COLUMNS, rows_of(found))
-            results += [
-                Result({"case": title, **r.problem}, r.provider, r.timing, r.metrics, r.failure)
-                for r in found
-            ]
-    except (WrongResultError, CannotRunError) as error:
-        print(f"error: {error}")
-        return 1
-    write_record(Record.of("bench_quantized", results, options.device), options.output)
-    print(f"record: {options.output}")
-    return 0
+    for title, case, peers in cases(options):
+        say(title)
+        found = time_case(case, [*our_providers(case), *peers], options.repeats, False)
+        print_table(title, COLUMNS, rows_of(found))
+        results += [
+            Result({"case": title, **r.problem}, r.provider, r.timing, r.metrics, r.failure)
+            for r in found
+        ]
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_benchmark(bench, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from cases import DTYPES
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -50,7 +51,6 @@ RULES = {
     "radial, one diagonal": RadialRule(0.2, neighbor_fraction=0.125, min_window=32),
 }
 DENSE = "torch SDPA, dense"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 Error = Callable[[Tensor], float]

@@ -14,25 +14,21 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from options import Options, run_benchmark
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import video_attn.sparsity as mtsa
-from video_attn.device import device_info
 from video_attn.layout import Triple
 from video_attn.tools.bench import (
-    Record,
     Result,
     Timing,
     print_table,
-    record_path,
     say,
     time_interleaved,
-    write_record,
 )
 
 RATIOS = (0.5, 0.3, 0.2)
@@ -147,31 +143,23 @@ def _results(
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
-    add("--small", action="store_true", help="small layers, for a machine without a GPU")
-    add("--models", nargs="+", choices=("ltx2", "wan"), default=["ltx2", "wan"])
-    add("--repeats", type=int, default=10, help="timed calls of each (10)")
-    add("--output", type=Path, help="JSON record (benchmarks/results/sparsify_MODEL.json)")
-    options = parser.parse_args(arguments)
+    asked = Options("sparsify", __doc__)
+    asked.add("--small", action="store_true", help="small layers, for a machine without a GPU")
+    asked.add("--models", nargs="+", choices=("ltx2", "wan"), default=["ltx2", "wan"])
+    asked.add("--repeats", type=int, default=10, help="timed calls of each (10)")
+    options = asked.parse(arguments)
     options.dtype = torch.bfloat16 if options.device != "cpu" else torch.float32
-    if options.output is None:
-        options.output = record_path("sparsify", options.device)
     return options
 
 
 @torch.inference_mode()
+def bench(options: argparse.Namespace) -> list[Result]:
+    layers = [x for x in (SMALL if options.small else LAYERS) if x.model in options.models]
+    return [result for layer in layers for result in bench_layer(layer, options)]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    results: list[Result] = []
-    for layer in SMALL if options.small else LAYERS:
-        if layer.model in options.models:
-            results += bench_layer(layer, options)
-    write_record(Record.of("bench_sparsify", results, options.device), options.output)
-    print(f"record: {options.output}, on {device_info(options.device).name}")
-    return 0
+    return run_benchmark(bench, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -13,26 +13,22 @@ import argparse
 import random
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
-from cases import DTYPES, Case, sta_case
+from cases import Case, sta_case
 from measure import COLUMNS, rows_of, time_case
+from options import Options, run_benchmark
 from peers import backend_names, dense_peers, flex_peer, our_providers
 
 from st_attn import sliding_tile_attention
 from video_attn import VideoLayout, sliding_tile, sliding_tile_mask
 from video_attn.layout import Triple, as_triple
 from video_attn.tools.bench import (
-    Record,
     Result,
     Timing,
-    WrongResultError,
     print_table,
-    record_path,
     say,
     time_interleaved,
-    write_record,
 )
 
 TILE_ORDER, RASTER = "st_attn.sliding_tile_attention", "video_attn.sliding_tile, raster order"
@@ -114,59 +110,38 @@ def time_masks(options: argparse.Namespace) -> dict[str, Timing]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    gpu = torch.cuda.is_available()
     triple = partial(as_triple, name="size")
-    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
-    add("--grid", type=triple, help="tokens TxHxW (30x48x80; on a CPU 12x24x40)")
-    add("--tile", type=triple, default=(6, 8, 8), help="tokens per tile (6x8x8)")
-    add("--window", type=triple, nargs="+", help="tiles (3x3x3 and 5x5x5; on a CPU 1x3x3)")
-    add("--text", type=int, default=0, help="text tokens after the video (0)")
-    add("--valid-text", type=int, help="how many of them are valid (all)")
-    add("--heads", type=int, help="heads (24; on a CPU 2)")
-    add("--head-dim", type=int, default=128, help="head_dim (128)")
-    add("--dtype", choices=list(DTYPES), help="bfloat16; on a CPU float32")
-    add("--repeats", type=int, help="timed calls of each provider (10; on a CPU 3)")
-    add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
-    add("--flex", action=argparse.BooleanOptionalAction, default=True, help="FlexAttention too")
-    add("--output", type=Path, help="JSON record (benchmarks/results/sta_MODEL.json)")
-    options = parser.parse_args(arguments)
-    on_cpu = torch.device(options.device).type == "cpu"
-    for name, on_gpu, small in (
-        ("grid", (30, 48, 80), (12, 24, 40)),
-        ("window", [(3, 3, 3), (5, 5, 5)], [(1, 3, 3)]),
-        ("heads", 24, 2),
-        ("repeats", 10, 3),
-        ("dtype", "bfloat16", "float32"),
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, small if on_cpu else on_gpu)
+    asked = Options("sta", __doc__)
+    asked.sized("--grid", (30, 48, 80), (12, 24, 40), "tokens TxHxW", type=triple)
+    asked.add("--tile", type=triple, default=(6, 8, 8), help="tokens per tile (6x8x8)")
+    windows = [(3, 3, 3), (5, 5, 5)], [(1, 3, 3)]
+    asked.sized("--window", *windows, "tiles", type=triple, nargs="+")
+    asked.add("--text", type=int, default=0, help="text tokens after the video (0)")
+    asked.add("--valid-text", type=int, help="how many of them are valid (all)")
+    asked.count("--heads", 24, 2, "heads")
+    asked.add("--head-dim", type=int, default=128, help="head_dim (128)")
+    asked.dtype()
+    asked.count("--repeats", 10, 3, "timed calls of each provider")
+    asked.switch("--backward", "backward too")
+    asked.switch("--flex", "FlexAttention too")
+    options = asked.parse(arguments)
     if options.valid_text is None:
         options.valid_text = options.text
-    if options.output is None:
-        options.output = record_path("sta", options.device)
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    results: list[Result] = []
-    try:
-        for window in options.window:
-            results += bench_window(options, window)
-    except WrongResultError as error:
-        print(f"error: {error}")
-        return 1
+def bench(options: argparse.Namespace) -> list[Result]:
+    results = [result for window in options.window for result in bench_window(options, window)]
     say("masks")
     masks = time_masks(options)
     rows = [(name, f"{timing.median * 1e6:.0f} us") for name, timing in masks.items()]
     print_table("planning, on the host", ("what", "median"), rows)
     problem = {"grid": "x".join(map(str, options.grid)), "text": options.text, "pass": "planning"}
-    results += [Result(problem, name, timing) for name, timing in masks.items()]
-    write_record(Record.of("bench_sta", results, options.device), options.output)
-    print(f"record: {options.output}")
-    return 0
+    return results + [Result(problem, name, timing) for name, timing in masks.items()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_benchmark(bench, parse(arguments))
 
 
 if __name__ == "__main__":

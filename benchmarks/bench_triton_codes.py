@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from options import Options, run_benchmark
 from torch import Tensor
 
 from video_attn import BlockMask, VideoLayout
@@ -22,15 +22,11 @@ from video_attn.kernels.launch_tables import CODE_KERNELS, launch_row, unsupport
 from video_attn.patterns.sliding_tile import sliding_tile_mask
 from video_attn.quantize import GRANULARITIES, QuantizationOptions
 from video_attn.tools.bench import (
-    Record,
     Result,
-    WrongResultError,
     print_table,
-    record_path,
     require_correct,
     say,
     time_interleaved,
-    write_record,
 )
 
 # Relative L2 error against the bf16 kernel, which itself is off by 0.003.
@@ -128,46 +124,30 @@ def bench_case(
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
-    add("--tokens", type=int, nargs="+", help="dense lengths (16384 32768; on a CPU 128)")
-    add("--grid", type=int, nargs=3, help="of STA, in tokens (30 48 80; on a CPU 6 8 8)")
-    add("--vsa-tokens", type=int, help="of VSA (49152; on a CPU 128)")
-    add("--heads", type=int, help="heads (24; on a CPU 1)")
-    add("--head-dim", type=int, default=128, help="head_dim (128)")
-    add("--granularity", choices=GRANULARITIES, default="per_warp", help="of scales (per_warp)")
-    add("--repeats", type=int, help="timed calls of each (20; on a CPU 1)")
-    add("--output", type=Path, help="JSON record (benchmarks/results/triton_codes_MODEL.json)")
-    options = parser.parse_args(arguments)
-    on_cpu = torch.device(options.device).type == "cpu"
-    for name, large, small in (
-        ("tokens", [16384, 32768], [128]),
-        ("grid", (30, 48, 80), (6, 8, 8)),
-        ("vsa_tokens", 49152, 128),
-        ("heads", 24, 1),
-        ("repeats", 20, 1),
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, small if on_cpu else large)
+    asked = Options("triton_codes", __doc__)
+    asked.sized("--tokens", [16384, 32768], [128], "dense lengths", type=int, nargs="+")
+    asked.sized("--grid", (30, 48, 80), (6, 8, 8), "of STA, in tokens", type=int, nargs=3)
+    asked.count("--vsa-tokens", 49152, 128, "of VSA")
+    asked.count("--heads", 24, 1, "heads")
+    asked.add("--head-dim", type=int, default=128, help="head_dim (128)")
+    asked.add(
+        "--granularity", choices=GRANULARITIES, default="per_warp", help="of scales (per_warp)"
+    )
+    asked.count("--repeats", 20, 1, "timed calls of each")
+    options = asked.parse(arguments)
     options.grid = tuple(options.grid)
-    options.output = options.output or record_path("triton_codes", options.device)
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def bench(options: argparse.Namespace) -> list[Result]:
     results: list[Result] = []
-    try:
-        for name, (tokens, mask) in masks(options).items():
-            results += bench_case(name, tokens, mask, options)
-    except WrongResultError as error:
-        print(f"error: {error}")
-        return 1
-    write_record(Record.of("bench_triton_codes", results, options.device), options.output)
-    print(f"record: {options.output}")
-    return 0
+    for name, (tokens, mask) in masks(options).items():
+        results += bench_case(name, tokens, mask, options)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_benchmark(bench, parse(arguments))
 
 
 if __name__ == "__main__":

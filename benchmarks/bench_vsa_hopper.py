@@ -3,8 +3,9 @@
     python benchmarks/bench_vsa_hopper.py               # on a GPU: 49152 tokens, 76 of 768 blocks
 
 Runs on every GPU, not on Hopper alone; without a GPU the default is 4096 tokens and 2 heads in
-fp32. The last lines have the form of the original benchmark. Its "TFLOPS" count the operations of
-dense attention, whatever is skipped; the effective figures below them count attended pairs only.
+fp32. After the tables stand lines in the form of the original benchmark. Its "TFLOPS" count the
+operations of dense attention, whatever is skipped; the effective figures below them count attended
+pairs only.
 """
 
 from __future__ import annotations
@@ -12,26 +13,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-from cases import DTYPES, NEAR, RANDOM, Case, vsa_case
+from cases import NEAR, RANDOM, Case, vsa_case
 from measure import BACKWARD_FACTOR, COLUMNS, rows_of, time_case
+from options import Options, run_benchmark
 from peers import OURS, backend_names, dense_peers, flex_peer, our_providers, vsa_peers
 
 from video_attn.block_lists import dense_from_lists, lists_from_dense
 from video_attn.block_ops import block_mean, select_top_k
 from video_attn.device import device_info
 from video_attn.tools.bench import (
-    Record,
     Result,
     Timing,
-    WrongResultError,
     print_table,
-    record_path,
     say,
     time_interleaved,
-    write_record,
 )
 from vsa import video_sparse_attn
 
@@ -109,59 +106,41 @@ def print_original_lines(case: Case, results: list[Result]) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="default: cuda if there, else cpu")
-    add("--tokens", type=int, help="sequence length (49152; on a CPU 4096)")
-    add("--top-k", type=int, help="key blocks per query block (a tenth of them, rounded down)")
-    add("--block-size", type=int, default=64, help="tokens per block (64)")
-    add("--heads", type=int, help="heads (12; on a CPU 2)")
-    add("--head-dim", type=int, default=128, help="head_dim (128)")
-    add("--dtype", choices=list(DTYPES), help="bfloat16; on a CPU float32")
-    add("--repeats", type=int, help="timed calls of each provider (20; on a CPU 9)")
-    add("--backward", action=argparse.BooleanOptionalAction, default=True, help="backward too")
-    add("--flex", action=argparse.BooleanOptionalAction, default=True, help="FlexAttention too")
-    add("--output", type=Path, help="JSON record (benchmarks/results/vsa_MODEL.json)")
-    options = parser.parse_args(arguments)
-    kind = torch.device(options.device).type
-    for name, on_gpu, small in (
-        ("tokens", 49152, 4096),
-        ("heads", 12, 2),
-        ("repeats", 20, 9),
-        ("dtype", "bfloat16", "float32"),
-        ("output", *[record_path("vsa", options.device)] * 2),
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, small if kind == "cpu" else on_gpu)
+    asked = Options("vsa", __doc__, "bench_vsa_hopper")
+    asked.count("--tokens", 49152, 4096, "sequence length")
+    asked.add("--top-k", type=int, help="key blocks per query block (a tenth, rounded down)")
+    asked.add("--block-size", type=int, default=64, help="tokens per block (64)")
+    asked.count("--heads", 12, 2, "heads")
+    asked.add("--head-dim", type=int, default=128, help="head_dim (128)")
+    asked.dtype()
+    asked.count("--repeats", 20, 9, "timed calls of each provider")
+    asked.switch("--backward", "backward too")
+    asked.switch("--flex", "FlexAttention too")
+    options = asked.parse(arguments)
     blocks = options.tokens // options.block_size
     if options.top_k is None:
         options.top_k = max(1, blocks // 10)
     if options.tokens % options.block_size or not 1 <= options.top_k <= blocks:
-        parser.error("--tokens must be whole blocks, and --top-k 1 to their number")
+        asked.parser.error("--tokens must be whole blocks, and --top-k 1 to their number")
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def bench(options: argparse.Namespace) -> list[Result]:
     results: list[Result] = []
-    try:
-        for lists in (NEAR, RANDOM):
-            case, found = bench_lists(options, lists)
-            results += found
-    except WrongResultError as error:
-        print(f"error: {error}")
-        return 1
+    for lists in (NEAR, RANDOM):
+        case, found = bench_lists(options, lists)
+        results += found
     if options.flex and case.device.type == "cpu":
         print("FlexAttention has no backward pass on a CPU.")
     say("parts of a layer")
     parts = time_parts(options, case)
     print_table("parts", ("what", "median (p20 to p80)"), [(n, t) for n, t in parts.items()])
-    results += [Result(case.problem, name, timing) for name, timing in parts.items()]
-    write_record(Record.of("bench_vsa_hopper", results, options.device), options.output)
-    print(f"record: {options.output}\n")
     print_original_lines(case, found)
-    return 0
+    return results + [Result(case.problem, name, timing) for name, timing in parts.items()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_benchmark(bench, parse(arguments))
 
 
 if __name__ == "__main__":
