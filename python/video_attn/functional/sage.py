@@ -74,15 +74,13 @@ def sageattn(
     refuse_dropout(dropout_p)
     options = QuantizationOptions(smooth_k=smooth_k, straight_through=straight_through)
     if precision is None:
-        precision = _best_precision(q, k, v, is_causal, options, backend)
+        recipes = tuple(recipe_text(name, options) for name in _PRECISIONS)
+        precision = _PRECISIONS[first_served(q, k, v, is_causal, recipes, backend)]
     _check_precision(precision)
-    mask = None
-    if attn_mask is not None:
-        mask = padding_mask(attn_mask, q, k, tensor_layout, is_causal)
-    return attention(
-        q, k, v, mask, precision=precision, scale=sm_scale, is_causal=is_causal,
-        return_lse=return_lse, layout=LAYOUTS[tensor_layout], backend=backend, quantization=options,
-    )  # type: ignore[call-overload]  # fmt: skip
+    return attend(
+        q, k, v, precision, options, tensor_layout, is_causal, sm_scale, return_lse, attn_mask,
+        backend,
+    )  # fmt: skip
 
 
 def sageattn_varlen(
@@ -238,43 +236,68 @@ def _check_precision(precision: str) -> None:
         )
 
 
-def _best_precision(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, options: QuantizationOptions,
-    backend: str | None,
-) -> str:  # fmt: skip
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    precision: str,
+    options: QuantizationOptions,
+    tensor_layout: str,
+    is_causal: bool,
+    sm_scale: float | None,
+    return_lse: bool,
+    attn_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`video_attn.attention` with the arguments of ``sageattention``."""
+    check_layout(tensor_layout)
+    mask = None
+    if attn_mask is not None:
+        mask = padding_mask(attn_mask, q, k, tensor_layout, is_causal)
+    return attention(
+        q, k, v, mask, precision=precision, scale=sm_scale, is_causal=is_causal,
+        return_lse=return_lse, layout=LAYOUTS[tensor_layout], backend=backend, quantization=options,
+    )  # type: ignore[call-overload]  # fmt: skip
+
+
+def first_served(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, recipes: tuple[str, ...],
+    backend: str | None = None,
+) -> int:  # fmt: skip
+    """Which of ``recipes`` is the first that a kernel, or the forced backend, serves for q, k and
+    v; the last where none does.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
         if x.dim() != 4:
-            return _PRECISIONS[-1]  # attention() says what is wrong
-    return _served_precision(
-        q.device, q.dtype, index(q.shape[3]), index(v.shape[3]), bool(is_causal),
-        recipe_text(_PRECISIONS[0], options), backend,
-    )  # fmt: skip
+            return len(recipes) - 1  # attention() says what is wrong
+    return _first_served(
+        q.device, q.dtype, index(q.shape[3]), index(v.shape[3]), bool(is_causal), recipes, backend
+    )
 
 
 @constant_result
-def _served_precision(
+def _first_served(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
     head_dim_v: int,
     is_causal: bool,
-    recipe: str,
+    recipes: tuple[str, ...],
     backend: str | None,
-) -> str:
-    """The first precision that a kernel, or the forced backend, serves. It takes and gives plain
-    values, so that compiled code keeps it.
-    """
+) -> int:
+    """Plain values in and out, so that compiled code keeps the answer."""
     if not is_here(device):
-        return _PRECISIONS[-1]
+        return len(recipes) - 1
     forced = forced_backend(backend)
-    for precision in _PRECISIONS:
+    for number, recipe in enumerate(recipes):
+        precision, options = parse_recipe(recipe)
         problem = Problem.of(
             "forward", device, dtype, head_dim, head_dim_v, is_causal=is_causal,
-            precision=precision, quantization=parse_recipe(recipe)[1],
+            precision=precision, quantization=options,
         )  # fmt: skip
         served = serving(problem)
         if (forced[0] in served) if forced else any(name != "reference" for name in served):
-            return precision
-    return _PRECISIONS[-1]
+            return number
+    return len(recipes) - 1
