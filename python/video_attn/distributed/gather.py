@@ -22,7 +22,7 @@ from .rows import Gathering, pack_all, room_for, split_message
 from .team import Pending, Team, Traffic, start_messages
 from .ulysses import Heads
 from .wide_rows import WideForward, WideGradients
-from .words import as_words
+from .words import as_words, copy
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,32 @@ def _forward(call: GatherCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     wide = WideForward(call, q)
     started = [_start(call, chunk, k, v) for chunk in call.chunks]
-    outs, lses = [], []
+    out, lse = _room_for_results(q, v.shape[3], lse_dtype)
     for chunk, keys in zip(call.chunks, started, strict=True):
-        gathered = keys.finish()
-        rows = q[:, slice(*chunk.q)]
+        gathered, heads = keys.finish(), slice(*chunk.q)
+        rows = q[:, heads]
         if chunk.work.mask is None:
             like = rows.new_empty(*rows.shape[:3], v.shape[3])
             part = nothing_seen(like, rows.shape[2], lse_dtype)
         else:
             part = call.options.attend(rows, *gathered, chunk.work.mask)
-        outs.append(part[0])
-        lses.append(part[1])
+        if len(call.chunks) == 1:
+            out, lse = part
+        else:
+            copy(out[:, heads], part[0])
+            lse[:, heads] = part[1]
         wide.attend(chunk.work.wide, chunk.q, gathered)
-    out, lse = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (outs, lses))
     wide.finish(out, lse)
     return out, lse
+
+
+def _room_for_results(q: Tensor, channels: int, lse_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, lse) for the queries ``q``, out in their order in memory."""
+    batch, heads, rows, _ = q.shape
+    lse = torch.empty(batch, heads, rows, dtype=lse_dtype, device=q.device)
+    if q.stride(1) > q.stride(2):
+        return q.new_empty(batch, heads, rows, channels), lse
+    return q.new_empty(batch, rows, heads, channels).transpose(1, 2), lse
 
 
 def _backward(

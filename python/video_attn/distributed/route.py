@@ -7,24 +7,72 @@ exactly its blocks nothing moves, nothing is copied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .placement import Placement, as_slice
-from .team import Team, Traffic, as_bytes, start_exchange
+from .placement import Placement, as_slice, take
+from .team import Team, Traffic, start_messages
+from .words import as_words, gather, scatter
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What moves where, of one rank.
+
+    Args:
+        sends, receives: rows here that go to each rank, and places of the result that rows from
+            each rank come to; of this rank itself too.
+        own: for each place of the result a row here: the right one where it is here.
+        holes: places of the result that no row comes to; None: there are none.
+        length: of the result.
+    """
+
+    sends: list[Tensor | slice]
+    receives: list[Tensor | slice]
+    send_counts: list[int]
+    receive_counts: list[int]
+    own: Tensor | slice
+    holes: Tensor | None
+    length: int
+
+    @classmethod
+    def of(
+        cls, sends: Sequence[Tensor], receives: Sequence[Tensor], rank: int, length: int,
+        device: torch.device,
+    ) -> _Way:  # fmt: skip
+        own = torch.zeros(length, dtype=torch.int64)
+        own[receives[rank]] = sends[rank]
+        empty = torch.ones(length, dtype=torch.bool)
+        for places in receives:
+            empty[places] = False
+        holes = empty.nonzero().flatten()
+        return cls(
+            [as_slice(x, device) for x in sends], [as_slice(x, device) for x in receives],
+            [x.numel() for x in sends], [x.numel() for x in receives], as_slice(own, device),
+            holes.to(device) if holes.numel() else None, length,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Ways:
-    """For each other end: tokens here, and slots of the block buffers they have there or here."""
+    """Held tokens to the slots of this rank's blocks, and back."""
 
-    tokens: list[Tensor | slice]  # of mine, by the rank that owns their block
-    slots: list[Tensor | slice]  # of my block buffer, by the rank that holds their token
-    token_counts: list[int]
-    slot_counts: list[int]
+    to_slots: _Way
+    to_tokens: _Way
+
+    @property
+    def tokens(self) -> list[Tensor | slice]:
+        """Of mine, by the rank that owns their block."""
+        return self.to_slots.sends
+
+    @property
+    def slots(self) -> list[Tensor | slice]:
+        """Of my block buffer, by the rank that holds their token."""
+        return self.to_slots.receives
 
 
 class Route:
@@ -58,9 +106,9 @@ class Route:
             mine = [owned_by(rank, p) for p in range(ranks)]
             theirs = [slots_of(p) for p in range(ranks)]
             return _Ways(
-                [as_slice(x, device) for x in mine], [as_slice(x, device) for x in theirs],
-                [x.numel() for x in mine], [x.numel() for x in theirs],
-            )  # fmt: skip
+                _Way.of(mine, theirs, rank, self.length, device),
+                _Way.of(theirs, mine, rank, self.held, device),
+            )
 
         self._of_sources, self._of_copies = ways(False), ways(True)
         # All ranks must know whether any of them has something to send.
@@ -75,70 +123,74 @@ class Route:
 
     def bytes_to_blocks(self, row_bytes: int, copies: bool = False) -> int:
         """Bytes that this rank sends to others, of tokens of ``row_bytes``."""
-        counts = self.ways(copies).token_counts
+        counts = self.ways(copies).to_slots.send_counts
         return row_bytes * sum(n for p, n in enumerate(counts) if p != self.rank)
 
     def bytes_to_tokens(self, row_bytes: int, copies: bool = True) -> int:
-        counts = self.ways(copies).slot_counts
+        counts = self.ways(copies).to_tokens.send_counts
         return row_bytes * sum(n for p, n in enumerate(counts) if p != self.rank)
 
 
 def _to_blocks(x: Tensor, route: Route, team: Team, copies: bool, traffic: Any) -> Tensor:
     """[B, H, held, D] -> [B, H, length, D]; with ``copies``, all copies of a token are summed."""
     ways = route.ways(copies)
-    result = _rows(x, route.length)
-    arrived = _swap(x, ways.tokens, ways.token_counts, ways.slot_counts, route, team, traffic)
-    for slots, part in zip(ways.slots, arrived, strict=True):
-        if copies:
-            result[:, :, slots] += part
-        else:
-            result[:, :, slots] = part
-    return result
+    if not copies:
+        return _move(x, ways.to_slots, route, team, traffic)
+    batch, heads, _, channels = x.shape
+    result = x.new_zeros(route.length, batch, heads, channels)
+    swap = _Swap(x, ways.to_slots, route, team, traffic)
+    for p, part in enumerate(swap.arrived()):
+        if p == route.rank:
+            part = take(x.permute(2, 0, 1, 3), ways.tokens[p], 0)
+        result[ways.slots[p]] += part
+    return result.permute(1, 2, 0, 3)
 
 
 def _to_tokens(y: Tensor, route: Route, team: Team, copies: bool, traffic: Any) -> Tensor:
     """[B, H, length, D] -> [B, H, held, D]; without ``copies`` only first holders get any."""
-    ways = route.ways(copies)
-    result = _rows(y, route.held)
-    arrived = _swap(y, ways.slots, ways.slot_counts, ways.token_counts, route, team, traffic)
-    for tokens, part in zip(ways.tokens, arrived, strict=True):
-        result[:, :, tokens] = part
-    return result
+    return _move(y, route.ways(copies).to_tokens, route, team, traffic)
 
 
-def _swap(
-    x: Tensor,
-    index: list[Tensor | slice],
-    send: list[int],
-    receive: list[int],
-    route: Route,
-    team: Team,
-    traffic: Traffic | None,
-) -> list[Tensor]:
-    """x[:, :, index[p]] to each rank p; what comes from each, [B, H, receive[p], D]."""
-    batch, heads, _, channels = x.shape
-    if not route.moves:
-        return [x[:, :, i] for i in index]
-    row = batch * heads * channels
-    sent = torch.empty(sum(send) * row, dtype=x.dtype, device=x.device)
-    for i, part in zip(index, sent.split([n * row for n in send]), strict=True):
-        if part.numel():
-            part.view(batch, heads, -1, channels).copy_(x[:, :, i])
-    unit = row * x.element_size()
-    arrived = start_exchange(
-        as_bytes(sent), [n * unit for n in send], [n * unit for n in receive], team,
-        "tokens <-> blocks", traffic,
-    ).wait().view(x.dtype)  # fmt: skip
-    return [
-        part.view(batch, heads, n, channels)
-        for part, n in zip(arrived.split([n * row for n in receive]), receive, strict=True)
-    ]
+class _Swap:
+    """Rows [n, B, H, D] of a tensor [B, H, S, D] on their way to the other ranks."""
+
+    def __init__(
+        self, x: Tensor, way: _Way, route: Route, team: Team, traffic: Traffic | None
+    ) -> None:
+        batch, heads, _, channels = x.shape
+        rows, me = x.permute(2, 0, 1, 3), route.rank
+        send = [0 if p == me else n for p, n in enumerate(way.send_counts)]
+        receive = [0 if p == me else n for p, n in enumerate(way.receive_counts)]
+        sent = x.new_empty(sum(send), batch, heads, channels)
+        parts = sent.split(send)
+        for p, part in enumerate(parts):
+            if p != me:
+                gather(part, rows, way.sends[p], 0)
+        self._parts = list(x.new_empty(sum(receive), batch, heads, channels).split(receive))
+        self._pending = None
+        if route.moves:
+            self._pending = start_messages(parts, self._parts, team, "tokens <-> blocks", traffic)
+
+    def arrived(self) -> list[Tensor]:
+        """[n, B, H, D] from each rank; nothing from this one."""
+        if self._pending is not None:
+            self._pending.wait()
+        return self._parts
 
 
-def _rows(x: Tensor, length: int) -> Tensor:
-    """Zeros [B, H, length, D] in the memory order [B, length, H, D]."""
-    batch, heads, _, channels = x.shape
-    return x.new_zeros(batch, length, heads, channels).transpose(1, 2)
+def _move(x: Tensor, way: _Way, route: Route, team: Team, traffic: Traffic | None) -> Tensor:
+    """Rows of ``x`` [B, H, S, D] to where they belong, own ones while the others travel."""
+    swap = _Swap(x, way, route, team, traffic)
+    batch, heads, held, channels = x.shape
+    result = x.new_empty(way.length, batch, heads, channels)
+    if held:
+        gather(result, x.permute(2, 0, 1, 3), way.own, 0)
+    for p, part in enumerate(swap.arrived()):
+        if p != route.rank:
+            scatter(result, part, way.receives[p], 0)
+    if way.holes is not None:
+        as_words(result)[0].index_fill_(0, way.holes, 0)
+    return result.permute(1, 2, 0, 3)
 
 
 class ToBlocks(torch.autograd.Function):
