@@ -36,12 +36,14 @@ class Columns:
         owner: int64 [blocks].
         of_ranks: int64 [blocks], the blocks of all ranks, one rank after another.
         in_order: int64 [blocks], where in ``of_ranks`` each block stands.
-        counts: blocks of each rank.
+        own: for each rank int64, its blocks.
+        counts: of each rank.
     """
 
     owner: Tensor
     of_ranks: Tensor
     in_order: Tensor
+    own: tuple[Tensor, ...]
     counts: tuple[int, ...]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +58,7 @@ def columns_of(owners: BlockOwners, device: torch.device) -> Columns:
     of_ranks = torch.cat(columns)
     return Columns(
         owners.kv_owner.to(device), of_ranks.to(device), of_ranks.argsort().to(device),
-        tuple(c.numel() for c in columns),
+        tuple(c.to(device) for c in columns), tuple(c.numel() for c in columns),
     )  # fmt: skip
 
 
@@ -155,9 +157,7 @@ def make_listing(
     if lens is None:
         rows, asked = rows * size, asked * size
     else:
-        own_lens = lens.index_select(1, columns.split(torch.arange(
-            lens.shape[1], device=lens.device
-        ))[team.rank])  # fmt: skip
+        own_lens = lens.index_select(1, columns.own[team.rank])
         rows, asked = rows * lens[:, None], asked * own_lens[:, None]
     rows = rows.masked_fill(is_own, size)
     received = rows.new_zeros(team.size, heads).index_add_(0, columns.owner, rows.sum(0).T)
@@ -223,9 +223,7 @@ class ListedKeys:
     def finish_return(self, totals: Sequence[Tensor]) -> None:
         """Adds all gradients of the held keys and values, those of this rank first."""
         listing = self.listing
-        own = listing.columns.split(torch.arange(listing.rows.shape[2], device=totals[0].device))[
-            self.call.team.rank
-        ]
+        own = listing.columns.own[self.call.team.rank]
         for total, grad in zip(totals, self.foreign, strict=True):
             mine = grad.unflatten(2, (-1, listing.size)).index_select(2, own)
             total += mine.flatten(2, 3)

@@ -21,7 +21,7 @@ from ..functional.vsa import Gate, add_coarse, compress_and_select
 from ..patterns.video_sparse import selected_tiles_mask
 from .gather import Chunk, Gather, GatherCall
 from .job import Selection, heads_of_mask
-from .listed import Listing, make_listing
+from .listed import Listing, columns_of, make_listing
 from .piece import Options
 from .placement import Placement
 from .ring_attention import block_owners, query_route
@@ -54,11 +54,12 @@ def attend_selected(
 
 @dataclass(frozen=True)
 class _Own:
-    """The blocks of one rank among those of all."""
+    """The blocks of one rank among those of all: tiles first, then text."""
 
+    rank: int
     owners: BlockOwners
-    rows: Tensor  # int64, CPU: tiles first, then text
-    tiles: int  # how many of them are tiles
+    rows: int
+    tiles: int  # of the rows
     lens: Tensor | None  # int32 [B|1, rows]
 
 
@@ -80,9 +81,10 @@ def ring_of_selected(
         selection = replace(selection, lens=layout.block_lens(q.device)[None])
     owners = block_owners(placement, placement, size, size)
     route = query_route(placement, placement, size, size, team.rank, q.device)
-    rows = owners.rows(team.rank)
-    lens = None if selection.lens is None else selection.lens[:, rows.to(q.device)]
-    own = _Own(owners, rows, int((rows < layout.num_tiles).sum()), lens)
+    rows = columns_of(owners, q.device).own[team.rank]
+    lens = None if selection.lens is None else selection.lens.index_select(1, rows)
+    tiles = int((owners.rows(team.rank) < layout.num_tiles).sum())
+    own = _Own(team.rank, owners, rows.numel(), tiles, lens)
     q, k, v = (to_blocks(x, route, team, traffic) for x in (q, k, v))
     if isinstance(gate, Tensor):
         gate = to_blocks(gate, route, team, traffic)
@@ -174,17 +176,17 @@ def _select(
             block_mean(x[:, :, :length], lens, size) if length else x[:, :, :0] for x in pooled
         )
         columns = [own.owners.columns(r) for r in range(team.size)]
-        order = torch.cat([c[c < tiles] for c in columns])
         counts = [int((c < tiles).sum()) for c in columns]
-        in_order = order.argsort().to(q.device)
+        in_order = torch.argsort(columns_of(own.owners, q.device).owner[:tiles], stable=True)
+        in_order = in_order.argsort()
         means = torch.cat([k_mean, *v_mean], -1)
         means = _AllMeans.apply(means, counts, team, traffic).index_select(2, in_order)
         if not needs_coarse:
             means = torch.cat([means, means.new_zeros(*means.shape[:3], v.shape[3])], -1)
         all_k, all_v = means.split([k.shape[3], v.shape[3]], -1)
         if own.tiles == 0:  # nothing to select for, but part of the backward pass
-            none = torch.zeros(q.shape[0], q.shape[1], 0, selection.top_k, dtype=torch.int32)
-            return none.to(q.device), all_v[:, :1, :0] if needs_coarse else None
+            none = q.new_zeros(q.shape[0], q.shape[1], 0, selection.top_k, dtype=torch.int32)
+            return none, all_v[:, :1, :0] if needs_coarse else None
         all_lens = None if selection.lens is None else selection.lens[:, :tiles].clamp(max=1)
         own_lens = None if lens is None else lens.clamp(max=1)
         selected, _, coarse = compress_and_select(  # of blocks of one token: the means themselves
@@ -225,20 +227,21 @@ def _chunks(
 
 def _mask(selection: Selection, own: _Own, selected: Tensor) -> BlockMask | None:
     """Own tiles over the selected tiles and the text; rows of text are empty here."""
-    if own.rows.numel() == 0:
+    if own.rows == 0:
         return None
     layout, size, device = selection.layout, selection.layout.tile_volume, selected.device
-    (batch, heads), texts = selected.shape[:2], own.rows.numel() - own.tiles
-    counts = torch.zeros(own.rows.numel(), dtype=torch.int32)
-    counts[: own.tiles] = selection.top_k + selection.text_blocks
-    text = torch.arange(layout.num_tiles, layout.num_tiles + selection.text_blocks)
-    beside = text.to(device, torch.int32).expand(batch, heads, own.tiles, -1)
+    (batch, heads), texts = selected.shape[:2], own.rows - own.tiles
+    counts = torch.zeros(batch, heads, own.rows, dtype=torch.int32, device=device)
+    counts[..., : own.tiles] = selection.top_k + selection.text_blocks
+    last = layout.num_tiles + selection.text_blocks
+    text = torch.arange(layout.num_tiles, last, dtype=torch.int32, device=device)
+    beside = text.expand(batch, heads, own.tiles, -1)
     lists = torch.cat([selected, beside], -1) if text.numel() else selected
     if texts:
         lists = torch.cat([lists, lists.new_zeros(batch, heads, texts, lists.shape[3])], 2)
     return unchecked_mask(
-        kv_num_blocks=counts.to(device).expand(batch, heads, -1).contiguous(), kv_indices=lists,
-        q_block_size=size, kv_block_size=size, q_len=own.rows.numel() * size,
+        kv_num_blocks=counts, kv_indices=lists,
+        q_block_size=size, kv_block_size=size, q_len=own.rows * size,
         kv_len=layout.num_blocks * size, q_block_lens=own.lens, kv_block_lens=selection.lens,
     )  # fmt: skip
 
@@ -251,14 +254,16 @@ def _text_rows(selection: Selection, own: _Own, device: torch.device) -> WideRow
         return None
     owner = owners.q_owner[tiles:]
     counts = tuple(int((owner == r).sum()) for r in range(owners.ranks))
-    mine = torch.arange(own.tiles, own.rows.numel(), device=device)
-    if own.rows.numel() == 0:
+    mine = torch.arange(own.tiles, own.rows, device=device)
+    if own.rows == 0:
         return WideRows(counts, mine, None)
-    in_rank_order = tiles + torch.argsort(owner, stable=True)
-    keep = torch.zeros(1, 1, layout.num_text_blocks, layout.num_blocks, dtype=torch.bool)
-    keep[..., own.rows[own.rows < tiles + selection.text_blocks]] = True
+    owner_here = columns_of(owners, device).owner
+    blocks = torch.arange(layout.num_blocks, device=device)
+    keep = (owner_here == own.rank) & (blocks < tiles + selection.text_blocks)
     q_lens = None
     if selection.lens is not None:
-        q_lens = selection.lens[:, in_rank_order.to(device)].contiguous()
-    mask = BlockMask.from_dense(keep.to(device), size, size, q_lens, selection.lens)
+        in_rank_order = tiles + torch.argsort(owner_here[tiles:], stable=True)
+        q_lens = selection.lens.index_select(1, in_rank_order)
+    keep = keep.expand(1, 1, layout.num_text_blocks, -1)
+    mask = BlockMask.from_dense(keep, size, size, q_lens, selection.lens)
     return WideRows(counts, mine, mask)
