@@ -19,6 +19,7 @@ from video_attn import (
 )
 from video_attn.tools import UsageError
 from video_attn.tools.calibrate import Chooser, CostModel, Prices, candidates_for, measure_costs
+from video_attn.tools.calibrate import costs as costs_module
 from video_attn.tools.calibrate import errors as errors_module
 from video_attn.tools.calibrate.costs import count_pairs, fit
 from video_attn.tools.calibrate.errors import dense_in_fp32, errors_of_head
@@ -227,3 +228,15 @@ def test_costs_are_measured_kept_and_read(tmp_path):
     model.check(16, torch.float32, None)
     with pytest.raises(UsageError, match="for head_dim 16, not 64; backend None, not triton"):
         model.check(64, torch.float32, "triton")
+
+
+def test_costs_are_measured_on_heads_whose_neighbours_are_alike():
+    """Laid out as models do; and parted as a layer may be, with a view and copies."""
+    tokens = VideoTokens((2, 24, 24))
+    x = costs_module._waves(tokens, 2, 64, torch.device("cpu"), torch.float32)
+    assert x.shape == (1, 2, 1152, 64) and x.stride(2) == 2 * 64
+    one = torch.nn.functional.normalize(x[0, 1], dim=1)
+    assert one[0] @ one[1] > 0.9 and abs(one[0] @ one[-1]) < 0.5
+    for heads in (2, 4, 8):
+        _, parted = costs_module._apart(heads)
+        assert parted.heads == heads and len(parted.groups) == min(heads, 3)

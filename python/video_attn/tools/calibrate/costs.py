@@ -166,8 +166,8 @@ def measure_costs(
     heads = heads or (HEADS_GPU if gpu else HEADS_CPU)
 
     def time(pattern: LayerPattern, tokens: VideoTokens, count: int, precision: str) -> float:
-        shape = (1, tokens.sequence_length, count, head_dim)  # as models lay them out
-        q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in "qkv")
+        q, v = (_waves(tokens, count, head_dim, device, dtype) for _ in "qv")
+        k = q.clone()
 
         def run() -> Tensor:
             return pattern.attend(q, k, v, tokens, precision=precision, backend=backend)
@@ -196,11 +196,30 @@ def measure_costs(
     )  # fmt: skip
 
 
+def _waves(
+    tokens: VideoTokens, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """[1, heads, S, head_dim], laid out as models do: random waves over the video, which make
+    neighbours alike.
+
+    With q = k of them, the tiles that video sparse attention picks lie together, as in videos. Of
+    noise they would lie anywhere, and reading them takes a GPU longer.
+    """
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in tokens.grid]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+    speed = torch.randn(3, heads * head_dim, device=device) / 8.0  # radians per token
+    waves = (places @ speed).cos_().to(dtype)
+    return waves.unflatten(1, (heads, head_dim))[None].transpose(1, 2)
+
+
 def _apart(heads: int) -> tuple[LayerPattern, LayerPattern]:
-    """One pattern in one launch for all heads, and for every other head a launch of its own."""
+    """One pattern in one launch for all heads, and in three: neighbouring heads, which are a view,
+    and two groups of every other one, which are copies.
+    """
     pattern = SlidingTile((1, 1, 1))
-    groups = [HeadGroup(range(n, heads, 2), pattern) for n in range(2)]
-    return pattern, HeadGroups(groups)
+    last = max(2, heads - heads // 3)
+    groups = [range(0, last, 2), range(1, last, 2), range(last, heads)]
+    return pattern, HeadGroups([HeadGroup(group, pattern) for group in groups if len(group) > 0])
 
 
 def count_pairs(candidates: Sequence[Candidate], head_dim: int = 0) -> CostModel:
@@ -218,7 +237,7 @@ def _widths(pattern: Pattern, tokens: VideoTokens) -> list[Pattern]:
         windows = ((1, 1, 1), (2, 3, 3), (3, 5, 5))
         return [SlidingTile(window, pattern.tile) for window in windows]
     if isinstance(pattern, VideoSparse):
-        return [VideoSparse(top_k_ratio=ratio, tile=pattern.tile) for ratio in (0.1, 0.5)]
+        return [VideoSparse(top_k_ratio=ratio, tile=pattern.tile) for ratio in (0.05, 0.2, 0.5)]
     if isinstance(pattern, Radial):
         return [Radial(RadialRule(decay), pattern.block_size) for decay in (0.2, 1.0)]
     return [Dense()]
