@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..registry import PRECISIONS
-from ..static_cache import canonical_device, static_cache
 from .patterns import Pattern
 from .token_pattern import QKV, Options, TokenPattern
 from .video_tokens import VideoTokens
@@ -90,12 +89,7 @@ class HeadGroups(TokenPattern):
             q, k, v = (_take(query, group.heads), *(_take(x, kv_heads) for x in (key, value)))
             part_gate = _gate_of(gate, group.heads)
             parts.append(group.pattern.attend(q, k, v, tokens, gate=part_gate, **chosen))
-        order = [head for group in self.groups for head in group.heads]
-        out = torch.cat(parts, 1)
-        if order == sorted(order):
-            return out
-        places = sorted(range(len(order)), key=order.__getitem__)
-        return out.index_select(1, _index(tuple(places), canonical_device(out.device)))
+        return _together(parts, self.groups)
 
     def density(self, tokens: VideoTokens, heads: int = 1) -> float:
         shares = [
@@ -130,17 +124,32 @@ def _key_heads(heads: Sequence[int], shared: int) -> list[int]:
 
 def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
     """Heads of [B, H, S, D]: a view where they are neighbours, or all the same."""
-    first = heads[0]
     if len(set(heads)) == 1:
-        return x.narrow(1, first, 1)
-    if list(heads) == list(range(first, first + len(heads))):
-        return x.narrow(1, first, len(heads))
-    return x.index_select(1, _index(tuple(heads), canonical_device(x.device)))
+        return x.narrow(1, heads[0], 1)
+    runs = [x.narrow(1, run.start, len(run)) for run in _runs(heads)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
 
 
-@static_cache
-def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+def _together(parts: Sequence[Tensor], groups: Sequence[HeadGroup]) -> Tensor:
+    """[B, H, S, D] of the parts of all groups, in the order of heads, by one copy."""
+    pieces = {}
+    for part, group in zip(parts, groups, strict=True):
+        place = 0
+        for run in _runs(group.heads):
+            pieces[run.start] = part.narrow(1, place, len(run))
+            place += len(run)
+    return torch.cat([pieces[head] for head in sorted(pieces)], 1)
+
+
+def _runs(heads: Sequence[int]) -> list[range]:
+    """``heads`` as neighbours that follow each other: 0, 1, 4, 5, 6 are 0 to 1 and 4 to 6."""
+    runs: list[range] = []
+    for head in heads:
+        if runs and head == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, head + 1)
+        else:
+            runs.append(range(head, head + 1))
+    return runs
 
 
 def _gate_of(gate: Gate, heads: Sequence[int]) -> Gate:
