@@ -212,11 +212,12 @@ def bench(options: argparse.Namespace) -> list[Result]:
                 run = make_run(model, name, kind, options.device, options.head_chunks)
                 check(run)
                 for backward in (False, True) if options.backward else (False,):
-                    if backward not in alone:
+                    is_first = backward not in alone
+                    if is_first:
                         alone[backward] = time_alone(run, options, backward)
                     timed = time_parallel(run, alone[backward], options, backward)
                     new, row = summary(model_name, model, run, backward, alone[backward], *timed)
-                    results += new
+                    results += new if is_first else new[1:]
                     rows.append(row)
     if dist.get_rank() == 0:
         print_table(f"{dist.get_world_size()} ranks, {device_name(options.device)}", COLUMNS, rows)

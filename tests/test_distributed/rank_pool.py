@@ -15,7 +15,7 @@ from typing import Any
 
 RANKS = 4
 PAIR = (1, 3)  # the ranks of groups of two: their ranks in the group are not those in the world
-ANSWER_SECONDS = 40
+ANSWER_SECONDS = 150
 
 
 class RankPool:
