@@ -57,5 +57,5 @@ def inputs_of(
         q_group=groups[0],
         k_group=groups[1],
         lse_shift=codes.lse_shift,
-        score_shift=None,
+        score_shift=None if codes.score_shift is None else codes.score_shift[..., :kv_len],
     )

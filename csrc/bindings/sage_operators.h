@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <initializer_list>
 #include <optional>
 
@@ -21,8 +22,9 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // `sizes`: what each dimension must have.
-inline void check_tensor(const char* name, const Tensor& x, const Tensor& like, ScalarType dtype,
-                         std::initializer_list<int64_t> sizes) {
+template <class Sizes = std::initializer_list<int64_t>>
+void check_tensor(const char* name, const Tensor& x, const Tensor& like, ScalarType dtype,
+                  const Sizes& sizes) {
   STD_TORCH_CHECK(x.device() == like.device(), name, " is on another device than the first tensor");
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has the wrong dtype");
   STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(sizes.size()), name, " has ", x.dim(),
@@ -128,6 +130,9 @@ inline VCode v_code_of(const Tensor& codes) {
 struct CodeShapes {
   int64_t batch, heads, kv_heads, q_tiles, kv_tiles, dim;
 
+  // Of score_shift.
+  std::array<int64_t, 4> shift() const { return {batch, heads, q_tiles, kv_tiles * kTile}; }
+
   void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale,
              const Tensor& k_scale, const Tensor& v_scale, const OptionalTensor& v_mean) const {
     STD_TORCH_CHECK(dim == 64 || dim == 128, "codes have ", dim, " channels, allowed: 64 and 128");
@@ -168,8 +173,9 @@ T* data_of(const OptionalTensor& x) {
 template <class Context>
 void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTensor kv_lens,
               int64_t q_block_size, int64_t kv_block_size, double scale, double v_limit,
-              Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, Tensor k_scale,
-              Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift, Tensor workspace) {
+              bool hadamard, Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, Tensor k_scale,
+              Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift,
+              OptionalTensor score_shift, Tensor workspace) {
   QuantizeParams p{};
   p.q = tensor4("q", q, q);
   p.k = tensor4("k", k, q);
@@ -195,8 +201,12 @@ void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTenso
   if (lse_shift) {
     check_tensor("lse_shift", *lse_shift, q, ScalarType::Float, {batch, p.heads, p.q_side.length});
   }
-  check_tensor("workspace", workspace, q, ScalarType::Float,
-               {workspace_size(p.batch, p.kv_heads, p.kv_side.length, p.padded_dim)});
+  if (score_shift) check_tensor("score_shift", *score_shift, q, ScalarType::Float, shapes.shift());
+  p.score_shift = data_of<float>(score_shift);
+  check_tensor("workspace", workspace, q, ScalarType::Float, {workspace_size(p)});
+  STD_TORCH_CHECK(!hadamard || p.head_dim % 16 == 0, "hadamard needs a head_dim that is a multiple ",
+                  "of 16, got ", p.head_dim);
+  p.rotation = hadamard ? p.head_dim & -p.head_dim : 0;  // the largest power of two in it
   p.scale = static_cast<float>(scale);
   p.qk_code = qk_code_of(q_codes);
   p.v_code = v_code_of(v_codes);
@@ -222,7 +232,7 @@ void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTenso
 template <class Context>
 void attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, Tensor k_scale,
                Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift,
-               OptionalTensor kv_num_blocks, OptionalTensor kv_indices, OptionalTensor q_lens,
+               OptionalTensor score_shift, OptionalTensor kv_num_blocks, OptionalTensor kv_indices, OptionalTensor q_lens,
                OptionalTensor kv_lens, int64_t q_block_size, int64_t kv_block_size, int64_t kv_len,
                double scale, bool is_causal, bool half_sums, Tensor out, Tensor lse) {
   AttentionParams p{};
@@ -247,6 +257,10 @@ void attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, T
     check_tensor("lse_shift", *lse_shift, q_codes, ScalarType::Float,
                  {batch, p.heads, p.q_side.length});
   }
+  if (score_shift) {
+    check_tensor("score_shift", *score_shift, q_codes, ScalarType::Float, shapes.shift());
+  }
+  p.score_shift = data_of<float>(score_shift);
   p.lists = make_lists(kv_num_blocks, kv_indices, p.q_side, batch, p.heads, q_codes);
   STD_TORCH_CHECK(!is_causal || !kv_num_blocks, "is_causal is for dense attention");
   p.q_codes = data_of<uint8_t>(q_codes);

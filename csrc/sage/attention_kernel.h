@@ -32,7 +32,7 @@ struct AttentionConfig {
   static constexpr int kKBytes = kQkTileBytes<kDim>;
   static constexpr int kVBytes = kVTileBytes<kV, kDim>;
   static constexpr int kBuffers = 2;
-  static constexpr int kFactorBytes = kRowTiles * kThreads * 4;
+  static constexpr int kFactorBytes = kRowTiles * kThreads / 4 * 4;  // a float for four lanes
   static constexpr int kWalkBytes = 128;  // the cursor and two tiles of it
   static constexpr int kSharedBytes =
       kQBytes + kBuffers * (kKBytes + kVBytes) + kFactorBytes + kWalkBytes;
@@ -109,9 +109,9 @@ class AttentionBlock {
     for (int r = 0; r < C::kRowTiles; ++r) {
       float s[1][kTile / 8][4];
       multiply_scores<C::kQk, C::kDim>(s[0], q_ + r * kQkTileBytes<C::kDim>, keys(buffer));
-      ScoreScale scale[1] = {{Scores<C::kQk>::kOffset, factors()[r * C::kThreads] * k_scale}};
+      ScoreScale scale[1] = {{Scores<C::kQk>::kOffset, *factor(r) * k_scale}};
       const int last_key = p_.is_causal ? (first_tile_ + r) * kTile + causal_offset_ : kAllKeys;
-      hide_unseen(s[0], scale[0], last_key, tile.index, tile.valid);
+      adjust_scores(s[0], scale[0], last_key, tile.index, tile.valid, shift(r, tile.index));
       weigh<Values<C::kV>::kExponent>(s, scale, state_[r], keep[r]);
       Values<C::kV>::pack(weights[r], s[0]);
     }
@@ -135,14 +135,24 @@ class AttentionBlock {
   }
 
   SAGE_DEVICE void copy_queries() const {
-    const int tiles = tiles_in(p_.q_side.length);
-    const int64_t first = (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles;
     SAGE_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) {
-      // A row tile past the end is computed from the last one and not stored.
-      const int tile = first_tile_ + r < tiles ? first_tile_ + r : tiles - 1;
-      copy_tile(q_ + r * kQkTileBytes<C::kDim>, p_.q_codes, first + tile, kQkTileBytes<C::kDim>);
+      copy_tile(q_ + r * kQkTileBytes<C::kDim>, p_.q_codes, query_tile(r), kQkTileBytes<C::kDim>);
     }
+  }
+
+  // Row tile r; one past the end is computed from the last one and not stored.
+  SAGE_DEVICE int64_t query_tile(int r) const {
+    const int tiles = tiles_in(p_.q_side.length);
+    const int tile = first_tile_ + r < tiles ? first_tile_ + r : tiles - 1;
+    return (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles + tile;
+  }
+
+  // What the scores of row tile r leave out, of every key of a tile; null for nothing.
+  SAGE_DEVICE const float* shift(int r, int tile) const {
+    if (p_.score_shift == nullptr) return nullptr;
+    const int64_t row = query_tile(r) * tiles_in(p_.kv_side.length) + tile;
+    return p_.score_shift + row * kTile;
   }
 
   SAGE_DEVICE int64_t key_tile(int tile) const {
@@ -156,19 +166,17 @@ class AttentionBlock {
   }
 
   // Every granularity gives a lane one scale for its two rows of a tile, and one for its keys. The
-  // former wait in shared memory, each thread's own.
-  SAGE_DEVICE float* factors() const {
-    return reinterpret_cast<float*>(keys(C::kBuffers)) + thread_index();
+  // former wait in shared memory: four lanes hold the same rows.
+  SAGE_DEVICE float* factor(int r) const {
+    return reinterpret_cast<float*>(keys(C::kBuffers)) + (r * C::kThreads + thread_index()) / 4;
   }
 
   SAGE_DEVICE void load_query_factors() {
-    const int tiles = tiles_in(p_.q_side.length);
-    const int64_t first = (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles;
+    if (thread_index() % 4 != 0) return;
     SAGE_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) {
-      const int tile = first_tile_ + r < tiles ? first_tile_ + r : tiles - 1;
       const int group = q_group(p_.q_groups, row_in_tile(0));
-      factors()[r * C::kThreads] = p_.q_scale[(first + tile) * p_.q_groups + group] * p_.scale_log2;
+      *factor(r) = p_.q_scale[query_tile(r) * p_.q_groups + group] * p_.scale_log2;
     }
   }
 

@@ -68,6 +68,8 @@ struct HopperShared {
   alignas(1024) uint8_t k[C::kStages][C::kKBytes];
   alignas(1024) uint8_t v[C::kStages][C::kVBytes];
   Step steps[C::kStages];
+  // What the scores of a consumer's rows leave out, of every key of a step; only where there is any.
+  alignas(16) float shift[C::kStages][C::kConsumers][kStepTiles][kTile];
   MemoryBarrier q_full, k_full[C::kStages], k_empty[C::kStages], v_full[C::kStages],
       v_empty[C::kStages];
 };
@@ -150,10 +152,14 @@ class HopperBlock {
       const int64_t tiles[kStepTiles] = {first_key_tile + first.index,
                                          first_key_tile + second.index};
       if (leads) {
+        const bool shifts = p_.score_shift != nullptr;
+        barrier_arrive_expecting(&shared_.k_full[stage], C::kKBytes + (shifts ? kShiftBytes : 0));
         copy_step(shared_.k[stage], p_.k_codes, tiles, C::kKBytes, &shared_.k_full[stage]);
+        if (shifts) copy_shift(stage, first.index, second.index);
       }
       barrier_wait(&shared_.v_empty[stage], place.parity ^ 1);
       if (leads) {
+        barrier_arrive_expecting(&shared_.v_full[stage], C::kVBytes);
         copy_step(shared_.v[stage], p_.v_codes, tiles, C::kVBytes, &shared_.v_full[stage]);
       }
     }
@@ -194,11 +200,22 @@ class HopperBlock {
   SAGE_DEVICE static void copy_step(uint8_t* shared, const uint8_t* codes,
                                     const int64_t (&tiles)[kStepTiles], int bytes,
                                     MemoryBarrier* full) {
-    barrier_arrive_expecting(full, bytes);
     const int tile_bytes = bytes / kStepTiles;
     SAGE_UNROLL
     for (int t = 0; t < kStepTiles; ++t) {
       copy_bulk(shared + t * tile_bytes, codes + tiles[t] * tile_bytes, tile_bytes, full);
+    }
+  }
+
+  static constexpr int kShiftBytes = sizeof(Shared::shift) / C::kStages;
+
+  SAGE_DEVICE void copy_shift(int stage, int first, int second) const {
+    constexpr int kBytes = kTile * sizeof(float);
+    for (int c = 0; c < C::kConsumers; ++c) {
+      const float* row = p_.score_shift + query_tile(c) * tiles_in(p_.kv_side.length) * kTile;
+      float (&to)[kStepTiles][kTile] = shared_.shift[stage][c];
+      copy_bulk(to[0], row + first * kTile, kBytes, &shared_.k_full[stage]);
+      copy_bulk(to[1], row + second * kTile, kBytes, &shared_.k_full[stage]);
     }
   }
 
@@ -338,7 +355,9 @@ class HopperBlock {
         for (int i = 0; i < 4; ++i) s[t][n][i] = static_cast<float>(sums[t][n][i]);
       }
       scale[t] = {0.0f, q_factor * step.k_scale[t][thread_index() % 4]};
-      hide_unseen(s[t], scale[t], last_key, step.index[t], step.valid[t]);
+      const float* shift =
+          p_.score_shift == nullptr ? nullptr : shared_.shift[k.stage][consumer()][t];
+      adjust_scores(s[t], scale[t], last_key, step.index[t], step.valid[t], shift);
     }
     release(&shared_.k_empty[k.stage]);
     weigh<Values<C::kV>::kExponent>(s, scale, state, keep);

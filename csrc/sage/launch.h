@@ -10,8 +10,8 @@ namespace video_attn::sage {
 const char* launch_quantize(const QuantizeParams& params, int capability, void* stream);
 const char* launch_attention(const AttentionParams& params, int capability, void* stream);
 
-// Floats that QuantizeParams::workspace must hold.
-int64_t workspace_size(int batch, int kv_heads, int kv_length, int padded_dim);
+// Floats that QuantizeParams::workspace must hold; `params` need not have it.
+int64_t workspace_size(const QuantizeParams& params);
 
 // Largest head dim; codes are padded to 64 or to this.
 inline constexpr int kMaxHeadDim = 128;

@@ -48,12 +48,14 @@ struct QuantizeParams {
   float v_limit;               // what the largest value of a channel of V is scaled to
   int32_t q_groups, k_groups;  // scales per tile: 1, 4 or 32; 1 or 4
   bool smooth_k, smooth_v;
+  int32_t rotation;  // channels of Q and K that a Hadamard matrix turns; 0: it is not asked for
 
   // Results. Codes are tiles in the order of shared memory (tiles.h), filled up with zeros.
   uint8_t *q_codes, *k_codes, *v_codes;
   float *q_scale, *k_scale;  // [batch, heads, tiles * groups]
   float *v_scale, *v_mean;   // [batch, kv_heads, padded_dim]; v_mean is null without smooth_v
   float* lse_shift;          // [batch, heads, q_length]; null without smooth_k
+  float* score_shift;        // [batch, heads, query tiles, key tiles * 64]; null without smooth_q
 
   float* workspace;  // statistics_size(params) floats
 };
@@ -68,7 +70,7 @@ struct BlockLists {
 
 struct AttentionParams {
   const uint8_t *q_codes, *k_codes, *v_codes;
-  const float *q_scale, *k_scale, *v_scale, *v_mean, *lse_shift;
+  const float *q_scale, *k_scale, *v_scale, *v_mean, *lse_shift, *score_shift;
   Side q_side, kv_side;
   int32_t batch, heads, kv_heads, head_dim_v, padded_dim;
   int32_t q_groups, k_groups;

@@ -1,5 +1,6 @@
 #include "launch.h"
 #include "quantize_kernel.h"
+#include "score_shift_kernel.h"
 
 namespace video_attn::sage {
 namespace {
@@ -21,11 +22,19 @@ const char* launch_codes(const QuantizeParams& p, void* stream) {
 }
 
 template <int kDim>
-const char* launch_dim(const QuantizeParams& p, void* stream) {
-  if (const char* error = launch_statistics<kDim>(p, stream)) return error;
+const char* launch_recipe(const QuantizeParams& p, void* stream) {
   if (p.qk_code == QkCode::kFp8) return launch_codes<kDim, QkCode::kFp8, VCode::kFp8>(p, stream);
   return p.v_code == VCode::kFp8 ? launch_codes<kDim, QkCode::kInt8, VCode::kFp8>(p, stream)
                                  : launch_codes<kDim, QkCode::kInt8, VCode::kFloat16>(p, stream);
+}
+
+template <int kDim>
+const char* launch_dim(const QuantizeParams& p, void* stream) {
+  const char* error = launch_statistics<kDim>(p, stream);
+  if (error == nullptr) error = launch_recipe<kDim>(p, stream);
+  if (error != nullptr || p.score_shift == nullptr) return error;
+  const int key_tiles = tiles_in(p.kv_side.length);
+  return launch<ScoreShiftKernel<kDim>>(p, key_tiles, p.heads, p.batch, stream);
 }
 
 }  // namespace
@@ -36,13 +45,6 @@ const char* launch_quantize(const QuantizeParams& p, int capability, void* strea
   return p.padded_dim == 64 ? launch_dim<64>(p, stream) : launch_dim<128>(p, stream);
 }
 
-int64_t workspace_size(int batch, int kv_heads, int kv_length, int padded_dim) {
-  QuantizeParams p{};
-  p.batch = batch;
-  p.kv_heads = kv_heads;
-  p.kv_side.length = kv_length;
-  p.padded_dim = padded_dim;
-  return statistics_size(p);
-}
+int64_t workspace_size(const QuantizeParams& p) { return statistics_size(p) + q_means_size(p); }
 
 }  // namespace video_attn::sage

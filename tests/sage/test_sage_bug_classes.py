@@ -48,7 +48,8 @@ def test_every_option_changes_something(precision, kernel):
     plain = run(q, k, v, precision=precision)
     for changes in (
         {"granularity": "per_thread"}, {"granularity": "per_block"}, {"smooth_k": False},
-        {"smooth_v": True}, {"pv_accumulation": SUMS[precision]},
+        {"smooth_v": True}, {"smooth_q": True}, {"hadamard": True},
+        {"pv_accumulation": SUMS[precision]},
     ):  # fmt: skip
         out, _ = run(q, k, v, precision=precision, options=QuantizationOptions(**changes))
         assert not torch.equal(out, plain[0]), changes
@@ -60,7 +61,7 @@ def test_every_option_changes_something(precision, kernel):
 @needs_emulation
 def test_every_argument_of_the_operator_changes_something(kernel):
     q, k, v = qkv((128, 192))
-    options = QuantizationOptions(smooth_v=True)
+    options = QuantizationOptions(smooth_v=True, smooth_q=True)
     codes = make_codes(q, k, v, None, scale=0.1, precision="sage_fp8", options=options)
     mask = random_mask((64, 64), (128, 192))
 
@@ -83,7 +84,7 @@ def test_every_argument_of_the_operator_changes_something(kernel):
     for changes in (
         lists, {"q_lens": lens(64, 5)}, {"kv_lens": lens(64, 64, 5)}, {"kv_len": 150},
         {"scale": 0.2}, {"is_causal": True}, {"half_sums": True}, {"v_mean": None},
-        {"lse_shift": None}, {"v_scale": codes.v_scale * 2}, {"q_scale": codes.q_scale * 2},
+        {"lse_shift": None}, {"score_shift": None}, {"v_scale": codes.v_scale * 2}, {"q_scale": codes.q_scale * 2},
         {"k_scale": codes.k_scale * 2}, {"q_lens": lens(128), "q_block_size": 128},
     ):  # fmt: skip
         same = all(torch.equal(a, b) for a, b in zip(call(**changes), plain, strict=True))

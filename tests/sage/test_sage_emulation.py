@@ -95,6 +95,23 @@ def test_block_lists(precision, name):
     check(q, k, v, random_mask(sizes, lengths, **rest), precision=precision, options=options)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"smooth_q": True}, {"smooth_q": True, "hadamard": True, "smooth_k": False}],
+    ids=["smooth_q", "and-hadamard"],
+)
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_shifted_scores(precision, changes):
+    """Whole tiles, causal ones, and lists of one and three row tiles to a block."""
+    options = QuantizationOptions(granularity="per_thread", **changes)
+    check(*qkv((200, 260)), precision=precision, options=options)
+    check(*qkv((130, 200)), precision=precision, options=options, is_causal=True)
+    for name in ("64-batch-heads-lens", "384-lens"):
+        sizes, lengths, rest = MASKS[name]
+        q, k, v = qkv(lengths, batch=rest.get("batch", 1))
+        check(q, k, v, random_mask(sizes, lengths, **rest), precision=precision, options=options)
+
+
 def test_lists_of_more_tiles_than_a_warp_has_lanes():
     """Dense, and a list in which most of the first 32 entries have no valid key."""
     options = QuantizationOptions()

@@ -23,7 +23,7 @@ from ..quantize import TILE, QuantizationOptions, v_limit
 from ..registry import Backend, Problem, register
 
 MAX_HEAD_DIM = 128
-_CHUNK_TILES = 8  # kChunkTiles of csrc/sage/quantize_kernel.h
+_CHUNK_TILES = 8  # kChunkTiles of csrc/sage/statistics_kernel.h
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _Q_GROUPS = {"per_block": 1, "per_warp": 4, "per_thread": 32}  # scales per tile of 64 queries
 _K_GROUPS = {"per_block": 1, "per_warp": 1, "per_thread": 4}
@@ -33,14 +33,14 @@ _LENS = "Tensor? q_block_lens, Tensor? kv_block_lens, int q_block_size, int kv_b
 # Results are arguments: they are allocated here, so that C++ only fills them.
 _library.define(
     f"sage_quantize(Tensor q, Tensor k, Tensor v, {_LENS}, float scale, float v_limit, "
-    "Tensor(a!) q_codes, Tensor(b!) k_codes, Tensor(c!) v_codes, Tensor(d!) q_scale, "
+    "bool hadamard, Tensor(a!) q_codes, Tensor(b!) k_codes, Tensor(c!) v_codes, Tensor(d!) q_scale, "
     "Tensor(e!) k_scale, Tensor(f!) v_scale, Tensor(g!)? v_mean, Tensor(h!)? lse_shift, "
-    "Tensor(i!) workspace) -> ()"
+    "Tensor(i!)? score_shift, Tensor(j!) workspace) -> ()"
 )
 _library.define(
     "sage_attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, "
-    "Tensor k_scale, Tensor v_scale, Tensor? v_mean, Tensor? lse_shift, Tensor? kv_num_blocks, "
-    f"Tensor? kv_indices, {_LENS}, int kv_len, float scale, bool is_causal, bool half_sums, "
+    "Tensor k_scale, Tensor v_scale, Tensor? v_mean, Tensor? lse_shift, Tensor? score_shift, "
+    f"Tensor? kv_num_blocks, Tensor? kv_indices, {_LENS}, int kv_len, float scale, bool is_causal, bool half_sums, "
     "Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 for _name in ("sage_quantize", "sage_attention"):
@@ -59,6 +59,7 @@ class SageCodes(NamedTuple):
     v_scale: Tensor  # fp32 [B, Hkv, padded dim]
     v_mean: Tensor | None  # fp32 [B, Hkv, padded dim], smooth_v
     lse_shift: Tensor | None  # fp32 [B, Hq, Sq], smooth_k
+    score_shift: Tensor | None  # fp32 [B, Hq, query tiles, key tiles * 64], smooth_q
 
 
 def allocate_codes(
@@ -87,6 +88,7 @@ def allocate_codes(
         v_scale=empty(batch, kv_heads, dim),
         v_mean=empty(batch, kv_heads, dim) if options.smooth_v else None,
         lse_shift=empty(batch, heads, q_len) if options.smooth_k else None,
+        score_shift=empty(batch, heads, q_tiles, kv_tiles * TILE) if options.smooth_q else None,
     )
 
 
@@ -94,16 +96,22 @@ def quantize(call: ForwardCall) -> SageCodes:
     """Codes and scales of the call's q, k, v [B, H, S, D]; the mask gives the valid lengths."""
     options = call.quantization or QuantizationOptions()
     codes = allocate_codes(call.q, call.k, call.v, call.precision, options)
-    batch, kv_heads, kv_tiles = codes.k.shape[:3]
-    chunks = -(-kv_tiles // _CHUNK_TILES)
-    floats = batch * kv_heads * codes.k.shape[4] * (8 * chunks + 2)
-    workspace = torch.empty(floats, dtype=torch.float32, device=call.q.device)
+    workspace = torch.empty(_workspace_floats(codes), dtype=torch.float32, device=call.q.device)
     limit = v_limit(call.precision, options.pv_accumulation, torch.float8_e4m3fn)
     slots = mask_arguments(call.mask).slots
     torch.ops.video_attn.sage_quantize(
-        call.q, call.k, call.v, *slots, call.scale, limit, *codes, workspace
+        call.q, call.k, call.v, *slots, call.scale, limit, options.hadamard, *codes, workspace
     )
     return codes
+
+
+def _workspace_floats(codes: SageCodes) -> int:
+    """As csrc/sage/statistics_kernel.h has it: of channels, and with smooth_q means of tiles."""
+    batch, kv_heads, kv_tiles, _, dim = codes.k.shape
+    floats = batch * kv_heads * dim * (8 * -(-kv_tiles // _CHUNK_TILES) + 2)
+    if codes.score_shift is not None:
+        floats += batch * codes.q.shape[1] * codes.q.shape[2] * dim
+    return floats
 
 
 def _available() -> str | None:
@@ -183,9 +191,6 @@ def _refuse_shapes(problem: Problem) -> str | None:
 def _refuse_options(options: QuantizationOptions) -> str | None:
     if options.granularity not in _Q_GROUPS:
         return f"granularity {options.granularity!r} is not one of {', '.join(_Q_GROUPS)}"
-    for name in ("smooth_q", "hadamard"):
-        if getattr(options, name):
-            return f"{name} is not in these kernels"
     return None
 
 
