@@ -1,8 +1,8 @@
 """The machine code of the Sage kernels: python tests/sage_machine_code.py [--write]
 
-Compiles the attention kernels (no GPU needed), reads their machine code, and prints for each kernel
+Compiles the kernels (no GPU needed), reads their machine code, and prints for each attention kernel
 its registers, the instructions of its main loop per 64 keys, and the tensor core instructions among
-them. `--write` keeps the figures in tests/data/sage_kernels.json, against which a test compares the
+them; for each quantizer its registers, instructions and accesses to local memory. `--write` keeps the figures in tests/data/sage_kernels.json, against which a test compares the
 next build.
 """
 
@@ -29,8 +29,12 @@ NVCC_FLAGS = (
 )  # fmt: skip
 PRODUCTS = ("IMMA", "HMMA", "QMMA", "IGMMA", "HGMMA", "QGMMA")
 _CONFIG = re.compile(
-    r"(Hopper|Attention)ConfigILNS0_6QkCodeE(\d)ELNS0_5VCodeE(\d)E(?:Lb(\d)E)?Li(\d+)ELi(\d)E"
+    r"(Hopper|Attention)ConfigILNS0_6QkCodeE(\d)ELNS0_5VCodeE(\d)E(?:Lb(\d)E)?Li(\d+)ELi(\d)E(?:Lb(\d)E)?"
 )
+_QUANTIZER = re.compile(
+    r"(Statistics|Finish|Quantize|ScoreShift)KernelILi(\d+)E(?:LNS0_6QkCodeE(\d)ELNS0_5VCodeE(\d)E)?"
+)
+_RECIPES = {"00": "sage_fp16", "01": "sage_fp8", "11": "fp8"}
 
 
 class Kernel(NamedTuple):
@@ -76,8 +80,8 @@ def missing() -> str | None:
     return None if found else "cuobjdump and nvdisasm not found (triton has them)"
 
 
-def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
-    """The kernels of csrc/sage/``source`` for one architecture, as "80" or "90a"."""
+def compile_source(source: str, arch: str, folder: Path) -> list[Function]:
+    """The functions of csrc/sage/``source`` for one architecture, as "80" or "90a"."""
     nvcc = find_tools(BuildOptions.from_environment(os.environ)).nvcc
     built = folder / f"{source}.{arch}.cubin"
     code = f"arch=compute_{arch},code=sm_{arch}"
@@ -87,7 +91,23 @@ def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return attention_kernels(read_functions(built, str(find_disassembler(nvcc))))
+    return read_functions(built, str(find_disassembler(nvcc)))
+
+
+def quantizers(functions: list[Function]) -> dict[str, dict[str, int]]:
+    """Figures of the quantizers that this architecture has code for, by name."""
+    found = {}
+    for function in functions:
+        config = _QUANTIZER.search(function.symbol)
+        if config is not None and not function.count("BPT"):  # a trap: for other architectures
+            form, dim, qk, v = config.groups()
+            name = f"{form} {_RECIPES[qk + v]} D={dim}" if qk else f"{form} D={dim}"
+            found[name] = {
+                "registers": function.registers,
+                "instructions": len(function.code),
+                "local_accesses": function.count("LDL", "STL"),
+            }
+    return dict(sorted(found.items()))
 
 
 def attention_kernels(functions: list[Function]) -> list[Kernel]:
@@ -102,9 +122,10 @@ def attention_kernels(functions: list[Function]) -> list[Kernel]:
 
 
 def _name(config: re.Match[str]) -> str:
-    form, qk, v, half, dim, groups = config.groups()
-    recipe = {"00": "sage_fp16", "01": "sage_fp8", "11": "fp8"}[qk + v]
+    form, qk, v, half, dim, groups, shifted = config.groups()
+    recipe = _RECIPES[qk + v]
     sums = ", half sums" if half == "1" else ""
+    sums += ", shifted" if shifted == "1" else ""
     rows = 64 * int(groups)
     return f"{'warpgroup' if form == 'Hopper' else 'mma.sync'} {recipe}{sums} D={dim} rows={rows}"
 
@@ -115,10 +136,12 @@ COMPARED = (("attention_128.cu", "80"), ("attention_128.cu", "89"), ("hopper_128
 
 def make_table(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
     """{architecture: {kernel: figures}}."""
-    return {
-        arch: {k.name: k.figures() for k in compile_kernels(source, arch, folder)}
+    table = {
+        arch: {k.name: k.figures() for k in attention_kernels(compile_source(source, arch, folder))}
         for source, arch in COMPARED
     }
+    of_quantizers = quantizers(compile_source("quantize.cu", "90a", folder))
+    return {**table, "90a quantizers": of_quantizers}
 
 
 def main() -> int:

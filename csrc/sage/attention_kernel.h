@@ -17,13 +17,15 @@
 
 namespace video_attn::sage {
 
-template <QkCode kQk_, VCode kV_, bool kHalfSums_, int kDim_, int kRowTiles_>
+// kShifted: something is added to the scores (AttentionParams::score_shift).
+template <QkCode kQk_, VCode kV_, bool kHalfSums_, int kDim_, int kRowTiles_, bool kShifted_>
 struct AttentionConfig {
   static constexpr QkCode kQk = kQk_;
   static constexpr VCode kV = kV_;
   static constexpr bool kHalfSums = kHalfSums_;
   static constexpr int kDim = kDim_;  // padded head dim of Q, K and V
   static constexpr int kRowTiles = kRowTiles_;
+  static constexpr bool kShifted = kShifted_;
 
   static constexpr Feature kNeeds = kV == VCode::kFp8 ? Feature::kFp8 : Feature::kNone;
   static constexpr int kThreads = 128;
@@ -111,7 +113,8 @@ class AttentionBlock {
       multiply_scores<C::kQk, C::kDim>(s[0], q_ + r * kQkTileBytes<C::kDim>, keys(buffer));
       ScoreScale scale[1] = {{Scores<C::kQk>::kOffset, *factor(r) * k_scale}};
       const int last_key = p_.is_causal ? (first_tile_ + r) * kTile + causal_offset_ : kAllKeys;
-      adjust_scores(s[0], scale[0], last_key, tile.index, tile.valid, shift(r, tile.index));
+      adjust_scores<C::kShifted>(s[0], scale[0], last_key, tile.index, tile.valid,
+                                 shift(r, tile.index));
       weigh<Values<C::kV>::kExponent>(s, scale, state_[r], keep[r]);
       Values<C::kV>::pack(weights[r], s[0]);
     }
@@ -148,9 +151,9 @@ class AttentionBlock {
     return (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles + tile;
   }
 
-  // What the scores of row tile r leave out, of every key of a tile; null for nothing.
+  // What the scores of row tile r leave out, of every key of a tile.
   SAGE_DEVICE const float* shift(int r, int tile) const {
-    if (p_.score_shift == nullptr) return nullptr;
+    if (!C::kShifted) return nullptr;
     const int64_t row = query_tile(r) * tiles_in(p_.kv_side.length) + tile;
     return p_.score_shift + row * kTile;
   }
@@ -168,7 +171,9 @@ class AttentionBlock {
   // Every granularity gives a lane one scale for its two rows of a tile, and one for its keys. The
   // former wait in shared memory: four lanes hold the same rows.
   SAGE_DEVICE float* factor(int r) const {
-    return reinterpret_cast<float*>(keys(C::kBuffers)) + (r * C::kThreads + thread_index()) / 4;
+    // Addresses that stayed in registers would push something else out.
+    const int thread = static_cast<int>(computed_afresh(thread_index()));
+    return reinterpret_cast<float*>(keys(C::kBuffers)) + (r * C::kThreads + thread) / 4;
   }
 
   SAGE_DEVICE void load_query_factors() {

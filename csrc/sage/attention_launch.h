@@ -27,11 +27,15 @@ inline bool share_a_list(const AttentionParams& p, int tiles) {
 template <QkCode kQk, VCode kV, bool kHalfSums, int kDim>
 const char* launch_rows(const AttentionParams& p, void* stream) {
   const int tiles = tiles_in(p.q_side.length);
+  if (p.score_shift != nullptr) {  // for 64 rows alone: it takes registers
+    using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 1, true>>;
+    return launch<Kernel>(p, tiles, p.heads, p.batch, stream);
+  }
   if (share_a_list(p, 2)) {
-    using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 2>>;
+    using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 2, false>>;
     return launch<Kernel>(p, (tiles + 1) / 2, p.heads, p.batch, stream);
   }
-  using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 1>>;
+  using Kernel = AttentionKernel<AttentionConfig<kQk, kV, kHalfSums, kDim, 1, false>>;
   return launch<Kernel>(p, tiles, p.heads, p.batch, stream);
 }
 

@@ -11,6 +11,8 @@
 // product, and the tensor cores work for the other two meanwhile.
 #pragma once
 
+#include <type_traits>
+
 #include "hopper_walk.h"
 #include "matrix.h"
 #include "params.h"
@@ -25,13 +27,16 @@ namespace video_attn::sage {
 
 inline constexpr int kStepTiles = 2;
 
-template <QkCode kQk_, VCode kV_, int kDim_, int kConsumers_>
+// kShifted: something is added to the scores (AttentionParams::score_shift).
+template <QkCode kQk_, VCode kV_, int kDim_, int kConsumers_, bool kShifted_>
 struct HopperConfig {
   static constexpr QkCode kQk = kQk_;
   static constexpr VCode kV = kV_;
   static constexpr int kDim = kDim_;  // padded head dim of Q, K and V
   static constexpr int kConsumers = kConsumers_;
   static_assert(kConsumers >= 1 && kConsumers <= 3);
+  static constexpr bool kShifted = kShifted_;
+  static_assert(!kShifted || kConsumers == 1);
 
   // One consumer: two blocks share a multiprocessor, so that its tensor cores are never alone with
   // one softmax. More consumers: one block, and a half or a third of the copies.
@@ -62,14 +67,17 @@ struct Step {
   float k_scale[kStepTiles][4];
 };
 
+struct ShiftedStep : Step {
+  alignas(16) float shift[kStepTiles][kTile];  // of every key, for the rows of the consumer
+};
+
 template <class C>
 struct HopperShared {
+  using StepOf = std::conditional_t<C::kShifted, ShiftedStep, Step>;
   alignas(1024) uint8_t q[C::kQBytes];
   alignas(1024) uint8_t k[C::kStages][C::kKBytes];
   alignas(1024) uint8_t v[C::kStages][C::kVBytes];
-  Step steps[C::kStages];
-  // What the scores of a consumer's rows leave out, of every key of a step; only where there is any.
-  alignas(16) float shift[C::kStages][C::kConsumers][kStepTiles][kTile];
+  StepOf steps[C::kStages];
   MemoryBarrier q_full, k_full[C::kStages], k_empty[C::kStages], v_full[C::kStages],
       v_empty[C::kStages];
 };
@@ -152,10 +160,9 @@ class HopperBlock {
       const int64_t tiles[kStepTiles] = {first_key_tile + first.index,
                                          first_key_tile + second.index};
       if (leads) {
-        const bool shifts = p_.score_shift != nullptr;
-        barrier_arrive_expecting(&shared_.k_full[stage], C::kKBytes + (shifts ? kShiftBytes : 0));
+        barrier_arrive_expecting(&shared_.k_full[stage], C::kKBytes + kShiftBytes);
         copy_step(shared_.k[stage], p_.k_codes, tiles, C::kKBytes, &shared_.k_full[stage]);
-        if (shifts) copy_shift(stage, first.index, second.index);
+        if constexpr (C::kShifted) copy_shift(stage, first.index, second.index);
       }
       barrier_wait(&shared_.v_empty[stage], place.parity ^ 1);
       if (leads) {
@@ -207,15 +214,14 @@ class HopperBlock {
     }
   }
 
-  static constexpr int kShiftBytes = sizeof(Shared::shift) / C::kStages;
+  static constexpr int kShiftBytes = C::kShifted ? kStepTiles * kTile * 4 : 0;
 
   SAGE_DEVICE void copy_shift(int stage, int first, int second) const {
-    constexpr int kBytes = kTile * sizeof(float);
-    for (int c = 0; c < C::kConsumers; ++c) {
-      const float* row = p_.score_shift + query_tile(c) * tiles_in(p_.kv_side.length) * kTile;
-      float (&to)[kStepTiles][kTile] = shared_.shift[stage][c];
-      copy_bulk(to[0], row + first * kTile, kBytes, &shared_.k_full[stage]);
-      copy_bulk(to[1], row + second * kTile, kBytes, &shared_.k_full[stage]);
+    const int64_t row = query_tile(0) * tiles_in(p_.kv_side.length);
+    for (int t = 0; t < kStepTiles; ++t) {
+      copy_bulk(shared_.steps[stage].shift[t],
+                p_.score_shift + (row + (t == 0 ? first : second)) * kTile,
+                kShiftBytes / kStepTiles, &shared_.k_full[stage]);
     }
   }
 
@@ -345,7 +351,7 @@ class HopperBlock {
                               RowState& state, float (&keep)[2], Finish finish_last) {
     float s[kStepTiles][kTile / 8][4];
     ScoreScale scale[kStepTiles];
-    const Step& step = shared_.steps[k.stage];
+    const auto& step = shared_.steps[k.stage];
     SAGE_UNROLL
     for (int t = 0; t < kStepTiles; ++t) {
       wgmma_results(sums[t]);
@@ -355,9 +361,9 @@ class HopperBlock {
         for (int i = 0; i < 4; ++i) s[t][n][i] = static_cast<float>(sums[t][n][i]);
       }
       scale[t] = {0.0f, q_factor * step.k_scale[t][thread_index() % 4]};
-      const float* shift =
-          p_.score_shift == nullptr ? nullptr : shared_.shift[k.stage][consumer()][t];
-      adjust_scores(s[t], scale[t], last_key, step.index[t], step.valid[t], shift);
+      const float* shift = nullptr;
+      if constexpr (C::kShifted) shift = step.shift[t];
+      adjust_scores<C::kShifted>(s[t], scale[t], last_key, step.index[t], step.valid[t], shift);
     }
     release(&shared_.k_empty[k.stage]);
     weigh<Values<C::kV>::kExponent>(s, scale, state, keep);

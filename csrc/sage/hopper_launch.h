@@ -17,15 +17,16 @@ struct HopperKernel {
   SAGE_DEVICE static void run(const Params& p) { HopperBlock<C>(p).run(); }
 };
 
-template <QkCode kQk, VCode kV, int kDim, int kConsumers>
+template <QkCode kQk, VCode kV, int kDim, int kConsumers, bool kShifted = false>
 const char* launch_config(const AttentionParams& p, void* stream) {
-  using Kernel = HopperKernel<HopperConfig<kQk, kV, kDim, kConsumers>>;
+  using Kernel = HopperKernel<HopperConfig<kQk, kV, kDim, kConsumers, kShifted>>;
   const int tiles = tiles_in(p.q_side.length);
   return launch<Kernel>(p, (tiles + kConsumers - 1) / kConsumers, p.heads, p.batch, stream);
 }
 
 template <QkCode kQk, VCode kV, int kDim>
 const char* launch_consumers(const AttentionParams& p, void* stream) {
+  if (p.score_shift != nullptr) return launch_config<kQk, kV, kDim, 1, true>(p, stream);
   // Products with FP8 values are short and their sums take registers: two consumers are faster.
   if constexpr (kV == VCode::kFloat16) {
     if (share_a_list(p, 3)) return launch_config<kQk, kV, kDim, 3>(p, stream);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "feature.h"
@@ -222,16 +223,37 @@ static __global__ void warpgroup_marker() {
   }
 }
 
-// Whether the current device runs code that was built for compute capability 9.0a.
-inline bool has_warpgroup_code() {
+// Devices of which something is known: the driver takes microseconds to say it again.
+class Devices {
+ public:
+  bool has(int device) const { return (bits_.load() & bit(device)) != 0; }
+  void add(int device) { bits_ |= bit(device); }
+
+ private:
+  static uint64_t bit(int device) { return device < 64 ? uint64_t{1} << device : 0; }
+  std::atomic<uint64_t> bits_{0};
+};
+
+// Whether a device, which is current, runs code that was built for compute capability 9.0a.
+inline bool has_warpgroup_code(int device) {
+  static Devices with, without;
+  if (with.has(device)) return true;
+  if (without.has(device)) return false;
   cudaFuncAttributes marker;
-  return cudaFuncGetAttributes(&marker, warpgroup_marker) == cudaSuccess &&
-         marker.sharedSizeBytes > 0;
+  const bool has = cudaFuncGetAttributes(&marker, warpgroup_marker) == cudaSuccess &&
+                   marker.sharedSizeBytes > 0;
+  (has ? with : without).add(device);
+  return has;
 }
 
-// Null, or why nothing was launched.
+inline bool has_warpgroup_code() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && has_warpgroup_code(device);
+}
+
+// Asks, and sets, what the first launch of a kernel on a device needs: null, or why it cannot run.
 template <class Kernel>
-const char* launch(const typename Kernel::Params& params, int64_t x, int y, int z, void* stream) {
+const char* prepare(int device) {
   // A device runs code made for, or from, an older architecture, which may have no FP8.
   cudaFuncAttributes code;
   cudaError_t error = cudaFuncGetAttributes(&code, entry<Kernel>);
@@ -239,7 +261,7 @@ const char* launch(const typename Kernel::Params& params, int64_t x, int y, int 
   if (Kernel::kNeeds == Feature::kFp8 && (code.binaryVersion < 89 || code.ptxVersion < 89)) {
     return "this build has no FP8 code for the device; add 89 or newer to VIDEO_ATTN_CUDA_ARCHS";
   }
-  if (Kernel::kNeeds == Feature::kWarpgroups && !has_warpgroup_code()) {
+  if (Kernel::kNeeds == Feature::kWarpgroups && !has_warpgroup_code(device)) {
     return "this build has no warpgroup code for the device; add 90a to VIDEO_ATTN_CUDA_ARCHS";
   }
   if constexpr (Kernel::kSharedBytes > 48 * 1024) {
@@ -250,6 +272,20 @@ const char* launch(const typename Kernel::Params& params, int64_t x, int y, int 
                                    cudaSharedmemCarveoutMaxShared);
     }
     if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  return nullptr;
+}
+
+// Null, or why nothing was launched.
+template <class Kernel>
+const char* launch(const typename Kernel::Params& params, int64_t x, int y, int z, void* stream) {
+  static Devices prepared;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (!prepared.has(device)) {
+    if (const char* reason = prepare<Kernel>(device)) return reason;
+    prepared.add(device);
   }
   const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
   entry<Kernel>

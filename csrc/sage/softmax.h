@@ -29,38 +29,44 @@ struct ScoreScale {
   float offset, factor;
 };
 
-// Turns the scores of a tile into logits, -inf for keys at or past `limit` of their row. `shift` of
-// every key is added, unless it is null.
+// Turns the scores of a tile into logits, -inf for keys at or past `limit` of their row. kShifted:
+// to those of each key its number in `shift` is added.
+template <bool kShifted>
 SAGE_DEVICE ScoreScale make_logits(float (&s)[kTile / 8][4], ScoreScale scale,
                                    const int (&limit)[2], const float* shift) {
   const int column = thread_index() % 4 * 2;
   SAGE_UNROLL
   for (int n = 0; n < kTile / 8; ++n) {
     Words2 added{};
-    if (shift != nullptr) added = *reinterpret_cast<const Words2*>(shift + n * 8 + column);
+    if (kShifted) added = *reinterpret_cast<const Words2*>(shift + n * 8 + column);
     SAGE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const bool seen = n * 8 + column + (i & 1) < limit[i / 2];
-      const float x = s[n][i] - scale.offset;
-      s[n][i] =
-          seen ? fused_multiply_add(x, scale.factor, from_bits(added.w[i & 1])) : kMinusInfinity;
+      float x = s[n][i] - scale.offset;
+      if constexpr (kShifted) {
+        x = fused_multiply_add(x, scale.factor, from_bits(added.w[i & 1]));
+      } else {
+        x *= scale.factor;  // a sum with 0 would cost registers
+      }
+      s[n][i] = seen ? x : kMinusInfinity;
     }
   }
   return {0.0f, 1.0f};
 }
 
 // The same for tile `index` where it is needed: where keys are past the first `valid`, or after
-// `last_key`, the last one that the first row sees (row r sees r more), or where there is a shift.
+// `last_key`, the last one that the first row sees (row r sees r more), or with a shift.
+template <bool kShifted>
 SAGE_DEVICE void adjust_scores(float (&s)[kTile / 8][4], ScoreScale& scale, int last_key, int index,
                                int valid, const float* shift) {
   const int seen = last_key - index * kTile + 1;  // keys of the tile, by the first row
-  if (valid == kTile && seen >= kTile && shift == nullptr) return;
+  if (valid == kTile && seen >= kTile && !kShifted) return;
   int limit[2];
   SAGE_UNROLL
   for (int i = 0; i < 2; ++i) {
     limit[i] = seen + row_in_tile(i) < valid ? seen + row_in_tile(i) : valid;
   }
-  scale = make_logits(s, scale, limit, shift);
+  scale = make_logits<kShifted>(s, scale, limit, shift);
 }
 
 // The largest logit of a row (0 or 1) among this lane's keys of a tile.

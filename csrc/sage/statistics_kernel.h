@@ -134,7 +134,7 @@ struct StatisticsKernel {
     } else if (p.smooth_v) {
       gather<true, true>(p, p.v, p.head_dim_v);
     } else {
-      gather<false, true>(p, p.v, p.head_dim_v);
+      gather<false, false>(p, p.v, p.head_dim_v);
     }
   }
 
@@ -146,8 +146,8 @@ struct StatisticsKernel {
   }
 
  private:
-  // Sums, the largest magnitudes, or with both also the extremes: K, V, and V with smooth_v.
-  template <bool kSums, bool kMagnitudes>
+  // Sums (K), the largest magnitudes (V), or sums and extremes (V with smooth_v).
+  template <bool kSums, bool kExtremes>
   SAGE_DEVICE static void gather(const Params& p, const Tensor4& x, int dim) {
     const int chunk = static_cast<int>(block_index_x()), head = block_index_y();
     const int role = block_index_z() / p.batch, batch = block_index_z() % p.batch;
@@ -162,12 +162,13 @@ struct StatisticsKernel {
         SAGE_UNROLL
         for (int i = 0; i < kLaneChannels; ++i) {
           ChannelStatistics& to = mine[i];
-          if (kSums) to.sum += y[i];
-          if (kMagnitudes) {
+          if (kSums) {
+            to.sum += y[i];
+          } else {
             const uint32_t bits = magnitude(y[i]);
             to.amax_bits = to.amax_bits > bits ? to.amax_bits : bits;
           }
-          if (kSums && kMagnitudes && counts) {
+          if (kExtremes && counts) {
             to.largest = maximum(to.largest, y[i]);
             to.smallest = -maximum(-to.smallest, -y[i]);
           }
@@ -222,7 +223,7 @@ struct FinishKernel {
     uint32_t amax_bits = all.amax_bits;
     if (p.smooth_v) {
       p.v_mean[head * kDim + channel] = mean;
-      if (count > 0 && amax_bits < kInfinityBits) {
+      if (count > 0) {  // a mean that is not finite makes the largest difference so too
         const uint32_t above = magnitude(all.largest - mean),
                        below = magnitude(all.smallest - mean);
         amax_bits = above > below ? above : below;

@@ -132,12 +132,15 @@ def check_lse(
     [((128, 128), torch.bfloat16), ((64, 40), torch.float16), ((40, 72), torch.float32),
      ((100, 33), torch.bfloat16)],
 )  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"hadamard": True, "smooth_q": True}])
 @pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
-def test_codes_are_those_of_the_definition(precision, dims, dtype):
+def test_codes_are_those_of_the_definition(precision, dims, dtype, changes):
     """Several chunks of statistics, whole and partial tiles, key blocks without a valid key."""
+    if changes and dims[0] % 16:
+        pytest.skip("hadamard needs a head_dim that is a multiple of 16")
     q, k, v = qkv((300, 1200), (4, 2), dims, 2, dtype)
     mask = random_mask((64, 64), (300, 1200), lens=True, batch=2)
-    options = QuantizationOptions(granularity="per_thread", smooth_v=True)
+    options = QuantizationOptions(granularity="per_thread", smooth_v=True, **changes)
     plan = plan_tiles(mask, 300, 1200, q.device)
     codes = make_codes(
         *(x.cuda() for x in (q, k, v)), mask.to("cuda"), scale=0.2, precision=precision,
@@ -161,6 +164,24 @@ def test_every_variant(precision, dims, granularity, sums):
         pv_accumulation="fp32" if sums == "fp32" else SUMS[precision],
     )  # fmt: skip
     check(*qkv((200, 333), (4, 2), dims), precision=precision, options=options)
+
+
+@pytest.mark.parametrize("changes", [{}, {"hadamard": True, "smooth_k": False}])
+@pytest.mark.parametrize("sums", ["fp32", "fp16"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_shifted_scores(precision, dim, sums, changes):
+    """smooth_q: whole and causal tiles, and lists of one and of several query tiles to a block."""
+    options = QuantizationOptions(
+        smooth_q=True, pv_accumulation="fp32" if sums == "fp32" else SUMS[precision], **changes
+    )
+    check(*qkv((200, 333), (4, 2), (dim, dim)), precision=precision, options=options)
+    causal = qkv((130, 900), (2, 1), (dim, dim))
+    check(*causal, precision=precision, options=options, is_causal=True)
+    for name in ("64-batch-heads-lens", "384-lens"):
+        sizes, lengths, rest = LISTS[name]
+        tensors = qkv(lengths, (2, 1), (dim, dim), rest.get("batch", 1), torch.bfloat16)
+        check(*tensors, random_mask(sizes, lengths, **rest), precision=precision, options=options)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (65, 63), (64, 65), (1, 64), (300, 12), (257, 1000)])
