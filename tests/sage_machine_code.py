@@ -2,8 +2,8 @@
 
 Compiles the kernels (no GPU needed), reads their machine code, and prints for each attention kernel
 its registers, the instructions of its main loop per 64 keys, and the tensor core instructions among
-them; for each quantizer its registers, instructions and accesses to local memory. `--write` keeps the figures in tests/data/sage_kernels.json, against which a test compares the
-next build.
+them; for each quantizer its registers, instructions and accesses to local memory. `--write` keeps
+the figures in tests/data/sage_kernels.json, against which a test compares the next build.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ T* data_of(const OptionalTensor& x) {
 template <class Context>
 void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTensor kv_lens,
               int64_t q_block_size, int64_t kv_block_size, double scale, double v_limit,
-              bool hadamard, Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, Tensor k_scale,
-              Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift,
+              bool hadamard, Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale,
+              Tensor k_scale, Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift,
               OptionalTensor score_shift, Tensor workspace) {
   QuantizeParams p{};
   p.q = tensor4("q", q, q);
@@ -204,8 +204,8 @@ void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTenso
   if (score_shift) check_tensor("score_shift", *score_shift, q, ScalarType::Float, shapes.shift());
   p.score_shift = data_of<float>(score_shift);
   check_tensor("workspace", workspace, q, ScalarType::Float, {workspace_size(p)});
-  STD_TORCH_CHECK(!hadamard || p.head_dim % 16 == 0, "hadamard needs a head_dim that is a multiple ",
-                  "of 16, got ", p.head_dim);
+  STD_TORCH_CHECK(!hadamard || p.head_dim % 16 == 0,
+                  "hadamard needs a head_dim that is a multiple ", "of 16, got ", p.head_dim);
   p.rotation = hadamard ? p.head_dim & -p.head_dim : 0;  // the largest power of two in it
   p.scale = static_cast<float>(scale);
   p.qk_code = qk_code_of(q_codes);
@@ -232,9 +232,10 @@ void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTenso
 template <class Context>
 void attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, Tensor k_scale,
                Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift,
-               OptionalTensor score_shift, OptionalTensor kv_num_blocks, OptionalTensor kv_indices, OptionalTensor q_lens,
-               OptionalTensor kv_lens, int64_t q_block_size, int64_t kv_block_size, int64_t kv_len,
-               double scale, bool is_causal, bool half_sums, Tensor out, Tensor lse) {
+               OptionalTensor score_shift, OptionalTensor kv_num_blocks, OptionalTensor kv_indices,
+               OptionalTensor q_lens, OptionalTensor kv_lens, int64_t q_block_size,
+               int64_t kv_block_size, int64_t kv_len, double scale, bool is_causal, bool half_sums,
+               Tensor out, Tensor lse) {
   AttentionParams p{};
   STD_TORCH_CHECK(q_codes.dim() == 5, "q_codes must have 5 dimensions");
   const int64_t batch = q_codes.size(0);

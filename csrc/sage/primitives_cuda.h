@@ -240,8 +240,8 @@ inline bool has_warpgroup_code(int device) {
   if (with.has(device)) return true;
   if (without.has(device)) return false;
   cudaFuncAttributes marker;
-  const bool has = cudaFuncGetAttributes(&marker, warpgroup_marker) == cudaSuccess &&
-                   marker.sharedSizeBytes > 0;
+  const bool has =
+      cudaFuncGetAttributes(&marker, warpgroup_marker) == cudaSuccess && marker.sharedSizeBytes > 0;
   (has ? with : without).add(device);
   return has;
 }

@@ -1,4 +1,5 @@
-// Rows of a tile, as a thread of the quantizers holds them, rotated by a normalised Hadamard matrix.
+// Rows of a tile, as a thread of the quantizers holds them, rotated by a normalised Hadamard
+// matrix.
 #pragma once
 
 #include "params.h"
@@ -12,9 +13,9 @@ SAGE_DEVICE float rotation_norm(int size) {
   return size == 16 ? 0.25f : size == 32 ? 0.176776695f : size == 64 ? 0.125f : 0.088388348f;
 }
 
-// Rotates every run of `size` channels, 16 to kDim of them: quantize.py, hadamard_rotation. Sums and
-// differences of channels 1, 2 and 4 apart are this thread's own, those of 8 and more need lanes
-// that hold other channels of the same rows.
+// Rotates every run of `size` channels, 16 to kDim of them: quantize.py, hadamard_rotation. Sums
+// and differences of channels 1, 2 and 4 apart are this thread's own, those of 8 and more need
+// lanes that hold other channels of the same rows.
 template <int kDim>
 SAGE_DEVICE void rotate(float (&x)[kGroupRows][kLaneChannels], int size) {
   const int lane = Lane<kDim>::channel() / kLaneChannels;

@@ -20,8 +20,8 @@ struct ScoreShiftKernel {
   static constexpr int kSharedBytes = kTile * kPitch * sizeof(float);
   static constexpr int kBlocksPerProcessor = 512 / kThreads;
   static constexpr Feature kNeeds = Feature::kNone;
-  static constexpr int kSide = 4;               // keys and query tiles of a thread
-  static constexpr int kKeys = kTile / kSide;   // threads beside each other along the keys
+  static constexpr int kSide = 4;              // keys and query tiles of a thread
+  static constexpr int kKeys = kTile / kSide;  // threads beside each other along the keys
   static constexpr int kStep = kThreads / kKeys * kSide;  // query tiles at a time
 
   SAGE_DEVICE static void run(const Params& p) {

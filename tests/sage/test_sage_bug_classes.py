@@ -84,8 +84,9 @@ def test_every_argument_of_the_operator_changes_something(kernel):
     for changes in (
         lists, {"q_lens": lens(64, 5)}, {"kv_lens": lens(64, 64, 5)}, {"kv_len": 150},
         {"scale": 0.2}, {"is_causal": True}, {"half_sums": True}, {"v_mean": None},
-        {"lse_shift": None}, {"score_shift": None}, {"v_scale": codes.v_scale * 2}, {"q_scale": codes.q_scale * 2},
-        {"k_scale": codes.k_scale * 2}, {"q_lens": lens(128), "q_block_size": 128},
+        {"lse_shift": None}, {"score_shift": None}, {"v_scale": codes.v_scale * 2},
+        {"q_scale": codes.q_scale * 2}, {"k_scale": codes.k_scale * 2},
+        {"q_lens": lens(128), "q_block_size": 128},
     ):  # fmt: skip
         same = all(torch.equal(a, b) for a, b in zip(call(**changes), plain, strict=True))
         assert same == ("q_block_size" in changes), changes

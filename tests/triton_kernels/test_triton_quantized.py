@@ -326,7 +326,7 @@ def test_precisions_of_every_chip(arch, monkeypatch):
     ("options", "changes", "reason"),
     [
         ({"smooth_q": True}, {}, "smooth_q is not in these kernels"),
-        ({"hadamard": True}, {}, "hadamard is not in these kernels"),
+        ({"hadamard": True, "granularity": "per_head"}, {}, "hadamard with granularity 'per_head'"),
         ({"pv_accumulation": "fp32+fp16"}, {}, "Triton has no FP8 products with fp16 sums"),
         (
             {"pv_accumulation": "fp16+fp32"},

@@ -33,15 +33,15 @@ _LENS = "Tensor? q_block_lens, Tensor? kv_block_lens, int q_block_size, int kv_b
 # Results are arguments: they are allocated here, so that C++ only fills them.
 _library.define(
     f"sage_quantize(Tensor q, Tensor k, Tensor v, {_LENS}, float scale, float v_limit, "
-    "bool hadamard, Tensor(a!) q_codes, Tensor(b!) k_codes, Tensor(c!) v_codes, Tensor(d!) q_scale, "
-    "Tensor(e!) k_scale, Tensor(f!) v_scale, Tensor(g!)? v_mean, Tensor(h!)? lse_shift, "
-    "Tensor(i!)? score_shift, Tensor(j!) workspace) -> ()"
+    "bool hadamard, Tensor(a!) q_codes, Tensor(b!) k_codes, Tensor(c!) v_codes, "
+    "Tensor(d!) q_scale, Tensor(e!) k_scale, Tensor(f!) v_scale, Tensor(g!)? v_mean, "
+    "Tensor(h!)? lse_shift, Tensor(i!)? score_shift, Tensor(j!) workspace) -> ()"
 )
 _library.define(
     "sage_attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor? v_mean, Tensor? lse_shift, Tensor? score_shift, "
-    f"Tensor? kv_num_blocks, Tensor? kv_indices, {_LENS}, int kv_len, float scale, bool is_causal, bool half_sums, "
-    "Tensor(a!) out, Tensor(b!) lse) -> ()"
+    f"Tensor? kv_num_blocks, Tensor? kv_indices, {_LENS}, int kv_len, float scale, "
+    "bool is_causal, bool half_sums, Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 for _name in ("sage_quantize", "sage_attention"):
     # They return nothing and change their last arguments: there is nothing to allocate.

@@ -59,9 +59,10 @@ def _supports(problem: Problem) -> str | None:
 
 def _refuse_recipe(problem: Problem) -> str | None:
     options = problem.quantization or QuantizationOptions()
-    for name in ("smooth_q", "hadamard"):
-        if getattr(options, name):
-            return f"{name} is not in these kernels"
+    if options.smooth_q:
+        return "smooth_q is not in these kernels"
+    if options.hadamard and options.granularity == "per_head":
+        return "hadamard with granularity 'per_head': these kernels take amax before they rotate"
     if options.pv_accumulation == "fp32+fp16":
         return "pv_accumulation 'fp32+fp16': Triton has no FP8 products with fp16 sums"
     if options.pv_accumulation == "fp16+fp32" and problem.arch.startswith("gfx"):

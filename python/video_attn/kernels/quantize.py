@@ -32,6 +32,7 @@ from .quantize_parts import (
     group_amax,
     magnitude_bits,
     power_of_two_and_inverse,
+    rotate,
     scale_and_inverse,
 )
 from .tiles import head_rows, load_tile, own_tile, sized_jit, store_tile, tile_rows
@@ -130,12 +131,14 @@ def quantize_tokens_kernel(
     H, D, length, n_tiles, n_programs, n_groups, n_chunks, n_k_chunks, scale,
     G: tl.constexpr, SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     GROUPS: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr, CHUNKS: tl.constexpr,
-    PROGRAM_TILES: tl.constexpr, VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
+    ROTATION: tl.constexpr, PROGRAM_TILES: tl.constexpr,
+    VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Codes of Q or K, with a scale per group of tokens; GROUPS None: one per head.
 
     The mean of K comes from ``k_partial``, head i_h // G. SMOOTH: it is subtracted (K itself).
-    lse_shift: scale times the products with it are stored (Q).
+    lse_shift: scale times the products with it are stored (Q). ROTATION: 0, or how many channels a
+    Hadamard matrix turns together.
     """
     pid = tl.program_id(0).to(tl.int64)
     i_program, i_h, i_b = pid % n_programs, pid // n_programs % H, pid // n_programs // H
@@ -165,6 +168,8 @@ def quantize_tokens_kernel(
                 tl.store(lse_shift + i_head * length + start + o_m, b_shift, mask=o_m < n_rows)
             if SMOOTH:
                 b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
+            if ROTATION > 0:
+                b_x = rotate(b_x, ROTATION)
             if GROUPS is not None:
                 b_group, b_row = group_amax(tl.max(magnitude_bits(b_x), 1), GROUPS)
                 b_scale, _inverse = scale_and_inverse(b_group, LIMIT)
@@ -263,6 +268,7 @@ def quantize(
     of_v = _statistics(v, kv_side, mean=options.smooth_v, amax=True)
     common = {
         "LIMIT": code_limit(codes.q.dtype), "scale": scale,
+        "ROTATION": q.shape[3] & -q.shape[3] if options.hadamard else 0,
         "k_partial": of_k.partial, "k_counts": of_k.counts, "n_k_chunks": of_k.n_chunks,
     }  # fmt: skip
     of_role = {

@@ -58,6 +58,24 @@ def power_of_two_and_inverse(b_amax):
 
 
 @triton.jit
+def rotate(b_x, SIZE: tl.constexpr):
+    """Rows of fp32 ``b_x``, each run of SIZE columns times a normalised Hadamard matrix.
+
+    Sums and differences of neighbours, all sums before all differences, as often as SIZE has
+    factors of two: this leaves the columns in the order of ``quantize.hadamard_rotation``.
+    """
+    ROWS: tl.constexpr = b_x.shape[0]
+    COLUMNS: tl.constexpr = b_x.shape[1]
+    RUNS: tl.constexpr = ROWS * COLUMNS // SIZE
+    for i in tl.static_range(8):  # 2^8 columns at most
+        if 2**i < SIZE:
+            b_even, b_odd = tl.split(tl.reshape(b_x, [RUNS, SIZE // 2, 2]))
+            b_x = tl.join(b_even + b_odd, b_even - b_odd)
+            b_x = tl.reshape(tl.permute(b_x, [0, 2, 1]), [RUNS, SIZE])
+    return tl.reshape(b_x * (SIZE**-0.5), [ROWS, COLUMNS])
+
+
+@triton.jit
 def encode(b_x, dtype: tl.constexpr, LIMIT: tl.constexpr):
     """Codes of scaled fp32 numbers: nearest, ties to even, within +-LIMIT; NaN becomes 0."""
     b_x = tl.where(b_x == b_x, b_x, 0.0)
