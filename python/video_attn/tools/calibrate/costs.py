@@ -31,7 +31,7 @@ from .candidates import Candidate
 
 GRIDS_GPU: tuple[Triple, ...] = ((6, 32, 32), (18, 48, 48))
 GRIDS_CPU: tuple[Triple, ...] = ((4, 8, 8), (4, 12, 16), (8, 16, 16))
-HEADS_GPU, HEADS_CPU = (2, 8), (1, 4)  # one head may leave most of a GPU idle
+HEADS_GPU, HEADS_CPU = (4, 16), (1, 4)  # two heads of a video may fit in the cache of a GPU
 _PAIRS = "pairs of tokens"
 
 
