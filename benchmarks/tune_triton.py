@@ -75,9 +75,11 @@ def candidates(case: Case) -> Iterator[LaunchRow]:
     cdna = case.arch.startswith("gfx9")
     stages = (1, 2) if case.arch.startswith("gfx") else (1, 2, 3, 4)
     vendors = [_vendor(w, m) for w in (0, 2) for m in (16, 32)] if cdna else [()]
+    packings = (False, True) if case.itemsize == 2 else (False,)  # strides of codes are known
     sizes = [x for x in (16, 32, 64, 128) if x <= case.grain]
     # On Hopper four warps share products of 64 rows; eight on 64 rows halve what each reuses.
-    hopper = case.arch == "sm_90" and case.itemsize < 4
+    products = present(case).products
+    hopper = case.arch == "sm_90" and (case.itemsize < 4 or products != "ieee")
     coded = case.kernel in CODE_KERNELS
     v_itemsize = 2 if case.kernel == "sage_fp16" else case.itemsize
     for own, step, warps, stage in itertools.product(sizes, sizes, (4, 8), stages):
@@ -89,10 +91,10 @@ def candidates(case: Case) -> Iterator[LaunchRow]:
             continue
         shared = step * padded(case.head_dim) * (case.itemsize + v_itemsize) * max(1, stage - 1)
         # Without matrix units for fp32 a product is unrolled into single multiply-adds.
-        unrolled = own * step if case.itemsize == 4 and not cdna else 0
+        unrolled = own * step if case.itemsize == 4 and products == "ieee" and not cdna else 0
         if shared <= SHARED_MEMORY[case.arch] and own >= 2 * warps and unrolled <= 2048:
-            for vendor in vendors:
-                yield LaunchRow(own, step, warps, stage, vendor)
+            for vendor, packed in itertools.product(vendors, packings):
+                yield LaunchRow(own, step, warps, stage, vendor, packed, products)
 
 
 def _vendor(waves: int, matrix: int) -> tuple[tuple[str, int], ...]:
@@ -204,7 +206,7 @@ def tune(case: Case, rows: Sequence[tuple[LaunchRow, Result]], repeats: int) -> 
 
 def text(row: LaunchRow) -> str:
     """A row as it stands in a table."""
-    vendor = "".join(f", {name}={x}" for name, x in row.vendor)
+    vendor = "".join(f", {name}={x}" for name, x in row.vendor) + ", packed" * row.packed
     return f"({row.own}, {row.step}, {row.num_warps}, {row.num_stages}{vendor})"
 
 

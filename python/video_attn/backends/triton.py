@@ -18,7 +18,7 @@ from ..block_mask import BlockMask
 from ..calls import BackwardCall, ForwardCall
 from ..device import device_info
 from ..kernels.codes import Codes, allocate_codes
-from ..kernels.launch import Launch, Lists, Saved, Side, reads_vectors
+from ..kernels.launch import Launch, Lists, Saved, Side, padded, reads_vectors
 from ..kernels.launch_tables import LaunchRow, launch_row, unsupported_arch, unsupported_precision
 from ..kernels.plans import run_planned
 from ..quantize import QUANTIZED_PRECISIONS, TILE, QuantizationOptions, fp8_dtype
@@ -252,6 +252,8 @@ def chosen_row(
         itemsize, vectors = 1, True  # the codes are ours
     else:
         itemsize, vectors = tensors[0].element_size(), reads_vectors(*tensors)
+        if itemsize == 4:  # their parts come through registers, see launch_tables_nvidia
+            vectors = vectors and len({padded(x.shape[3]) for x in tensors}) == 1
     return launch_row(
         arch or device_info(tensors[0].device).arch,
         kernel,

@@ -92,13 +92,14 @@ def _dq_step(b_dq, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constexpr):
     b_q, b_grad, b_pivot, b_delta = own
     VEC: tl.constexpr = OPTIONS[0]
     IS_CAUSAL: tl.constexpr = OPTIONS[1]
+    PRODUCTS: tl.constexpr = OPTIONS[2]
     b_k = load_tile(p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED)  # [BN, BD]
     b_v = load_tile(p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED)  # [BN, BDV]
-    b_p = tl.exp2(product(b_q, b_k) * scale_log2 - b_pivot[:, None])  # [BM, BN]
+    b_p = tl.exp2(product(b_q, b_k, PRODUCTS) * scale_log2 - b_pivot[:, None])  # [BM, BN]
     if MASKED:
         b_p = tl.where(seen_keys(start_n, o_n, m_n, last_key, IS_CAUSAL), b_p, 0.0)
-    b_ds = b_p * (product(b_grad, b_v) - b_delta[:, None])
-    return add_product(b_dq, b_ds, b_k)
+    b_ds = b_p * (product(b_grad, b_v, PRODUCTS) - b_delta[:, None])
+    return add_product(b_dq, b_ds, b_k, PRODUCTS)
 
 
 @sized_jit
@@ -112,7 +113,7 @@ def attention_bwd_kernel_dq(
     HQ, D, DV, q_len, kv_len, n_tiles, scale, scale_log2,
     G: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, PRODUCTS: tl.constexpr,
     VEC: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dq_i = scale sum_j p_ij (grad_i . v_j - delta_i) k_j; one program per query tile."""
@@ -153,7 +154,7 @@ def attention_bwd_kernel_dq(
         p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, scale_log2,
     )  # fmt: skip
     b_dq = walk(
-        _dq_step, tl.zeros([BM, BD], tl.float32), given, (VEC, IS_CAUSAL),
+        _dq_step, tl.zeros([BM, BD], tl.float32), given, (VEC, IS_CAUSAL, PRODUCTS),
         steps, n_valid, p_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
     )  # fmt: skip
 
@@ -171,6 +172,7 @@ def _dkv_step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constexpr):
     p_q, p_grad, p_pivot, p_delta = others
     VEC: tl.constexpr = OPTIONS[0]
     IS_CAUSAL: tl.constexpr = OPTIONS[1]
+    PRODUCTS: tl.constexpr = OPTIONS[2]
     b_q = load_tile(p_q, start_n, o_n, m_n, o_d, stride_q_s, D, VEC, MASKED)  # [BN, BD]
     b_grad = load_tile(  # [BN, BDV]
         p_grad, start_n, o_n, m_n, o_dv, stride_grad_out_s, DV, VEC, MASKED
@@ -183,13 +185,13 @@ def _dkv_step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constexpr):
     else:
         b_pivot = tl.load(p_pivot + o_n)  # [BN]
         b_delta = tl.load(p_delta + o_n)  # [BN]
-    b_p = tl.exp2(product(b_k, b_q) * scale_log2 - b_pivot[None, :])  # [BM, BN]
+    b_p = tl.exp2(product(b_k, b_q, PRODUCTS) * scale_log2 - b_pivot[None, :])  # [BM, BN]
     if MASKED and IS_CAUSAL:
         m_p = (start_n + o_n).to(tl.int32)[None, :] >= first_query[:, None]
         b_p = tl.where(m_p, b_p, 0.0)
-    b_dv = add_product(b_dv, b_p, b_grad)
-    b_ds = b_p * (product(b_v, b_grad) - b_delta[None, :])
-    return add_product(b_dk, b_ds, b_q), b_dv
+    b_dv = add_product(b_dv, b_p, b_grad, PRODUCTS)
+    b_ds = b_p * (product(b_v, b_grad, PRODUCTS) - b_delta[None, :])
+    return add_product(b_dk, b_ds, b_q, PRODUCTS), b_dv
 
 
 @sized_jit
@@ -203,7 +205,7 @@ def attention_bwd_kernel_dkv(
     H, D, DV, q_len, kv_len, n_tiles, scale, scale_log2,
     G: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, PRODUCTS: tl.constexpr,
     VEC: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dv_j = sum_i p_ij grad_i, dk_j = scale sum_i p_ij (grad_i . v_j - delta_i) q_i.
@@ -255,7 +257,7 @@ def attention_bwd_kernel_dkv(
             scale_log2,
         )  # fmt: skip
         b_dk, b_dv = walk(
-            _dkv_step, (b_dk, b_dv), given, (VEC, IS_CAUSAL),
+            _dkv_step, (b_dk, b_dv), given, (VEC, IS_CAUSAL, PRODUCTS),
             steps, n_valid, p_list, q_len, p_q_lens, Q_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
         )  # fmt: skip
 

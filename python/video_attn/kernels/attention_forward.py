@@ -64,13 +64,14 @@ def _step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constexpr):
     b_q, p_k, p_v, stride_k_s, stride_v_s, o_d, o_dv, D, DV, last_key, scale_log2 = given
     VEC: tl.constexpr = OPTIONS[0]
     IS_CAUSAL: tl.constexpr = OPTIONS[1]
+    PRODUCTS: tl.constexpr = OPTIONS[2]
     b_k = load_tile(p_k, start_n, o_n, m_n, o_d, stride_k_s, D, VEC, MASKED)  # [BN, BD]
-    b_s = product(b_q, b_k)  # [BM, BN], not yet scaled
+    b_s = product(b_q, b_k, PRODUCTS)  # [BM, BN], not yet scaled
     if MASKED:
         b_s = tl.where(seen_keys(start_n, o_n, m_n, last_key, IS_CAUSAL), b_s, float("-inf"))
     b_p, b_m, b_l, b_alpha = _online_softmax(b_s, b_m, b_l, scale_log2, MASKED)
     b_v = load_tile(p_v, start_n, o_n, m_n, o_dv, stride_v_s, DV, VEC, MASKED)  # [BN, BDV]
-    return b_m, b_l, add_product(b_acc * b_alpha[:, None], b_p, b_v)
+    return b_m, b_l, add_product(b_acc * b_alpha[:, None], b_p, b_v, PRODUCTS)
 
 
 @sized_jit
@@ -84,7 +85,7 @@ def attention_fwd_kernel(
     HQ, D, DV, DV_OUT, q_len, kv_len, n_tiles, n_q_groups, n_k_groups, scale, scale_log2,
     G: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, PRODUCTS: tl.constexpr,
     QUANTIZED: tl.constexpr, Q_GROUPS: tl.constexpr, K_GROUPS: tl.constexpr,
     Q_SCALE_SLOT: tl.constexpr, K_SCALE_SLOT: tl.constexpr,
     P_EXPONENT: tl.constexpr, FP16_SUMS: tl.constexpr,
@@ -140,7 +141,7 @@ def attention_fwd_kernel(
         )  # fmt: skip
     else:
         b_m, b_l, b_acc = walk(
-            _step, state, given, (VEC, IS_CAUSAL),
+            _step, state, given, (VEC, IS_CAUSAL, PRODUCTS),
             steps, n_valid, p_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
         )  # fmt: skip
 

@@ -31,6 +31,9 @@ class LaunchRow(NamedTuple):
         own: rows of the tile that a program owns. step: rows of a step over the other side.
         num_warps, num_stages: as Triton means them.
         vendor: options that only the compiler of this chip's vendor knows.
+        packed: whether strides of rows that follow one another are compiled in: fewer registers and
+            a tenth fewer instructions in a step, but not always a faster kernel.
+        products: how fp32 numbers are multiplied, as ``tl.dot`` calls it.
     """
 
     own: int
@@ -38,6 +41,8 @@ class LaunchRow(NamedTuple):
     num_warps: int
     num_stages: int
     vendor: tuple[tuple[str, int], ...] = ()
+    packed: bool = False
+    products: str = "ieee"
 
     def options(self) -> dict[str, int]:
         """Keywords of the kernel launch."""
@@ -62,17 +67,29 @@ class LaunchRow(NamedTuple):
 Table = Mapping[tuple[str, int, int], tuple[LaunchRow, LaunchRow]]
 
 
-def _table(rows: Mapping, vendor_options: tuple[str, ...] = ()) -> Table:
-    def launch_row(row: tuple[int, ...]) -> LaunchRow:
-        vendor = zip(vendor_options, row[4:], strict=True)
-        return LaunchRow(*row[:4], vendor=tuple((name, x) for name, x in vendor if x))
+def _table(rows: Mapping, options: tuple[str, ...], fp32_products: Mapping[int, str]) -> Table:
+    """LaunchRows of a table. options: what may follow in its rows; fp32_products: by head dim."""
 
-    return {key: (launch_row(fine), launch_row(coarse)) for key, (fine, coarse) in rows.items()}
+    def launch_row(row: tuple[int, ...], products: str) -> LaunchRow:
+        given = dict(zip(options, row[4:], strict=False))
+        packed = bool(given.pop("packed", 0))
+        vendor = tuple((name, x) for name, x in given.items() if x)
+        return LaunchRow(*row[:4], vendor=vendor, packed=packed, products=products)
+
+    table = {}
+    for (kernel, itemsize, head_dim), pair in rows.items():
+        products = fp32_products.get(head_dim, "ieee") if itemsize == 4 else "ieee"
+        fine, coarse = (launch_row(row, products) for row in pair)
+        table[kernel, itemsize, head_dim] = fine, coarse
+    return table
 
 
 TABLES: Mapping[str, Table] = {
-    **{name: _table(rows) for name, rows in nvidia.ROWS.items()},
-    **{name: _table(rows, amd.OPTIONS) for name, rows in amd.ROWS.items()},
+    **{
+        name: _table(rows, nvidia.OPTIONS, nvidia.FP32_PRODUCTS.get(name, {}))
+        for name, rows in nvidia.ROWS.items()
+    },
+    **{name: _table(rows, amd.OPTIONS, {}) for name, rows in amd.ROWS.items()},
     "interpreter": {
         (kernel, itemsize, head_dim): (LaunchRow(64, 64, 4, 1), LaunchRow(128, 64, 4, 1))
         for kernel in KERNELS
@@ -122,11 +139,13 @@ def launch_row(
         kernel: one of ``KERNELS`` or ``CODE_KERNELS``. head_dim: the larger of D and DV.
         itemsize: bytes of a number of Q and K.
         grain: tokens of the shorter slots of the mask; None without a mask.
-        vectors: whether the tensors are read in vectors, see ``launch.reads_vectors``.
+        vectors: whether the tensors are read in vectors, see ``launch.reads_vectors``; fp32 ones
+            whose head dims differ are to be taken as if not.
     """
     bucket = next(size for size in HEAD_DIMS if head_dim <= size)
     fine, coarse = TABLES[family(arch) or "interpreter"][kernel, itemsize, bucket]
     row = fine if grain is not None and grain < GRAINS[1] else coarse
-    if not vectors and itemsize == 2 and family(arch) in nvidia.DESCRIPTORS:
+    on_tensor_cores = itemsize == 2 or row.products != "ieee"
+    if not vectors and on_tensor_cores and family(arch) in nvidia.DESCRIPTORS:
         return row._replace(own=min(row.own, 32), step=min(row.step, 32), num_warps=4)
     return row

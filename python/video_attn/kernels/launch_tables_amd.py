@@ -8,8 +8,8 @@ by arithmetic and by what the compiler makes of them (registers, spills, shared 
 from __future__ import annotations
 
 # What only AMD's compiler knows: waves per SIMD to aim at, rows of a matrix instruction; 0 leaves
-# the choice to the compiler.
-OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim")
+# the choice to the compiler. Then packed, which may be left out.
+OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "packed")
 
 # The chips that use a table.
 FAMILIES = {

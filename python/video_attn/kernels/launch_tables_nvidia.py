@@ -1,14 +1,23 @@
 """Launch options on NVIDIA GPUs.
 
 A row: (kernel, bytes of a number, largest head dim): options for slots shorter than 128 tokens, and
-for all others, each (rows of the own tile, rows of a step, warps, stages).
+for all others, each (rows of the own tile, rows of a step, warps, stages, then ``OPTIONS``).
 
-What they rest on: the 16-bit rows of sm_90 are the fastest of those timed on an H100 (see
-``docs/triton_notes.md``); all others are chosen by arithmetic and by what the compiler makes of
-them (registers, spills, shared memory), and are not timed.
+What they rest on: the rows of sm_90 for 16-bit numbers, and for fp32 and codes at head dim 128, are
+the fastest of those timed on an H100 or H200 (see ``docs/triton_notes.md``); all others are chosen
+by arithmetic and by what the compiler makes of them (registers, spills, shared memory), and are not
+timed.
 """
 
 from __future__ import annotations
+
+# What may follow in a row; left out it is 0.
+OPTIONS = ("packed",)
+
+# How fp32 numbers are multiplied, by table and head dim, where not as they are: as three bf16
+# numbers each, six of the nine products. Tensor cores have none for fp32, so on an H100 this is
+# nine times as fast, and the errors are half of torch's.
+FP32_PRODUCTS = {"sm_90": {64: "bf16x6", 128: "bf16x6"}}
 
 # The chips that use a table.
 FAMILIES = {
@@ -28,8 +37,9 @@ FP8_CHIPS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 # Tables of chips whose newest matrix instructions find tiles by descriptors in uniform registers.
 # The ptxas 12.8 of Triton 3.6 forgets to write a descriptor's base where two tiles come through
 # registers to one place in shared memory, swizzled in two ways (K and V that are not read in
-# vectors, of padded head dims 64 and 16). So tiles that come through registers have at most 32 rows
-# here: those go to mma.sync, which takes no descriptors.
+# vectors, of padded head dims 64 and 16; fp32 ones always come so, as three bf16 tiles). So tiles
+# that come through registers, and have several head dims if fp32, have at most 32 rows here: those
+# go to mma.sync, which takes no descriptors.
 DESCRIPTORS = ("sm_90", "sm_100")
 
 # Bytes of shared memory that one program may have.
@@ -97,31 +107,31 @@ ROWS = {
     },
     "sm_90": {
         ("forward", 2, 64): ((64, 64, 4, 3), (64, 64, 4, 3)),
-        ("forward", 2, 128): ((64, 64, 4, 3), (64, 64, 4, 3)),
+        ("forward", 2, 128): ((64, 64, 4, 3), (128, 128, 8, 3, 1)),
         ("forward", 2, 256): ((64, 32, 4, 2), (128, 64, 8, 2)),
-        ("forward", 4, 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
-        ("forward", 4, 128): ((32, 16, 8, 2), (32, 16, 8, 2)),
+        ("forward", 4, 64): ((64, 32, 4, 2), (64, 32, 4, 2)),
+        ("forward", 4, 128): ((64, 32, 4, 2), (64, 32, 4, 2)),
         ("forward", 4, 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
         ("dq", 2, 64): ((64, 64, 4, 2), (128, 64, 8, 3)),
-        ("dq", 2, 128): ((64, 64, 4, 2), (128, 64, 8, 3)),
+        ("dq", 2, 128): ((64, 64, 4, 2), (128, 64, 8, 3, 1)),
         ("dq", 2, 256): ((64, 32, 4, 3), (128, 32, 8, 3)),
-        ("dq", 4, 64): ((64, 32, 8, 2), (64, 32, 8, 2)),
-        ("dq", 4, 128): ((32, 16, 8, 2), (32, 16, 8, 2)),
+        ("dq", 4, 64): ((64, 32, 4, 2), (64, 32, 4, 2)),
+        ("dq", 4, 128): ((64, 32, 4, 2), (64, 32, 4, 2)),
         ("dq", 4, 256): ((32, 16, 8, 2), (32, 16, 8, 2)),
         ("dkv", 2, 64): ((64, 64, 4, 3), (64, 64, 4, 3)),
-        ("dkv", 2, 128): ((64, 32, 4, 3), (64, 64, 4, 2)),
+        ("dkv", 2, 128): ((64, 32, 4, 3), (128, 64, 8, 3)),
         ("dkv", 2, 256): ((64, 32, 8, 3), (64, 32, 8, 3)),
-        ("dkv", 4, 64): ((32, 32, 8, 2), (32, 32, 8, 2)),
-        ("dkv", 4, 128): ((32, 16, 8, 2), (32, 16, 8, 2)),
+        ("dkv", 4, 64): ((64, 32, 4, 2), (64, 32, 4, 2)),
+        ("dkv", 4, 128): ((64, 32, 4, 2), (64, 32, 4, 2)),
         ("dkv", 4, 256): ((16, 16, 8, 2), (16, 16, 8, 2)),
         ("sage_fp16", 1, 64): ((64, 64, 4, 3), (128, 64, 8, 3)),
         ("sage_fp16", 1, 128): ((64, 64, 4, 3), (128, 64, 8, 3)),
         ("sage_fp16", 1, 256): ((64, 64, 8, 2), (64, 64, 8, 2)),
         ("sage_fp8", 1, 64): ((64, 64, 4, 3), (128, 64, 8, 3)),
-        ("sage_fp8", 1, 128): ((64, 64, 4, 2), (128, 64, 8, 3)),
+        ("sage_fp8", 1, 128): ((64, 64, 4, 3), (64, 128, 4, 3)),
         ("sage_fp8", 1, 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
         ("fp8", 1, 64): ((64, 64, 4, 3), (128, 64, 8, 3)),
-        ("fp8", 1, 128): ((64, 64, 4, 2), (128, 64, 8, 3)),
+        ("fp8", 1, 128): ((64, 64, 4, 3), (64, 128, 4, 3)),
         ("fp8", 1, 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
     },
     "sm_100": {

@@ -93,6 +93,7 @@ class Steps(NamedTuple):
         n_tiles = self.own.tiles(self.row.own)
         wide = wide_rows(max(self.row.own, self.row.step), args)
         sizes = {"n_tiles": n_tiles, "BM": self.row.own, "BN": self.row.step, "WIDE": wide}
+        sizes |= {"PRODUCTS": self.row.products, "PACKED": self.row.packed and args["PACKED"]}
         options = self.row.options()
         return [
             *self.before,

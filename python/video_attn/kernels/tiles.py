@@ -95,15 +95,15 @@ def store_tile(p_head, start, b_tile, o_row, m_row, o_col, stride, COLS, VEC: tl
 
 
 @triton.jit
-def product(b_a, b_b):
-    """a b^T, fp32."""
-    return tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
+def product(b_a, b_b, PRODUCTS: tl.constexpr):
+    """a b^T, fp32. PRODUCTS: how fp32 numbers are multiplied, as ``tl.dot`` calls it."""
+    return tl.dot(b_a, tl.trans(b_b), input_precision=PRODUCTS)
 
 
 @triton.jit
-def add_product(b_acc, b_w, b_x):
+def add_product(b_acc, b_w, b_x, PRODUCTS: tl.constexpr):
     """acc + w x, fp32; w is rounded to the type of x."""
-    return tl.dot(b_w.to(b_x.dtype), b_x, b_acc, input_precision="ieee")
+    return tl.dot(b_w.to(b_x.dtype), b_x, b_acc, input_precision=PRODUCTS)
 
 
 @triton.jit
