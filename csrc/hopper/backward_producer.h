@@ -4,7 +4,6 @@
 
 #include "hopper/backward_config.h"
 #include "hopper/backward_primitives.h"
-#include "hopper/warp_entries.h"
 
 namespace video_attn::hopper {
 
@@ -109,14 +108,22 @@ struct RingWriter {
   __device__ void push_list(int32_t block, int32_t head, int32_t batch) {
     const Side& streamed = globals.streamed;
     const RowList list = row_list(globals.lists, streamed, batch, head, block);
-    WarpEntries entries(list, streamed, streamed.lens.of(batch));
 #pragma unroll 1
-    for (int32_t i = 0; i < list.count; ++i) {
-      const ListEntry entry = entries(i);
+    for (int32_t base = 0; base < list.count; base += 32) {
+      int32_t my_block = 0, my_valid = 0;
+      if (base + lane < list.count) {
+        my_block = list.block(base + lane);
+        my_valid = valid_tokens(streamed, batch, my_block);
+      }
+      const int32_t here = min(32, list.count - base);
 #pragma unroll 1
-      for (int32_t done = 0; done < entry.valid; done += kUnit) {
-        push_tile(entry.block * streamed.block_size + done, min(kUnit, entry.valid - done), head,
-                  batch);
+      for (int32_t i = 0; i < here; ++i) {
+        const int32_t start = __shfl_sync(~0u, my_block, i) * streamed.block_size;
+        const int32_t valid = __shfl_sync(~0u, my_valid, i);
+#pragma unroll 1
+        for (int32_t done = 0; done < valid; done += kUnit) {
+          push_tile(start + done, min(kUnit, valid - done), head, batch);
+        }
       }
     }
   }

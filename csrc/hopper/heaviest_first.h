@@ -5,38 +5,43 @@
 
 namespace video_attn::hopper {
 
-constexpr int32_t kSortThreads = 256;
-constexpr int32_t kWeightClasses = 32;
+constexpr int32_t kSortThreads = 128;
+constexpr int32_t kWeightClasses = 64;
 constexpr int32_t kSortBarrier = 1;  // of the threads that sort
 
 struct SortMemory {
   int32_t places[kWeightClasses * kSortThreads];
   int32_t warp_totals[kSortThreads / 32];
-  int32_t heaviest;
+  int32_t heaviest, lightest_negated;
 };
 
-// The first 256 threads of a block write to `order` the items 0 to `count` by falling class of
-// weight(item): a stable counting sort. Every thread owns a run of items and, for each class, a
-// counter that becomes the place of its next item. The heaviest class is the last 32nd below the
-// heaviest item.
+// The first threads of a block write to `order` the items 0 to `count` by falling weight(item): a
+// stable counting sort by 64 classes between the lightest and the heaviest, exact where these are
+// no further apart. Every thread owns a run of items and, for each class, a counter that becomes
+// the place of its next item.
 template <class Weight>
 __device__ void heaviest_first(SortMemory& memory, int32_t count, int32_t* order, Weight weight) {
-  auto& [places, warp_totals, heaviest] = memory;
+  auto& [places, warp_totals, heaviest, lightest_negated] = memory;
   const int32_t thread = threadIdx.x;
   const int32_t run = divide_up(count, kSortThreads);
   const int32_t first = min(thread * run, count);
   const int32_t last = min(first + run, count);
-  if (thread == 0) heaviest = 1;
+  if (thread == 0) heaviest = lightest_negated = INT32_MIN;
   for (int32_t at = thread; at < kWeightClasses * kSortThreads; at += kSortThreads) places[at] = 0;
   threads_sync<kSortThreads>(kSortBarrier);
-  int32_t heaviest_here = 1;
-  for (int32_t item = first; item < last; ++item) heaviest_here = max(heaviest_here, weight(item));
-  atomicMax(&heaviest, heaviest_here);
+  int32_t most = INT32_MIN, least_negated = INT32_MIN;
+  for (int32_t item = first; item < last; ++item) {
+    const int32_t mine = weight(item);
+    most = max(most, mine);
+    least_negated = max(least_negated, -mine);
+  }
+  atomicMax(&heaviest, most);
+  atomicMax(&lightest_negated, least_negated);
   threads_sync<kSortThreads>(kSortBarrier);
+  const int32_t range = max(heaviest + lightest_negated + 1, kWeightClasses);
   const auto place_of = [&](int32_t item) -> int32_t& {
-    const int64_t product = static_cast<int64_t>(weight(item)) * (kWeightClasses - 1);
-    const auto lightness = kWeightClasses - 1 - static_cast<int32_t>(product / heaviest);
-    return places[lightness * kSortThreads + thread];
+    const int64_t lighter = static_cast<int64_t>(heaviest - weight(item)) * kWeightClasses;
+    return places[static_cast<int32_t>(lighter / range) * kSortThreads + thread];
   };
   for (int32_t item = first; item < last; ++item) ++place_of(item);
   threads_sync<kSortThreads>(kSortBarrier);
