@@ -25,9 +25,10 @@ INTERPRETER_PROBLEMS = random_problems(
 REFERENCE_PROBLEMS = random_problems(
     36, seed=20261122, dtypes=(torch.float64, torch.float32, torch.bfloat16), max_len=300
 )
-GPU_PROBLEMS = random_problems(
-    300, seed=20261120, dtypes=(torch.bfloat16, torch.float16), max_len=1100
-)
+GPU_PROBLEMS = [
+    *random_problems(300, seed=20261120, dtypes=(torch.bfloat16, torch.float16), max_len=1100),
+    *random_problems(60, seed=20261128, dtypes=(torch.float32,), max_len=1100),
+]
 
 compiled_kernels = pytest.mark.skipif(
     HAS_GPU, reason="on a machine with a GPU the Triton kernels are compiled: see the gpu tests"
