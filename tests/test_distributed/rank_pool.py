@@ -16,6 +16,16 @@ from typing import Any
 RANKS = 4
 PAIR = (1, 3)  # the ranks of groups of two: their ranks in the group are not those in the world
 ANSWER_SECONDS = 150
+# Imported once, by the process that the ranks are forked from.
+PRELOADED = [
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "video_attn.distributed",
+    "video_attn.integrations",
+    "diffusers.models.transformers.transformer_wan",
+    "diffusers.models.transformers.transformer_ltx2",
+    "diffusers.models.autoencoders.autoencoder_kl_wan",
+]
 
 
 class RankPool:
@@ -26,7 +36,7 @@ class RankPool:
 
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "video_attn.distributed"])
+        context.set_forkserver_preload(PRELOADED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
