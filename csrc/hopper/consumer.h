@@ -56,6 +56,7 @@ class Consumer {
   static constexpr float kLeastScale = 1e-30f;  // keeps a masked score of a zero scale masked
   static constexpr int32_t kColumns = 64;
   static constexpr int32_t kColumnBoxes = kConfig.head_dim / kColumns;
+  static constexpr bool kSharesLoads = kConfig.grain == Grain::kCoarse;
 
   using Place = RingPlace<kConfig.stages>;
   using Warpgroup = kittens::group<4>;
@@ -131,24 +132,29 @@ class Consumer {
     const Place keys = order_.claim(step);
     const Place values = order_.claim(step - 1);
     wait_stage(keys);
-    if constexpr (kPartial) {
-      wait_stage(values);
-      clear_values(values);
-    }
+    // Before the turn: behind the products of the scores the barrier's answer would come late.
+    // Where consumers load on their own, values are the last to arrive, and scores do not wait for
+    // them.
+    if constexpr (kPartial || kSharesLoads) wait_stage(values);
+    if constexpr (kPartial) clear_values(values);
     take_turn();
     issue_scores(scores, keys);
-    wait_stage(values);
+    if constexpr (!kSharesLoads) wait_stage(values);
     issue_output(output, weights, values);
     pass_turn();
     Warpgroup::mma_async_wait<1>();
     if constexpr (kPartial) mend_scores(scores, keys);
     release_stage(keys);
-    const bool rescaled = softmax.next(scores);
+    const bool rescaled = softmax.follow(scores);
+    softmax.exponentiate(scores, 0);
+    if constexpr (!kSharesLoads) softmax.exponentiate(scores, 1);
     // This has happened above. Without it the compiler lets the exponentials wait for the output.
     wait_stage(values);
     Warpgroup::mma_async_wait<0>();
     release_stage(values);
     if (rescaled) softmax.rescale(output);
+    // Sums and conversions then run beside exponentials, which alone would take 10 clocks each.
+    if constexpr (kSharesLoads) softmax.exponentiate(scores, 1);
     kittens::warp::copy(weights, scores);
   }
 

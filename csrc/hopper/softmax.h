@@ -57,24 +57,22 @@ class Softmax {
   // `scale` is that of the scores times log2(e), above zero.
   __device__ explicit Softmax(float scale) : scale_(scale) {}
 
-  // Scores of a row's first step become weights.
+  // Scores of the first step become weights.
   __device__ void first(Scores& scores) {
-    float maxima[kRowsPerThread];
-    local_maxima(scores, maxima);
 #pragma unroll
     for (int32_t row = 0; row < kRowsPerThread; ++row) {
-      maximum_[row] = quad_max(maxima[row]);
+      maximum_[row] = quad_max(local_maximum(scores, row));
       sum_[row] = 0.0f;
     }
-    exponentiate(scores);
+#pragma unroll
+    for (int32_t row = 0; row < kRowsPerThread; ++row) exponentiate(scores, row);
   }
 
-  // Scores of a further step become weights. True, for the whole warp alike, when the output so
-  // far must be rescaled. The maximum may stay behind the true one by a factor of 2^8 of weights:
-  // they are as exact there, and most steps rescale nothing.
-  __device__ bool next(Scores& scores) {
-    float maxima[kRowsPerThread];
-    local_maxima(scores, maxima);
+  // Takes the scores of a further step into account. True, for the whole warp alike, when the
+  // output so far must be rescaled. The maximum may stay behind the true one by a factor of 2^8 of
+  // weights: they are as exact there, and most steps rescale nothing.
+  __device__ bool follow(Scores& scores) {
+    const float maxima[kRowsPerThread] = {local_maximum(scores, 0), local_maximum(scores, 1)};
     const bool grown = (maxima[0] - maximum_[0]) * scale_ > kMaximumLag ||
                        (maxima[1] - maximum_[1]) * scale_ > kMaximumLag;
     const bool rescaled = __any_sync(~0u, grown);
@@ -87,8 +85,20 @@ class Softmax {
         sum_[row] *= correction_[row];
       }
     }
-    exponentiate(scores);
     return rescaled;
+  }
+
+  // The scores of one row become weights.
+  __device__ void exponentiate(Scores& scores, int32_t row) {
+    const float shift = -maximum_[row] * scale_;
+    float even = 0.0f, odd = 0.0f;
+    for_each_pair(scores, row, [&](float2& pair) {
+      pair.x = exp2_approximate(fmaf(pair.x, scale_, shift));
+      pair.y = exp2_approximate(fmaf(pair.y, scale_, shift));
+      even += pair.x;
+      odd += pair.y;
+    });
+    sum_[row] += even + odd;
   }
 
   template <class Output>
@@ -114,31 +124,14 @@ class Softmax {
  private:
   static constexpr float kMaximumLag = 8.0f;
 
-  __device__ void local_maxima(Scores& scores, float (&maxima)[kRowsPerThread]) const {
-#pragma unroll
-    for (int32_t row = 0; row < kRowsPerThread; ++row) {
-      float even = -INFINITY, odd = -INFINITY;
-      for_each_pair(scores, row, [&](float2& pair) {
-        even = fmaxf(even, pair.x);
-        odd = fmaxf(odd, pair.y);
-      });
-      maxima[row] = fmaxf(even, odd);
-    }
-  }
-
-  __device__ void exponentiate(Scores& scores) {
-#pragma unroll
-    for (int32_t row = 0; row < kRowsPerThread; ++row) {
-      const float shift = -maximum_[row] * scale_;
-      float even = 0.0f, odd = 0.0f;
-      for_each_pair(scores, row, [&](float2& pair) {
-        pair.x = exp2_approximate(fmaf(pair.x, scale_, shift));
-        pair.y = exp2_approximate(fmaf(pair.y, scale_, shift));
-        even += pair.x;
-        odd += pair.y;
-      });
-      sum_[row] += even + odd;
-    }
+  // Of what this thread holds of a row.
+  __device__ float local_maximum(Scores& scores, int32_t row) const {
+    float even = -INFINITY, odd = -INFINITY;
+    for_each_pair(scores, row, [&](float2& pair) {
+      even = fmaxf(even, pair.x);
+      odd = fmaxf(odd, pair.y);
+    });
+    return fmaxf(even, odd);
   }
 
   float scale_;
