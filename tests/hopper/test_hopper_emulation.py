@@ -159,6 +159,7 @@ def test_rows_and_keys_that_nobody_sees(block):
     assert lse[:, :, :block].eq(-torch.inf).all() and lse[:, :, 2 * block :].eq(-torch.inf).all()
 
 
+@pytest.mark.slow
 def test_dense_attention_that_draws_its_tiles():
     """Twelve tiles of 128 steps, for the three multiprocessors of the emulation."""
     q, k, v = (torch.randn(1, 4, n, 8).bfloat16() for n in (384, 16384, 16384))
