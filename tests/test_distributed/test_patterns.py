@@ -44,7 +44,8 @@ CASES: dict[str, tuple[Any, VideoTokens, str, dict[str, Any]]] = {
     "selected-in-tile-order": (VideoSparse(top_k=2, tile=TILE), RAGGED, "text everywhere",
         {"tile_order": True, "gate": "tensor"}),
     "selected-batch": (
-        VideoSparse(top_k=2, tile=TILE), PER_ITEM, "even", {"batch": 2, "gate": "number"},
+        VideoSparse(top_k=2, tile=TILE), PER_ITEM, "even",
+        {"batch": 2, "gate": "number", "head_chunks": 2},
     ),
 }  # fmt: skip
 
@@ -55,5 +56,5 @@ def test_like_one_process(ranks: RankPool, name: str, kind: str) -> None:
     pattern, tokens, how, options = CASES[name]
     index = list(CASES).index(name)
     size = RANKS if kind == "usp" or index % 2 else len(PAIR)
-    options = {**options, "head_chunks": (None, 2, 3)[index % 3]}
+    options = {"head_chunks": (None, 2, 3)[index % 3], **options}
     ranks.run(size, "pattern_cases:pattern", pattern, tokens, kind, how, **options)
