@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..registry import PRECISIONS
-from .patterns import Pattern
 from .token_pattern import QKV, Options, TokenPattern
 from .video_tokens import VideoTokens
 from .vsa import Gate
@@ -30,7 +29,7 @@ class HeadGroup:
     """
 
     heads: Sequence[int]
-    pattern: Pattern
+    pattern: TokenPattern
     precision: str | None = None
 
     def __post_init__(self) -> None:
@@ -158,4 +157,4 @@ def _gate_of(gate: Gate, heads: Sequence[int]) -> Gate:
     return gate
 
 
-LayerPattern = Pattern | HeadGroups  # what a layer of a model may be given
+LayerPattern = TokenPattern  # what a layer of a model may be given

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from ..functional.head_groups import HeadGroups, LayerPattern
-from ..functional.patterns import VideoSparse
+from ..functional.patterns import Pattern, VideoSparse
 from ..functional.video_tokens import VideoTokens
 from .attention_call import AttentionCall
 
@@ -43,8 +43,9 @@ def attend_in_parallel(
     shards = None if tokens is None else _shards_of_diffusers(tokens.sequence_length, ranks)
     q, k, v = call.query, call.key, call.value
     learned = isinstance(pattern, VideoSparse) and pattern.gate == "auto"
+    known = cast(Pattern | None, pattern)  # any other is refused there, by its name
     return sequence_parallel_attention(
-        q, k, v, pattern, tokens=tokens, gate=call.gate if learned else None, kind=kind,
+        q, k, v, known, tokens=tokens, gate=call.gate if learned else None, kind=kind,
         group=group, shards=shards, scale=call.scale, **options,
     )  # fmt: skip
 

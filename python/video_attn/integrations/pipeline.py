@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checks import check_bool
-from ..functional.patterns import Pattern, Radial
+from ..functional.patterns import Radial
 from ..functional.token_pattern import TokenPattern
 from ..registry import PRECISIONS, check_backend_name
 from .applied import AppliedAttention
@@ -28,7 +28,7 @@ from .steps import TRANSFORMERS, unwrapped
 
 def apply(
     pipe: Any,
-    pattern: Pattern,
+    pattern: TokenPattern,
     *,
     schedule: Schedule | None = None,
     precision: str = "native",
@@ -51,7 +51,8 @@ def apply(
     Args:
         pipe: a diffusers pipeline, or a transformer alone, of a family that
             ``video_attn.integrations.models`` knows. Both transformers of Wan 2.2 are served.
-        pattern: ``SlidingTile``, ``VideoSparse``, ``Radial`` or ``Dense``.
+        pattern: ``SlidingTile``, ``VideoSparse``, ``Radial``, ``Dense``, ``HeadGroups`` or another
+            ``TokenPattern``.
         schedule: which layers and steps stay dense or do otherwise; default none.
         precision, backend: as in :func:`video_attn.attention`. Dense layers and steps run in this
             precision and backend too; with the defaults they are the model's own, with the
@@ -81,7 +82,7 @@ def apply(
 
 def apply_sized(
     pipe: Any,
-    pattern: Pattern,
+    pattern: TokenPattern,
     *,
     schedule: Schedule | None = None,
     precision: str = "native",

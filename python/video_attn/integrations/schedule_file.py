@@ -14,13 +14,14 @@ keep (errors, times, where it all comes from) stands under ``about`` and is pass
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from ..functional.head_groups import HeadGroup, HeadGroups, LayerPattern
 from ..functional.patterns import Dense, Pattern, Radial, SlidingTile, VideoSparse
+from ..functional.token_pattern import TokenPattern
 from ..patterns.radial import RadialRule
 
 FORMAT = "video_attn schedule 1"
@@ -164,7 +165,7 @@ def layer_pattern(groups: list[GroupEntry]) -> LayerPattern:
     )
 
 
-def entry_of(pattern: Pattern) -> Entry:
+def entry_of(pattern: TokenPattern) -> Entry:
     """A pattern as an entry of a file.
 
     Raises:
@@ -189,6 +190,7 @@ def entry_of(pattern: Pattern) -> Entry:
             score_dtype=str(pattern.score_dtype).removeprefix("torch.")
             if pattern.score_dtype else None,  # type: ignore[arg-type]
         )  # fmt: skip
+    pattern = cast(Radial, pattern)  # of the four types above, the one that is left
     if pattern.scenes is not None:
         raise ValueError("scenes belong to one video: they cannot stand in a schedule file")
     rule: Any = pattern.rule
