@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,16 @@ def features_table() -> str:
 
 def _home(backend: Backend) -> Problem:
     """The first typical problem that the backend serves: its machine and its precision."""
-    for precision in PRECISIONS:
+    dense = replace(TYPICAL, q_block_size=None, kv_block_size=None)
+    for typical, precision in product((TYPICAL, dense), PRECISIONS):
         for device_type, arch in MACHINES.values():
-            problem = replace(TYPICAL, device_type=device_type, arch=arch, precision=precision)
+            problem = replace(typical, device_type=device_type, arch=arch, precision=precision)
             if backend.supports(problem) is None:
                 return problem
-    raise ValueError(f"backend {backend.name} serves no machine of the list")
+    raise ValueError(
+        f"backend {backend.name} serves head_dim 128 in bfloat16 on no machine of MACHINES: add "
+        "its machine there"
+    )
 
 
 def _features() -> dict[str, dict[str, Any]]:
