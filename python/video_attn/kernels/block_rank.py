@@ -99,13 +99,13 @@ def block_scores_kernel(
     for i in range(0, n_keys, BN):
         m_n = i + o_n < n_keys
         b_k = load_tile(p_k, i, o_n, m_n, o_d, stride_k_s, D, VEC, True)  # [BN, BD]
-        b_s = product(b_q, b_k)  # [BM, BN]
+        b_s = product(b_q, b_k, "ieee")  # [BM, BN]
         b_rank = b_s * scale
         if scores.dtype.element_ty != tl.float32:
             b_products = b_s
             if ROUND_MEANS:
                 half = scores.dtype.element_ty
-                b_products = product(b_q.to(half), b_k.to(half))
+                b_products = product(b_q.to(half), b_k.to(half), "ieee")
             b_rank = b_products.to(scores.dtype.element_ty).to(tl.float32) * scale
         tl.store(
             p_scores + (i + o_n)[None, :],
@@ -125,7 +125,7 @@ def block_scores_kernel(
             b_m = b_m_new
             p_v = head_rows(v, i_b, i_h // G, stride_v_b, stride_v_h, VEC)
             b_v = load_tile(p_v, i, o_n, m_n, o_dv, stride_v_s, DV, VEC, True)  # [BN, BDV]
-            b_acc = add_product(b_acc * b_alpha[:, None], b_p, b_v)
+            b_acc = add_product(b_acc * b_alpha[:, None], b_p, b_v, "ieee")
     if v is not None:
         p_out = head_rows(out, i_b, i_h, stride_out_b, stride_out_h, VEC)
         b_out = b_acc / b_l[:, None]
