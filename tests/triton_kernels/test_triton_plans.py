@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from video_attn.cli import main
+from video_attn.tools import warmup
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,6 +148,14 @@ def test_warmup_compiles_what_a_call_needs(tmp_path):
     run_compiled(command, *options, TRITON_CACHE_DIR=str(tmp_path))
     run_compiled(WARMED, TRITON_CACHE_DIR=str(tmp_path))
     assert sorted(tmp_path.rglob("*.cubin")) == kernels
+
+
+def test_warmup_compiles_for_rows_that_follow_one_another_and_for_others():
+    """Where a row of the table is packed there are two kernels; elsewhere one serves all."""
+    dense = ("dense", torch.bfloat16, 128, 128, 1, 6144, None, False, "native")
+    for arch, expected in (("sm_90", [True, False]), ("sm_80", [False])):
+        launches = warmup.kernels_of(warmup.Job(arch, "forward", *dense))
+        assert [launch.args["PACKED"] for launch in launches] == expected
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -145,10 +146,19 @@ def compile_job(job: Job) -> tuple[int, float]:
     from ..kernels.compile import compile_launch
 
     start = time.perf_counter()
-    launches = _launches(job)
+    launches = kernels_of(job)
     for launch in launches:
         compile_launch(launch, job.arch)
     return len(launches), time.perf_counter() - start
+
+
+def kernels_of(job: Job) -> list[Launch]:
+    """The launches of a job; where they know the strides of rows that follow one another, also
+    those for rows of several heads between one another.
+    """
+    launches = _launches(job)
+    packed = [launch for launch in launches if launch.args.get("PACKED")]
+    return launches + [replace(x, args={**x.args, "PACKED": False}) for x in packed]
 
 
 def _launches(job: Job) -> list[Launch]:
