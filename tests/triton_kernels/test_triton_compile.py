@@ -77,9 +77,11 @@ def mistakes(result: dict) -> list[str]:
     codes = kernel in launch_tables.CODE_KERNELS
     forward = codes or (kernel == "forward" and itemsize == 2)
     forward = forward and head_dim <= 128
-    # The masked steps of codes may spill a few registers (as bytes), no more: FP8 ones 16, and
-    # INT8 with fp16 values two, on sm_86 and sm_120, since strides are run-time values.
-    allowed_spills = 0 if not codes else 8 if kernel == "sage_fp16" else 64
+    # The masked steps of FP8 codes may spill a few registers (as bytes): 16, no more; where rows are
+    # gathered, so may all codes on chips whose products keep both operands in registers.
+    allowed_spills = 64 if codes and kernel != "sage_fp16" else 0
+    if codes and variant == "gather":
+        allowed_spills = 256
     if result["spills"] > allowed_spills and (forward or kernel in SMALL):
         found.append(f"{result['spills']} spills")
     if codes and result["instruction"].split()[1:] != MULTIPLIED[kernel]:
