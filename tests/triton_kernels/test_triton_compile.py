@@ -77,8 +77,8 @@ def mistakes(result: dict) -> list[str]:
     codes = kernel in launch_tables.CODE_KERNELS
     forward = codes or (kernel == "forward" and itemsize == 2)
     forward = forward and head_dim <= 128
-    # The masked steps of FP8 codes may spill a few registers (as bytes): 16, no more; where rows are
-    # gathered, so may all codes on chips whose products keep both operands in registers.
+    # The masked steps of FP8 codes may spill a few registers (as bytes): 16. Where rows are
+    # gathered, all codes may, on chips whose products keep both operands in registers.
     allowed_spills = 64 if codes and kernel != "sage_fp16" else 0
     if codes and variant == "gather":
         allowed_spills = 256
