@@ -183,7 +183,7 @@ def models_table() -> str:
         json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(RESULTS.glob("models_*.json"))
     ]
-    records.sort(key=lambda record: -record["results"][0]["median_ms"])
+    records.sort(key=lambda record: -record["results"][0].get("median_ms", 0.0))
     cards = dict.fromkeys(record["machine"]["gpu"] for record in records)
     return "\n".join(_models_of(card, records) for card in cards)
 
