@@ -113,7 +113,8 @@ def plan_steps(
     row = row.fitted(own.slot, other.slot)
     counts = lists.counts if lists.counts.stride(2) == 1 else lists.counts.contiguous()
     indices = lists.indices if lists.indices.stride(3) == 1 else lists.indices.contiguous()
-    if other.slot % row.step != 0:
+    if other.slot % row.step != 0:  # one address for each row that is gathered: no long steps
+        row = row._replace(step=min(row.step, 64))
         return Steps(row, own, other, _list_args("gather", None, counts, indices, True), [])
     if other.slot == row.step and other.lens is None and other.length % other.slot == 0:
         args = _list_args("steps", counts, counts, indices, False)
