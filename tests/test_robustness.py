@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,6 +154,65 @@ def test_compiles_with_dynamic_shapes(name):
     for batch in (1, 3):
         x = q.repeat(batch, 1, 1, 1)
         torch.testing.assert_close(compiled(x), FUNCTIONS[name](x))
+
+
+VIDEOS = [
+    (3, 5, 6), (2, 4, 8), (5, 6, 7), (4, 8, 2), (3, 7, 9),
+    (6, 4, 5), (2, 9, 3), (7, 2, 4), (4, 4, 4), (5, 3, 8),
+]  # fmt: skip
+OPEN_GRIDS: dict[str, Callable[..., Tensor]] = {
+    "sliding_tile": lambda q, grid, n: sliding_tile(
+        q, q, q, grid, [(1, 3, 2), (2, 1, 9)], tile=(2, 2, 2), text_length=n
+    ),
+    "video_sparse": lambda q, grid, n: video_sparse(
+        q, q, q, grid, top_k_ratio=0.3, tile=(2, 2, 2), text_length=n
+    ),
+    "radial": lambda q, grid, n: radial(q, q, q, grid, block_size=16, text_length=n),
+    "dense": lambda q, grid, n: video_attn.Dense().attend(
+        q, q, q, video_attn.VideoTokens(grid, q.shape[2] - math.prod(grid), valid_text=n)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "with_text"),
+    [
+        ("sliding_tile", True), ("sliding_tile", False), ("video_sparse", True),
+        ("radial", False), ("dense", True),
+    ],
+)  # fmt: skip
+def test_one_graph_serves_many_videos(name, with_text):
+    """Ten grids, read from the latents, with prompts and batches of other sizes: one graph."""
+
+    def model(latents: Tensor, prompt: Tensor | None, valid: int | None) -> Tensor:
+        grid = latents.shape[2:]
+        tokens = latents.flatten(2).mT.contiguous()
+        if prompt is not None:
+            tokens = torch.cat([tokens, prompt], 1)
+        return OPEN_GRIDS[name](tokens.unflatten(2, (2, -1)).transpose(1, 2), grid, valid)
+
+    def run(function: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, Tensor]:
+        latents = inputs[0].clone().requires_grad_()
+        out = function(latents, *inputs[1:])
+        out.sin().sum().backward()
+        assert latents.grad is not None
+        return out, latents.grad
+
+    torch._dynamo.reset()
+    # Gradients are traced as well for one pattern, which takes the compiler longest.
+    counter = CompileCounterWithBackend("aot_eager" if name == "radial" else "eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for number, grid in enumerate(VIDEOS):
+        latents = torch.randn(4 if number % 2 else 9, 16, *grid)
+        prompt, valid = None, None
+        if with_text:
+            length = 11 + number
+            prompt, valid = torch.randn(latents.shape[0], length, 16), length - number % 3 - 1
+        inputs = latents, prompt, valid
+        for got, expected in zip(run(compiled, *inputs), run(model, *inputs), strict=True):
+            torch.testing.assert_close(got, expected)
+    # A mask of one block is another graph than one of several: 128 tokens for dense attention.
+    assert counter.frame_count == (2 if name == "dense" else 1)
 
 
 def test_scales_that_are_symbols():

@@ -77,7 +77,7 @@ def test_kept_tables_are_bounded_and_fit_for_autograd(monkeypatch):
     monkeypatch.setattr(module, "MAX_BYTES", 100)
     built = []
 
-    @static_cache
+    @static_cache(torch.float32, lambda n, device: [(n,)])
     def table(n: int) -> Tensor:
         built.append(n)
         return torch.zeros(n, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .calls import ForwardCall
-from .checks import check_bool, check_positive_number
+from .checks import broadcasts, check_bool, check_positive_number
 from .derivatives import attend
 from .quantize import QuantizationOptions, check_recipe, with_straight_through
 from .registry import PRECISIONS, check_backend_name, context_backend
@@ -266,9 +266,9 @@ def _check_mask(q: Tensor, k: Tensor, mask: BlockMask, is_causal: bool) -> None:
         ("q_block_lens", mask.q_block_lens),
         ("kv_block_lens", mask.kv_block_lens),
     ):
-        if x is not None and x.shape[0] not in (1, q.shape[0]):
+        if x is not None and not broadcasts(x.shape[0], q.shape[0]):
             raise ValueError(f"mask.{name} has batch {x.shape[0]}; allowed: 1 or {q.shape[0]}")
-    if mask.kv_num_blocks.shape[1] not in (1, q.shape[1]):
+    if not broadcasts(mask.kv_num_blocks.shape[1], q.shape[1]):
         raise ValueError(
             f"mask has {mask.kv_num_blocks.shape[1]} heads; allowed: 1 or {q.shape[1]}"
         )

@@ -26,7 +26,7 @@ from .block_lists import (
     valid_tokens,
     versions_of,
 )
-from .checks import as_int, check_int
+from .checks import as_int, broadcasts, check_int
 from .mask_arguments import MaskArguments
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class BlockMask:
             lens = getattr(self, name)
             if lens is None or lens.shape[0] == 1:
                 continue
-            if batch not in (1, lens.shape[0]):
+            if not broadcasts(batch, lens.shape[0]):
                 raise ValueError(
                     f"{name} has batch {lens.shape[0]}, but the rest of the mask has {batch}"
                 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends as _backends  # noqa: F401  fills the registry
 from .calls import Side
-from .checks import check_int, forward_mode_is_on, wants_gradient
+from .checks import broadcasts, check_int, forward_mode_is_on, wants_gradient
 from .registry import select_block_ops
 from .transforms import fold_into_batch, register_vmap
 
@@ -262,7 +262,7 @@ def _check_lens(name: str, lens: object, x: Tensor, blocks: int) -> None:
         return
     if not isinstance(lens, Tensor) or lens.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor, got {getattr(lens, 'dtype', type(lens))}")
-    if lens.dim() != 2 or lens.shape[0] not in (1, x.shape[0]) or lens.shape[1] != blocks:
+    if lens.dim() != 2 or not broadcasts(lens.shape[0], x.shape[0]) or lens.shape[1] != blocks:
         raise ValueError(
             f"{name} must be [1, {blocks}] or [{x.shape[0]}, {blocks}], got {tuple(lens.shape)}"
         )

@@ -48,6 +48,14 @@ def as_int(value: Any) -> int | None:
         return None
 
 
+def broadcasts(size: int, full: int | None) -> bool:
+    """Whether a dimension of ``size`` serves one of ``full``: it is as large, or 1.
+
+    One by one: ``size in (1, full)`` compares no sizes that torch.compile leaves open.
+    """
+    return size == 1 or size == full
+
+
 def check_number(name: str, value: object, wanted: str = "a number") -> float:
     """``value`` as a float, which may be infinite or NaN.
 

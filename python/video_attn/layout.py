@@ -11,15 +11,16 @@ follow the video in slots of the same size.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .checks import as_int, check_bool, check_int, forward_mode_is_on, wants_gradient
+from .open_sizes import is_open
 from .static_cache import canonical_device, static_cache
 
 Triple = tuple[int, int, int]
@@ -28,6 +29,8 @@ LayoutKey = tuple[Triple, Triple, int, bool]
 
 def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> Triple:
     """Reads three integers given as ``"30x48x80"``, a sequence of three, or one int for all axes.
+
+    Sizes that ``torch.compile`` leaves open stay so.
 
     Raises:
         TypeError: ``value`` is none of these. ValueError: not three integers >= ``minimum``.
@@ -43,10 +46,9 @@ def as_triple(value: str | Sequence[int] | int, name: str, minimum: int = 1) -> 
     else:
         raise TypeError(f"{name} must be a string like '30x48x80' or three integers, got {value!r}")
     if len(parts) == 3:
-        t, h, w = map(as_int, parts)
-        if t is not None and h is not None and w is not None and min(t, h, w) >= minimum:
-            # torch.compile may take an int for dynamic; index() makes it a constant again.
-            return operator.index(t), operator.index(h), operator.index(w)
+        sizes = [n for n in map(as_int, parts) if n is not None and n >= minimum]
+        if len(sizes) == 3:
+            return sizes[0], sizes[1], sizes[2]
     raise ValueError(f"{name} must be three integers >= {minimum} (T, H, W), got {value!r}")
 
 
@@ -73,9 +75,10 @@ class VideoLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", as_triple(self.grid, "grid"))
-        object.__setattr__(self, "tile", as_triple(self.tile, "tile"))
-        text_length = check_int("text_length", self.text_length, 0)
-        object.__setattr__(self, "text_length", operator.index(text_length))
+        # torch.compile may leave any int open; kernels are chosen by the sizes of tiles.
+        t, h, w = as_triple(self.tile, "tile")
+        object.__setattr__(self, "tile", (index(t), index(h), index(w)))
+        object.__setattr__(self, "text_length", check_int("text_length", self.text_length, 0))
         check_bool("text_first", self.text_first)
 
     @property
@@ -86,7 +89,8 @@ class VideoLayout:
     @property
     def video_length(self) -> int:
         """Video tokens: T*H*W."""
-        return math.prod(self.grid)
+        t, h, w = self.grid  # torch.compile multiplies open sizes, but not by math.prod
+        return t * h * w
 
     @property
     def sequence_length(self) -> int:
@@ -102,7 +106,8 @@ class VideoLayout:
     @property
     def num_tiles(self) -> int:
         """Video tiles in all."""
-        return math.prod(self.tile_grid)
+        t, h, w = self.tile_grid
+        return t * h * w
 
     @property
     def tile_volume(self) -> int:
@@ -113,6 +118,13 @@ class VideoLayout:
     def is_ragged(self) -> bool:
         """True when some tile is partial, so that the padded order is longer than the sequence."""
         return any(n % size for n, size in zip(self.grid, self.tile, strict=True))
+
+    @property
+    def may_be_ragged(self) -> bool:
+        """:attr:`is_ragged`; True as well where ``torch.compile`` leaves the grid open, so that one
+        graph serves both.
+        """
+        return is_open(self.grid) or self.is_ragged
 
     @property
     def num_text_blocks(self) -> int:
@@ -156,18 +168,18 @@ class VideoLayout:
         """
         self._check_length(x, dim, self.sequence_length, "sequence_length")
         to_padded, to_raster = _permutations(self.key, x.device)
-        return _move_tokens(x, dim, to_padded, to_raster, self.is_ragged, False)
+        return _move_tokens(x, dim, to_padded, to_raster, self.may_be_ragged, False)
 
     def from_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Padded tile order back to raster order: the inverse of :meth:`to_tiles`."""
         self._check_length(x, dim, self.padded_length, "padded_length")
         to_padded, to_raster = _permutations(self.key, x.device)
-        return _move_tokens(x, dim, to_raster, to_padded, False, self.is_ragged)
+        return _move_tokens(x, dim, to_raster, to_padded, False, self.may_be_ragged)
 
     def pad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Packed tile order (text last) to padded tile order; no copy when no tile is partial."""
         self._check_length(x, dim, self.sequence_length, "sequence_length")
-        if not self.is_ragged:
+        if not self.may_be_ragged:
             return x
         slots, inverse = _slot_permutations(self.key, x.device)
         return _move_tokens(x, dim, inverse, slots, True, False)
@@ -175,7 +187,7 @@ class VideoLayout:
     def unpad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Padded tile order to packed tile order: the inverse of :meth:`pad_tiles`."""
         self._check_length(x, dim, self.padded_length, "padded_length")
-        if not self.is_ragged:
+        if not self.may_be_ragged:
             return x
         slots, inverse = _slot_permutations(self.key, x.device)
         return _move_tokens(x, dim, slots, inverse, False, True)
@@ -278,7 +290,7 @@ def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:
     return out.masked_fill_((index < 0).view(shape), 0)
 
 
-@static_cache
+@static_cache(torch.int32, lambda key, device: [(VideoLayout(*key).num_blocks,)])
 def _block_lens(key: LayoutKey, device: torch.device) -> Tensor:
     layout = VideoLayout(*key)
     sizes = [
@@ -291,7 +303,7 @@ def _block_lens(key: LayoutKey, device: torch.device) -> Tensor:
     return torch.cat([video, text]).to(device)
 
 
-@static_cache
+@static_cache(torch.int64, lambda key, device: [(VideoLayout(*key).sequence_length,)])
 def _tile_order(key: LayoutKey, device: torch.device) -> Tensor:
     layout = VideoLayout(*key)
     (grid_t, grid_h, grid_w), (tile_t, tile_h, tile_w) = layout.grid, layout.tile
@@ -311,7 +323,7 @@ def _tile_order(key: LayoutKey, device: torch.device) -> Tensor:
     return order.to(device)
 
 
-@static_cache
+@static_cache(torch.int64, lambda key, device: [(VideoLayout(*key).sequence_length,)])
 def _padded_slots(key: LayoutKey, device: torch.device) -> Tensor:
     layout = VideoLayout(*key)
     lens = _block_lens(key, torch.device("cpu")).long()
@@ -328,14 +340,19 @@ def _inverse(positions: Tensor, size: int) -> Tensor:
     return inverse
 
 
-@static_cache
+def _lengths(key: LayoutKey, device: torch.device) -> list[tuple[int]]:
+    layout = VideoLayout(*key)
+    return [(layout.padded_length,), (layout.sequence_length,)]
+
+
+@static_cache(torch.int64, lambda *key: _lengths(*key)[::-1])
 def _slot_permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(padded position of a packed token, packed token at a padded position or -1)."""
     slots = _padded_slots(key, torch.device("cpu"))
     return slots.to(device), _inverse(slots, VideoLayout(*key).padded_length).to(device)
 
 
-@static_cache
+@static_cache(torch.int64, _lengths)
 def _permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(raster token at a padded position or -1, padded position of a raster token)."""
     layout, cpu = VideoLayout(*key), torch.device("cpu")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .compiler import constant_result
+from .open_sizes import Shapes, is_open, open_table, register_table
 
 Result = TypeVar("Result", bound="Tensor | tuple[Tensor, ...]")
 Object = TypeVar("Object", bound="HasTensors")
@@ -49,35 +50,52 @@ _kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
 _lock = threading.Lock()
 
 
-def static_cache(build: Callable[..., Result]) -> Callable[..., Result]:
-    """Keeps what a function of plain hashable arguments returned: one tensor or several.
+def static_cache(
+    dtype: torch.dtype, shapes: Shapes
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Keeps what a function of plain hashable arguments, the last of them a device, returned: one
+    tensor or several.
 
     The function is called outside of inference mode (autograd may save the result), outside of
     fake-tensor and other dispatch modes (no fake tensor is kept), and with the CPU as default
     device, whatever the caller's is. Under ``torch.compile`` the result is a constant of the graph;
-    the arguments must then be constants too, which :func:`operator.index` makes of sizes. The least
-    recently used results of all functions go when there are more than ``MAX_BYTES`` of them; the
-    newest always stays.
+    where sizes among the arguments are left open, it is that of an operator (open_sizes.py). The
+    least recently used results of all functions go when there are more than ``MAX_BYTES`` of them;
+    the newest always stays.
+
+    Args:
+        dtype: of the tensors.
+        shapes: of the same arguments, the shape of each tensor; see :func:`register_table`.
     """
 
-    @constant_result
-    def lookup(*key: Any) -> tuple[Tensor, ...]:
-        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        if mode is None or torch.compiler.is_compiling():
-            return _look_up(build, key).tensors
-        # Somebody asks for shapes. The device may not even be here, so it is made on the CPU.
-        on_cpu = tuple(torch.device("cpu") if isinstance(x, torch.device) else x for x in key)
-        device = next((x for x in key if isinstance(x, torch.device)), torch.device("cpu"))
-        return tuple(mode.from_tensor(x).to(device) for x in _look_up(build, on_cpu).tensors)
+    def decorate(build: Callable[..., Result]) -> Callable[..., Result]:
+        name = f"{build.__module__.rpartition('.')[2]}.{build.__name__.lstrip('_')}"
 
-    @functools.wraps(build)
-    def cached(*key: Any) -> Any:
-        tensors = lookup(*key)
-        if torch.compiler.is_compiling():  # which knows no shape of a constant, but of its alias
-            tensors = tuple([x.detach() for x in tensors])
-        return tensors[0] if len(tensors) == 1 else tensors
+        @constant_result
+        def lookup(*key: Any) -> tuple[Tensor, ...]:
+            mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+            if mode is None or torch.compiler.is_compiling():
+                return _look_up(build, key).tensors
+            # Somebody asks for shapes. The device may not even be here: it is made on the CPU.
+            device, on_cpu = key[-1], (*key[:-1], torch.device("cpu"))
+            return tuple(mode.from_tensor(x).to(device) for x in _look_up(build, on_cpu).tensors)
 
-    return cached
+        register_table(name, lookup, shapes)
+
+        @functools.wraps(build)
+        def cached(*key: Any) -> Any:
+            compiling = torch.compiler.is_compiling()
+            if (compiling or torch._C._len_torch_dispatch_stack() > 0) and is_open(key):
+                tensors = open_table(name, key, dtype)
+            else:
+                tensors = lookup(*key)
+                if compiling:  # which knows no shape of a constant, but of its alias
+                    tensors = tuple([x.detach() for x in tensors])
+            return tensors[0] if len(tensors) == 1 else tensors
+
+        return cached
+
+    return decorate
 
 
 def static_object(build: Callable[..., Object]) -> Callable[..., Object]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..attention import Options, as_bhsd, attention, check_options, check_shapes
 from ..block_mask import BlockMask
+from ..checks import broadcasts
 from .vsa_padded import (
     BlockSize,
     block_lens,
@@ -236,7 +237,7 @@ def _size_of(name: str, x: Tensor, blocks: int, source: str) -> int:
 def _check_batch_and_heads(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    if x.shape[0] not in (1, q.shape[0]) or x.shape[1] not in (1, q.shape[1]):
+    if not (broadcasts(x.shape[0], q.shape[0]) and broadcasts(x.shape[1], q.shape[1])):
         raise ValueError(
             f"{name} must have batch 1 or {q.shape[0]} and 1 or {q.shape[1]} heads, got "
             f"{x.shape[0]} and {x.shape[1]}"

@@ -21,7 +21,7 @@ from ..layout import Triple, as_triple
 from ..patterns.radial import RadialRule, radial_mask
 from ..patterns.scene import Scenes
 from ..patterns.sliding_tile import Windows, check_windows, sliding_tile_mask
-from ..patterns.valid_text import check_text_length
+from ..patterns.valid_text import as_tensor, check_text_length
 from ..patterns.video_sparse import kept_blocks
 from ..static_cache import canonical_device, static_cache
 from .sta import STA_TILE, sliding_tile
@@ -48,7 +48,7 @@ class Dense(TokenPattern):
         if not isinstance(valid, Tensor):
             if min(valid) == tokens.text_length:
                 return None
-            valid = torch.tensor(valid, device=device)
+            valid = as_tensor(valid, canonical_device(device))
         if tokens.text_first:
             raise ValueError(
                 f"valid_text must be all {tokens.text_length} tokens where they stand before the "
@@ -320,7 +320,9 @@ class Radial(TokenPattern):
 Pattern = Dense | SlidingTile | VideoSparse | Radial
 
 
-@static_cache
+@static_cache(
+    torch.int32, lambda blocks, device: [(1, 1, blocks), (1, 1, blocks, blocks), (blocks,)]
+)
 def _full_lists(blocks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(kv_num_blocks, kv_indices, first token of each block) where every block sees every block."""
     every = torch.arange(blocks, dtype=torch.int32, device=device)

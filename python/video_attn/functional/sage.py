@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..block_mask import BlockMask
-from ..checks import as_int, check_number
+from ..checks import as_int, broadcasts, check_number
 from ..compiler import constant_result
 from ..device import is_here
 from ..quantize import QuantizationOptions, parse_recipe, recipe_text
@@ -194,7 +194,7 @@ def padding_mask(
     batch, q_len, kv_len = q.shape[0], q.shape[tokens], k.shape[tokens]
     keep = attn_mask[:, 0, 0] if attn_mask.dim() == 4 else attn_mask
     one_row = attn_mask.dim() == 2 or (attn_mask.dim() == 4 and attn_mask.shape[1:3] == (1, 1))
-    if not one_row or keep.shape[0] not in (1, batch) or keep.shape[1] != kv_len:
+    if not one_row or not broadcasts(keep.shape[0], batch) or keep.shape[1] != kv_len:
         raise ValueError(
             f"attn_mask must be [{batch}, {kv_len}] or [{batch}, 1, 1, {kv_len}], one row of keys "
             f"for all queries and heads, got shape {tuple(attn_mask.shape)}. Other masks: a "

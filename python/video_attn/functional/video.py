@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -31,9 +30,8 @@ def video_layout(
         raise ValueError(f"k must have the tokens of q, {q.shape[2]}, got {k.shape[2]}")
     grid, tile = as_triple(grid, names[0]), as_triple(tile, names[1])
     check_bool("text_first", text_first)
-    text = q.shape[2] - math.prod(grid)
+    length = grid[0] * grid[1] * grid[2]
+    text = q.shape[2] - length
     if text < 0:
-        raise ValueError(
-            f"{names[0]} {grid} has {math.prod(grid)} tokens, but q has only {q.shape[2]}"
-        )
+        raise ValueError(f"{names[0]} {grid} has {length} tokens, but q has only {q.shape[2]}")
     return VideoLayout(grid, tile, text, text_first)

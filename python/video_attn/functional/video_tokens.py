@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,7 +42,7 @@ class VideoTokens:
     @property
     def video_length(self) -> int:
         """Video tokens."""
-        return math.prod(self.grid)
+        return self.layout((1, 1, 1)).video_length
 
     @property
     def sequence_length(self) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, cast, overload
 
@@ -29,7 +28,14 @@ from ..attention import Options, attention, check_options, check_scale
 from ..block_mask import BlockMask
 from ..block_ops import block_mean, select_top_k
 from ..calls import RankCall, Side
-from ..checks import check_bool, check_int, check_number, may_be_overwritten, wants_gradient
+from ..checks import (
+    broadcasts,
+    check_bool,
+    check_int,
+    check_number,
+    may_be_overwritten,
+    wants_gradient,
+)
 from ..layout import Triple, VideoLayout
 from ..patterns.valid_text import (
     TextLength,
@@ -289,7 +295,7 @@ def check_gate(gate: object, shape: Sequence[int], like: Tensor, name: str = "ga
     if gate.device != like.device:
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {gate.device}")
     sizes = (1,) * (len(shape) - gate.dim()) + tuple(gate.shape)
-    if len(sizes) != len(shape) or any(n not in (1, m) for n, m in zip(sizes, shape, strict=True)):
+    if len(sizes) != len(shape) or not all(map(broadcasts, sizes, shape)):
         raise ValueError(
             f"{name} must broadcast to the output {tuple(shape)}, got shape {tuple(gate.shape)}"
         )
@@ -302,8 +308,7 @@ def _check_top_k(top_k: int | None, top_k_ratio: float | None, tiles: int) -> in
             f"top_k or top_k_ratio must be given, and not both; got {top_k!r} and {top_k_ratio!r}"
         )
     if top_k is None:
-        # A constant again: what a constant function returns, torch.compile may take for dynamic.
-        return operator.index(kept_blocks(cast(float, top_k_ratio), tiles))
+        return kept_blocks(cast(float, top_k_ratio), tiles)
     return check_count(top_k, tiles, "top_k")
 
 

@@ -17,7 +17,7 @@ from ..attention import (
     check_scale,
     check_shapes,
 )
-from ..checks import as_int, check_int
+from ..checks import as_int, broadcasts, check_int
 from ..patterns.video_sparse import selected_blocks_mask
 from .vsa import add_coarse, check_count, check_gate, check_score_dtype, compress_and_select
 
@@ -186,7 +186,9 @@ def block_lens(
     if sizes is None:
         return None
     check_integers(name, sizes, (1, 2), like)
-    if sizes.shape[-1] != blocks or (sizes.dim() == 2 and sizes.shape[0] not in (1, like.shape[0])):
+    if sizes.shape[-1] != blocks or (
+        sizes.dim() == 2 and not broadcasts(sizes.shape[0], like.shape[0])
+    ):
         raise ValueError(
             f"{name} must be [{blocks}] or [{like.shape[0]}, {blocks}], one per block; got "
             f"{tuple(sizes.shape)}"

@@ -26,10 +26,10 @@ from torch import Tensor
 from ..block_lists import dense_from_lists, lists_from_dense
 from ..block_mask import BlockMask
 from ..checks import check_int, check_positive_number
-from ..layout import VideoLayout
+from ..layout import LayoutKey, VideoLayout
 from ..static_cache import canonical_device, static_cache
 from .scene import Scenes
-from .valid_text import TextLength, check_text_length
+from .valid_text import TextLength, as_tensor, check_text_length
 
 POOLINGS = ("majority", "cover", "published")
 MODEL_TYPES: dict[str, dict[str, Any]] = {
@@ -231,7 +231,15 @@ class _Segments(NamedTuple):
     ordinal: Tensor  # of the segment in its frame, from 0
 
 
-@static_cache
+def _shapes(
+    layout_key: LayoutKey, rule_key: Any, scenes_key: Any, block_size: int, device: Any
+) -> list[tuple[int, ...]]:
+    """Of lists for sizes that are left open: as wide as there are blocks."""
+    blocks = -(-VideoLayout(*layout_key).sequence_length // block_size)
+    return [(1, 1, blocks), (1, 1, blocks, blocks)]
+
+
+@static_cache(torch.int32, _shapes)
 def _lists(
     layout_key: tuple[Any, ...],
     rule_key: tuple[Any, ...],
@@ -255,7 +263,7 @@ def _lists(
     return counts[None, None].to(device), indices[None, None].to(device)
 
 
-@static_cache
+@static_cache(torch.int32, _shapes)
 def _transposed_lists(*key: Any) -> tuple[Tensor, Tensor]:
     counts, indices = _lists(*key)
     return lists_from_dense(dense_from_lists(counts, indices, counts.shape[-1]).mT)
@@ -269,7 +277,7 @@ def _block_lens(
     if not isinstance(valid, Tensor):
         if min(valid) == layout.text_length:
             return None
-        valid = torch.tensor(valid, device=device)
+        valid = as_tensor(valid, device)
     if valid.device != device:
         raise ValueError(
             f"text_length must be on the device of the mask, {device}, got {valid.device}"

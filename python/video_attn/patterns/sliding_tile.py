@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from operator import index
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,21 +85,39 @@ def check_windows(
     if type(windows).__module__ == "numpy":
         windows = list(cast(Sequence[int], windows))
     if not isinstance(windows, Sequence) or (windows and _is_number(windows[0])):
-        return (as_triple(cast("str | int | Sequence[int]", windows), name),)
+        return (_window(cast("str | int | Sequence[int]", windows), name),)
     if len(windows) == 0 or (heads is not None and len(windows) != heads):
         number = "" if heads is None else f" ({heads})"
         raise ValueError(
             f"{name} must be one (t, h, w) in tiles, or a list with one per query head{number}; "
             f"got {len(windows)} of them"
         )
-    return tuple([as_triple(cast(Sequence[int], window), name) for window in windows])
+    return tuple([_window(cast(Sequence[int], window), name) for window in windows])
+
+
+def _window(window: str | int | Sequence[int], name: str) -> Triple:
+    t, h, w = as_triple(window, name)
+    return index(t), index(h), index(w)  # constants, where torch.compile may leave them open
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, str)) or as_int(value) is not None
 
 
-@static_cache
+def _shapes(
+    key: LayoutKey, windows: tuple[Triple, ...], text_blocks: int, device: torch.device
+) -> list[tuple[int, ...]]:
+    """Of lists for sizes that are left open: wide enough for the windows, clipped or not."""
+    layout = VideoLayout(*key)
+    heads = 1 if len(set(windows)) == 1 else len(windows)
+    if layout.num_text_blocks > 0:
+        longest = layout.num_tiles + text_blocks
+    else:
+        longest = torch.sym_min(max(math.prod(window) for window in windows), layout.num_tiles)
+    return [(1, heads, layout.num_blocks), (1, heads, layout.num_blocks, longest)]
+
+
+@static_cache(torch.int32, _shapes)
 def _lists(
     key: LayoutKey, windows: tuple[Triple, ...], text_blocks: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -152,7 +171,13 @@ def _first_tiles(layout: VideoLayout, windows: tuple[Triple, ...], device: torch
     return first.flatten(1)
 
 
-@static_cache
+def _transposed_shapes(key: LayoutKey, *rest: Any) -> list[tuple[int, ...]]:
+    blocks = VideoLayout(*key).num_blocks
+    counts, _ = _shapes(key, *rest)
+    return [counts, (*counts, blocks)]
+
+
+@static_cache(torch.int32, _transposed_shapes)
 def _transposed_lists(
     key: LayoutKey, windows: tuple[Triple, ...], text_blocks: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..checks import as_int
+from ..checks import as_int, broadcasts
 from ..layout import LayoutKey, VideoLayout
 from ..static_cache import static_cache
 
@@ -53,7 +52,7 @@ def check_text_length(
         raise ValueError(
             f"text_length must be one number or one per batch item ({batch}), got {len(values)}"
         )
-    return tuple(map(operator.index, values))  # constants for torch.compile
+    return tuple(map(as_int, values))  # type: ignore[arg-type]
 
 
 def listed_text_blocks(valid: ValidText, layout: VideoLayout) -> int:
@@ -73,7 +72,7 @@ def block_lens(valid: ValidText, layout: VideoLayout, device: torch.device) -> T
         if valid.device != device:
             raise ValueError(f"text_length must be on the device {device}, got {valid.device}")
         return _lens_of_tensor(valid, layout)
-    if not layout.is_ragged and min(valid) == layout.text_length:
+    if not layout.may_be_ragged and min(valid) == layout.text_length:
         return None
     return _lens_of_numbers(layout.key, valid, device)
 
@@ -81,7 +80,9 @@ def block_lens(valid: ValidText, layout: VideoLayout, device: torch.device) -> T
 def _check_tensor(text_length: Tensor, batch: int | None) -> None:
     if text_length.is_floating_point() or text_length.dtype in (torch.bool, torch.complex64):
         raise TypeError(f"text_length must be an integer tensor, got {text_length.dtype}")
-    if text_length.dim() != 1 or (batch is not None and text_length.shape[0] not in (1, batch)):
+    if text_length.dim() != 1 or (
+        batch is not None and not broadcasts(text_length.shape[0], batch)
+    ):
         allowed = "[B]" if batch is None else f"[1] or [{batch}]"
         raise ValueError(
             f"text_length must be a tensor {allowed}, got shape {tuple(text_length.shape)}"
@@ -94,12 +95,23 @@ def _lens_of_tensor(valid: Tensor, layout: VideoLayout) -> Tensor:
     return torch.cat([video.expand(text.shape[0], -1), text], 1)
 
 
-@static_cache
+@static_cache(torch.int32, lambda key, valid, device: [(len(valid), VideoLayout(*key).num_blocks)])
 def _lens_of_numbers(key: LayoutKey, valid: tuple[int, ...], device: torch.device) -> Tensor:
     return _lens_of_tensor(torch.tensor(valid, device=device), VideoLayout(*key))
 
 
-@static_cache
+@static_cache(torch.int32, lambda valid, device: [(len(valid),)])
+def as_tensor(valid: tuple[int, ...], device: torch.device) -> Tensor:
+    """Valid text tokens that are numbers, int32 [B|1]."""
+    return torch.tensor(valid, dtype=torch.int32, device=device)
+
+
+def _parts(key: LayoutKey, device: torch.device) -> list[tuple[int]]:
+    layout = VideoLayout(*key)
+    return [(layout.num_tiles,), (layout.num_text_blocks,)]
+
+
+@static_cache(torch.int32, _parts)
 def _lens_of_parts(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]:
     """(valid tokens of the video blocks, first text token of the text blocks), int32."""
     layout = VideoLayout(*key)

@@ -7,8 +7,6 @@ with Trainable Sparse Attention", 2025.
 
 from __future__ import annotations
 
-import math
-import operator
 from fractions import Fraction
 
 import torch
@@ -23,7 +21,6 @@ from ..static_cache import static_cache
 _MAX_DENOMINATOR = 10**6
 
 
-@constant_result
 def kept_blocks(ratio: float, num_blocks: int) -> int:
     """Key blocks to keep per query block: ``ratio * num_blocks`` rounded up, from 1 to all.
 
@@ -34,17 +31,25 @@ def kept_blocks(ratio: float, num_blocks: int) -> int:
     Raises:
         TypeError: ``ratio`` is not a number. ValueError: it is not in (0, 1], or no blocks.
     """
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
+    # Of numbers only: torch.compile may leave the blocks open.
+    numerator, denominator = _meant_fraction(ratio)
+    return -(-numerator * num_blocks // denominator)
+
+
+@constant_result
+def _meant_fraction(ratio: float) -> tuple[int, int]:
+    """(numerator, denominator) > 0 of the ratio that was meant."""
     if not isinstance(ratio, Fraction):
         ratio = check_number("top_k_ratio", ratio)
     if not 0 < ratio <= 1:
         raise ValueError(f"top_k_ratio must be in (0, 1]: the share of key tiles kept; got {ratio}")
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
     exact = ratio if isinstance(ratio, Fraction) else Fraction(ratio)
     meant = exact.limit_denominator(_MAX_DENOMINATOR)
-    if abs(meant - exact) > Fraction(1, 10**12):
+    if meant == 0 or abs(meant - exact) > Fraction(1, 10**12):
         meant = exact
-    return max(1, math.ceil(meant * num_blocks))
+    return meant.numerator, meant.denominator
 
 
 def selected_blocks_mask(
@@ -97,8 +102,7 @@ def selected_tiles_mask(
     (*leading, tiles, kept) = selected.shape
     text_blocks = layout.num_text_blocks if text_blocks is None else text_blocks
     beside, text_rows, counts = _beside(
-        operator.index(tiles), operator.index(kept), layout.num_text_blocks, text_blocks,
-        selected.device,
+        tiles, kept, layout.num_text_blocks, text_blocks, selected.device
     )  # fmt: skip
     video_rows = torch.cat([selected, beside.expand(*leading, -1, -1)], -1)
     rows = torch.cat([video_rows, text_rows.expand(*leading, -1, -1)], 2)
@@ -108,7 +112,14 @@ def selected_tiles_mask(
     )  # fmt: skip
 
 
-@static_cache
+@static_cache(
+    torch.int32,
+    lambda tiles, kept, text_rows, text_blocks, device: [
+        (tiles, text_blocks + tiles - kept),
+        (text_rows, tiles + text_blocks),
+        (tiles + text_rows,),
+    ],
+)
 def _beside(
     tiles: int, kept: int, text_rows: int, text_blocks: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
