@@ -75,7 +75,7 @@ def _lens_of_partial_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(partial blocks that keep a pair, q lens, kv lens) of a mask cut by lengths only.
 
-    Many blocks at a time; the host reads one number per chunk of them.
+    Many blocks at a time; the host reads how many there are, and whether all are.
     """
     (q_size, kv_size), (q_len, kv_len) = mask.BLOCK_SIZE, mask.seq_lengths
     batch, _, nq, nk = partial.shape
@@ -85,30 +85,39 @@ def _lens_of_partial_blocks(
     q_asked, kv_asked = _Asked(q_lens, full.any(1).any(-1)), _Asked(kv_lens, full.any(1).any(-2))
     blocks = partial.nonzero()
     counts = torch.empty(len(blocks), 2, dtype=torch.int32, device=partial.device)
+    wrong = torch.empty(len(blocks), dtype=torch.bool, device=partial.device)
     step = max(1, _TOKENS // (q_size * kv_size))
     for start in range(0, len(blocks), step):
-        some = blocks[start : start + step]
-        tokens = _block_tokens(mask, some)
-        rows, columns = tokens.any(2), tokens.any(1)
-        q_n, kv_n = rows.sum(1, dtype=torch.int32), columns.sum(1, dtype=torch.int32)
-        in_q, in_kv = (torch.arange(n, device=partial.device) for n in (q_size, kv_size))
-        expected = (in_q < q_n[:, None])[..., None] & (in_kv < kv_n[:, None])[:, None]
-        wrong = (tokens != expected).flatten(1).any(1)
-        if bool(wrong.any()):
-            _refuse(some[wrong][0], tokens[wrong][0])
-        counts[start : start + step] = torch.stack([q_n, kv_n], 1)
+        stop = start + step
+        counts[start:stop], wrong[start:stop] = _prefixes(_block_tokens(mask, blocks[start:stop]))
     q_n, kv_n = counts.unbind(1)
     kept = q_n > 0
     b, h, i, j = blocks[kept].unbind(1)
     q_lens, q_clash = q_asked.resolve(b, i, q_n[kept])
     kv_lens, kv_clash = kv_asked.resolve(b, j, kv_n[kept])
     clash = q_clash | kv_clash
-    if bool(clash.any()):
-        block = blocks[kept][clash][:1]
+    if bool(wrong.any() | clash.any()):
+        block = (blocks[wrong] if bool(wrong.any()) else blocks[kept][clash])[:1]
         _refuse(block[0], _block_tokens(mask, block)[0])
     nonempty = torch.zeros_like(partial)
     nonempty[b, h, i, j] = True
     return nonempty, q_lens, kv_lens
+
+
+def _prefixes(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(m and n int32 [P, 2], bool [P]: not so) where the first m queries see the first n keys.
+
+    Of blocks of tokens bool [P, q size, kv size]: each query that sees any key sees as many as all
+    of them together, so they see the same ones.
+    """
+    in_row, columns = tokens.sum(2, dtype=torch.int32), tokens.any(1)
+    rows, n = in_row > 0, columns.sum(1, dtype=torch.int32)
+    m = rows.sum(1, dtype=torch.int32)
+    wrong = (rows & (in_row != n[:, None])).any(1)
+    for kept, count in ((rows, m), (columns, n)):
+        position = torch.arange(kept.shape[1], device=kept.device)
+        wrong |= (kept != (position < count[:, None])).any(1)
+    return torch.stack([m, n], 1), wrong
 
 
 class _Asked(NamedTuple):
