@@ -6,8 +6,9 @@
     python benchmarks/bench_models.py --all                 # all models
     python benchmarks/bench_models.py --all --small         # a CPU: is everything there?
 
-One model ends within 120 s on an H100, a third of it torch.compile; all of them take some six
-minutes. ``--no-fuse-norms`` measures what ``apply(fuse_norms=True)`` is worth.
+On an H200, nine variants of a model took 49 to 108 s, a third of it torch.compile; the fifteen of
+today should take 60 to 120 s, and all models some six minutes: that was not measured.
+``--no-fuse-norms`` measures what ``apply(fuse_norms=True)`` is worth.
 
 The time is that of one call of the transformer. Two errors are kept, relative L2 both:
 ``attention_error`` is that of attention alone against dense attention in fp32, in heads that look
