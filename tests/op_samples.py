@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from problems import Built, Problem, require_backend
 
+from video_attn.open_sizes import register_table
 from video_attn.quantize import QUANTIZED_PRECISIONS
 
 Arguments = tuple[Any, ...]
@@ -121,6 +122,12 @@ def select_top_k() -> Iterator[Arguments]:
         yield (torch.randn(2, 2, 5, 3), 2, key_lens)
 
 
+def table() -> Iterator[Arguments]:
+    """A table of sizes left open: its name, the constants of its key, the sizes, and so on."""
+    register_table("sample", lambda n, device: (torch.arange(n).to(device),), lambda n, _: ((n,),))
+    yield "sample", "('?',)", [5], torch.int64, torch.device("cpu")
+
+
 SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "attention_forward": attention_forward,
     "attention_backward": attention_backward,
@@ -132,6 +139,7 @@ SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "block_mean": block_mean,
     "block_mean_backward": block_mean_backward,
     "select_top_k": select_top_k,
+    "table": table,
 }
 # Launchers of CUDA kernels: only attention_forward calls them, and they exist on a GPU alone.
 GPU_ONLY = {

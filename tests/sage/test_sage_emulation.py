@@ -362,7 +362,7 @@ def test_opcheck(name):
     arguments += (torch.empty(1, 2, 70, 64), torch.empty(1, 2, 70))
     if name == "sage_quantize":
         workspace = torch.empty(64 * (8 + 2))
-        arguments = (q, k, v, None, None, 0, 0, 0.1, 512.0, *codes, workspace)
+        arguments = (q, k, v, None, None, 0, 0, 0.1, 512.0, False, *codes, workspace)
     else:
         codes = make_codes(q, k, v, None, scale=0.1, precision="sage_fp16", options=options)
         arguments = (*codes, *arguments[len(codes) :])
