@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from video_attn import BlockMask
+from video_attn import BlockMask, VideoSparse, VideoTokens
 from video_attn.distributed import PeerError, Shards, request, sequence_parallel_attention
 
 
@@ -73,6 +75,24 @@ def repeated(group: Any) -> list[str]:
         for scale in (1.0, 1.0, 2.0 if odd else 1.0):
             heard.append(message_of(group, *inputs(), mask, kind="ring", scale=scale))
     return heard
+
+
+def runs_ahead(group: Any) -> list[bool]:
+    """Of a ring on a GPU: a mask; tiles that are selected by data, whose counts the host reads."""
+    tokens = VideoTokens((2, 4, 4))
+    mask = BlockMask.from_dense(torch.ones(1, 1, 4, 4, dtype=torch.bool), 8, 8)
+    teams = request.teams_of(group, "ring")
+    held = tokens.sequence_length // dist.get_world_size(group)
+    found = []
+    for wanted, more in ((mask, None), (VideoSparse(top_k=1, tile=(1, 2, 2), gate=0), tokens)):
+        asked = request.Request(
+            wanted, more, False, None, None, None, None, "native", False, False, None, False, None,
+            None,
+        )  # fmt: skip
+        call = request.prepare(teams, asked, *inputs(held))
+        on_a_gpu = replace(call, tensors=[SimpleNamespace(device=torch.device("cuda"))])
+        found.append(request._can_run_ahead(teams, on_a_gpu))
+    return found
 
 
 def late(group: Any) -> str:

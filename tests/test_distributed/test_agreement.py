@@ -38,6 +38,10 @@ def test_a_repeated_call_hears_the_others_at_its_end(ranks: RankPool) -> None:
     assert waiting[2].startswith("ValueError: scale must be the same on all ranks")
 
 
+def test_a_call_whose_host_reads_what_others_sent_waits_for_them(ranks: RankPool) -> None:
+    assert ranks.run(len(PAIR), "agreement_cases:runs_ahead") == [[True, False]] * 2
+
+
 @pytest.fixture
 def own_ranks() -> Iterator[RankPool]:
     """Ranks whose connections break."""

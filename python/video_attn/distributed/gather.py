@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import empty_like_heads, empty_lse
 from .listed import GRADIENTS, KEYS, ListedKeys, Listing
 from .merge import nothing_seen
 from .piece import Options
@@ -72,7 +73,8 @@ def _forward(call: GatherCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     wide = WideForward(call, q)
     started = [_start(call, chunk, k, v) for chunk in call.chunks]
-    out, lse = _room_for_results(q, v.shape[3], lse_dtype)
+    several = len(call.chunks) > 1
+    results = (empty_like_heads(q, v.shape[3]), empty_lse(q)) if several else None
     for chunk, keys in zip(call.chunks, started, strict=True):
         gathered, heads = keys.finish(), slice(*chunk.q)
         rows = q[:, heads]
@@ -81,23 +83,15 @@ def _forward(call: GatherCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
             part = nothing_seen(like, rows.shape[2], lse_dtype)
         else:
             part = call.options.attend(rows, *gathered, chunk.work.mask)
-        if len(call.chunks) == 1:
-            out, lse = part
+        if results is None:
+            results = part
         else:
-            copy(out[:, heads], part[0])
-            lse[:, heads] = part[1]
+            copy(results[0][:, heads], part[0])
+            results[1][:, heads] = part[1]
         wide.attend(chunk.work.wide, chunk.q, gathered)
-    wide.finish(out, lse)
-    return out, lse
-
-
-def _room_for_results(q: Tensor, channels: int, lse_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(out, lse) for the queries ``q``, out in their order in memory."""
-    batch, heads, rows, _ = q.shape
-    lse = torch.empty(batch, heads, rows, dtype=lse_dtype, device=q.device)
-    if q.stride(1) > q.stride(2):
-        return q.new_empty(batch, heads, rows, channels), lse
-    return q.new_empty(batch, rows, heads, channels).transpose(1, 2), lse
+    assert results is not None
+    wide.finish(*results)
+    return results
 
 
 def _backward(

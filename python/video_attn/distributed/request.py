@@ -236,11 +236,14 @@ class Agreement:
 
 def _can_run_ahead(teams: Teams, call: Call) -> bool:
     """A GPU only queues its exchanges: a host finds out that the others differ, and is not stuck
-    in one. All must be in one team, for errors to reach them, and know the lengths of all parts.
+    in one; but a ring of VSA reads what it was sent. All must be in one team, for errors to reach
+    them, and know the lengths of all parts.
     """
+    reads = teams.ring is not None and call.job.selection is not None
     return (
         call.tensors[0].device.type == "cuda"
         and len(teams.all) == 1
+        and not reads
         and call.shards is not None
         and call.kv_shards is not None
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -145,6 +146,16 @@ class _AllMeans(torch.autograd.Function):
         return total.to(grad.dtype), None, None, None
 
 
+@lru_cache(maxsize=64)
+def _tiles_of_ranks(
+    owners: BlockOwners, tiles: int, device: torch.device
+) -> tuple[tuple[int, ...], Tensor]:
+    """(tiles of each rank, for each tile its place among those of all ranks); kept, like owners."""
+    owner = owners.kv_owner[:tiles]
+    places = owner.argsort(stable=True).argsort()
+    return tuple(owner.bincount(minlength=owners.ranks).tolist()), places.to(device)
+
+
 def _parts(received: Tensor, like: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """What came from each rank: [B, H, counts[p], D]."""
     batch, heads, _, channels = like.shape
@@ -175,10 +186,7 @@ def _select(
         q_mean, k_mean, *v_mean = (
             block_mean(x[:, :, :length], lens, size) if length else x[:, :, :0] for x in pooled
         )
-        columns = [own.owners.columns(r) for r in range(team.size)]
-        counts = [int((c < tiles).sum()) for c in columns]
-        in_order = torch.argsort(columns_of(own.owners, q.device).owner[:tiles], stable=True)
-        in_order = in_order.argsort()
+        counts, in_order = _tiles_of_ranks(own.owners, tiles, q.device)
         means = torch.cat([k_mean, *v_mean], -1)
         means = _AllMeans.apply(means, counts, team, traffic).index_select(2, in_order)
         if not needs_coarse:
