@@ -1,9 +1,9 @@
 """What the README shows of the GPU's records: one picture and one small table.
 
-    python tools/benchmark_summary.py        # draws docs/images/h100.png from benchmarks/results
+    python tools/benchmark_summary.py        # draws docs/images/gpu.png from benchmarks/results
 
-The figures are those of the records and of nothing else; the picture keeps a fingerprint of the
-bars it shows, by which a test sees that it is old.
+The figures are those of the records and of nothing else, of the card that was measured last; the
+picture keeps a fingerprint of the bars it shows, by which a test sees that it is old.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = ROOT / "docs" / "images" / "h100.png"
-MODEL = "h100"
+PICTURE = ROOT / "docs" / "images" / "gpu.png"
 OURS = ("video_attn",)
 
 
@@ -69,13 +68,24 @@ PANELS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
+def shown_records() -> dict[str, dict[str, Any]]:
+    """The records of the panels that are there, all of the card that was measured last."""
+    names = dict.fromkeys(name for _, name, _ in PANELS)
+    found = [(path.stem.rpartition("_")[0], path) for path in sorted(RESULTS.glob("*.json"))]
+    records = [(n, json.loads(path.read_text(encoding="utf-8"))) for n, path in found if n in names]
+    on_gpus = [(name, record) for name, record in records if record["machine"].get("gpu")]
+    if not on_gpus:
+        return {}
+    newest = max((record for _, record in on_gpus), key=lambda record: record["date"])
+    card = newest["machine"]["gpu"]
+    return {name: record for name, record in on_gpus if record["machine"]["gpu"] == card}
+
+
 def panels() -> list[Panel]:
     """Those panels whose record is there."""
-    found = []
+    found, records = [], shown_records()
     for title, name, wanted in PANELS:
-        path = RESULTS / f"{name}_{MODEL}.json"
-        if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
+        if record := records.get(name):
             bars = sorted(_bars(record, wanted), key=lambda bar: bar.milliseconds)
             if any(bar.ours for bar in bars):
                 found.append(Panel(title, tuple(bars)))
@@ -99,8 +109,7 @@ def _name(row: dict[str, Any]) -> str:
 
 def card() -> str:
     """The card, the days and the commits of the records that are shown."""
-    paths = [RESULTS / f"{name}_{MODEL}.json" for name in dict.fromkeys(p[1] for p in PANELS)]
-    return circumstances([json.loads(p.read_text("utf-8")) for p in paths if p.exists()])
+    return circumstances(list(shown_records().values()))
 
 
 def circumstances(records: list[dict[str, Any]]) -> str:
@@ -155,7 +164,8 @@ def draw(path: Path = PICTURE) -> None:
     deepest = [max(len(p.bars) for p in shown[2 * r : 2 * r + 2]) for r in range(rows)]
     height = 1.1 + sum(0.28 * n + 0.55 for n in deepest) + 0.3
     figure = style.new_figure(12.5, height)
-    title = "Attention on one H100: milliseconds, less is better"
+    model = next(iter(shown_records().values()))["machine"]["gpu"]
+    title = f"Attention on one {model}: milliseconds, less is better"
     style.headline(figure, title, f"{card()}; everybody in one run, checked before it is timed")
     grid = figure.add_gridspec(
         rows, columns, height_ratios=deepest, left=0.16, right=0.96, top=1 - 1.15 / height,
@@ -183,7 +193,7 @@ def draw(path: Path = PICTURE) -> None:
 
 def main() -> int:
     if not panels():
-        print(f"no records *_{MODEL}.json in {RESULTS}: run the benchmarks on one")
+        print(f"no records of a GPU in {RESULTS}: run the benchmarks on one")
         return 1
     draw()
     print(f"drawn: {PICTURE}")

@@ -168,7 +168,7 @@ def _time(result: dict[str, Any]) -> str:
     return f"{result['median_ms']:.4g} ({result['p20_ms']:.4g} to {result['p80_ms']:.4g})"
 
 
-def h100_table() -> str:
+def gpu_table() -> str:
     """Ours and the fastest peer of the same run, for the README."""
     rows = benchmark_summary.summary_rows()
     table = markdown(["problem", "the fastest of ours", "the fastest peer", "times"], rows)
@@ -242,7 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "features": features_table,
     "environment": environment_table,
     "benchmarks": benchmarks_table,
-    "h100": h100_table,
+    "gpu": gpu_table,
     "models": models_table,
     "calibrate": lambda: benchmarks_table("calibrate"),
     "distributed": lambda: benchmarks_table("distributed"),
