@@ -32,6 +32,9 @@ from video_attn.tools.bench import (
 )
 from vsa import video_sparse_attn
 
+# Tokens, heads, blocks kept: the problems of 64 blocks or fewer, which FlashInfer's kernel takes.
+OTHERS = ((49152, 12, 64), (16384, 24, 32))
+
 
 def bench_lists(options: argparse.Namespace, lists: str) -> tuple[Case, list[Result]]:
     """Random or neighbouring lists; prints as it goes."""
@@ -116,6 +119,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     asked.count("--repeats", 20, 9, "timed calls of each provider")
     asked.switch("--backward", "backward too")
     asked.switch("--flex", "FlexAttention too")
+    asked.switch("--others", "on a GPU also 64 of 768 blocks, and 24 heads with 32 of 256")
     options = asked.parse(arguments)
     blocks = options.tokens // options.block_size
     if options.top_k is None:
@@ -130,6 +134,12 @@ def bench(options: argparse.Namespace) -> list[Result]:
     for lists in (NEAR, RANDOM):
         case, found = bench_lists(options, lists)
         results += found
+    if options.others and case.device.type == "cuda":
+        for tokens, heads, top_k in OTHERS:
+            more = {"tokens": tokens, "heads": heads, "top_k": top_k, "flex": False}
+            for lists in (NEAR, RANDOM):
+                other = argparse.Namespace(**{**vars(options), **more, "block_size": 64})
+                results += bench_lists(other, lists)[1]
     if options.flex and case.device.type == "cpu":
         print("FlexAttention has no backward pass on a CPU.")
     say("parts of a layer")
