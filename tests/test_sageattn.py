@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import attention_oracle
@@ -232,3 +233,95 @@ def test_varlen_refuses(name):
     sageattn_varlen(**arguments)
     with pytest.raises(error, match=match):
         sageattn_varlen(**{**arguments, **changed})
+
+
+# -- calls as other programs make them -------------------------------------------------------------
+
+
+def test_varlen_takes_longest_lengths_of_any_kind():
+    q = normal(1, 2, 67, 16)[0].transpose(0, 1)
+    starts = torch.tensor([0, 30, 67])
+    expected = sageattn_varlen(q, q, q, starts, starts, 37, 37)
+    for longest in (torch.tensor(37), np.int64(37), np.int32(40)):
+        assert torch.equal(sageattn_varlen(q, q, q, starts, starts, longest, longest), expected)
+    for bad in (37.0, torch.tensor(37.0), True, torch.tensor(True), np.bool_(True), "37"):
+        with pytest.raises(TypeError, match="max_seqlen_q must be a whole number"):
+            sageattn_varlen(q, q, q, starts, starts, bad, 37)
+
+
+SAGE = {
+    "sageattn_qk_int8_pv_fp16_triton": ("sage_fp16", {"granularity": "per_block"}),
+    "sageattn_qk_int8_pv_fp16_cuda": ("sage_fp16", {"granularity": "per_thread"}),
+    "sageattn_qk_int8_pv_fp8_cuda": ("sage_fp8", {"granularity": "per_thread"}),
+    "sageattn_qk_int8_pv_fp8_cuda_sm90": ("sage_fp8", {"granularity": "per_thread"}),
+}
+
+
+@pytest.mark.parametrize("name", SAGE)
+def test_names_of_sage_kernels(name):
+    function, (precision, options) = getattr(video_attn, name), SAGE[name]
+    q = normal(1, 2, 67, 16)
+    choices = video_attn.quantize.QuantizationOptions(**options)
+    expected = attention(q, q, q, precision=precision, quantization=choices, return_lse=True)
+    for got, wanted in zip(function(q, q, q, return_lse=True), expected, strict=True):
+        assert torch.equal(got, wanted)
+    turned = q.transpose(1, 2)
+    got = function(turned, turned, turned, tensor_layout="NHD", sm_scale=0.1, is_causal=True)
+    wanted = attention(
+        q, q, q, precision=precision, quantization=choices, scale=0.1, is_causal=True
+    )
+    assert torch.equal(got.transpose(1, 2), wanted)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        function(q, q, q, dropout=0.1)
+    for argument in ("pv_accum_dtype", "qk_quant_gran", "quantization_backend"):
+        if argument in function.__annotations__:
+            with pytest.raises(ValueError, match=f"{argument} must be '"):
+                function(q, q, q, **{argument: "fp16"})
+
+
+def test_sums_of_sage_kernels_are_honoured():
+    q = normal(1, 2, 67, 16)
+    function = video_attn.sageattn_qk_int8_pv_fp8_cuda
+    with video_attn.use_backend("reference"):
+        narrow = function(q, q, q, pv_accum_dtype="fp32+fp16")
+        wide = function(q, q, q, pv_accum_dtype="fp32+fp32")
+        assert not torch.equal(narrow, wide)
+        assert torch.equal(function(q, q, q), narrow), "the default where it is served"
+
+
+@pytest.mark.parametrize("shape", [(2, 67), (2, 1, 1, 67), (1, 67)])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_masks_of_key_padding_become_lengths(shape, layout):
+    q = normal(1, 2, 67, 16).repeat(2, 1, 1, 1)
+    lens = torch.tensor([67, 40])[: shape[0]]
+    attn_mask = (torch.arange(67) < lens[:, None]).view(shape)
+    dirty = q.clone()
+    dirty[-1, :, int(lens[-1]) :] = torch.nan
+    x = (q, dirty, dirty)
+    x = tuple(y.transpose(1, 2) for y in x) if layout == "NHD" else x
+    got = sageattn(*x, layout, attn_mask=attn_mask, precision="sage_fp16", backend="reference")
+    got = got.transpose(1, 2) if layout == "NHD" else got
+    for b in range(2):
+        n = int(lens[min(b, len(lens) - 1)])
+        part = q[b : b + 1]
+        expected = sageattn(
+            part, part[:, :, :n], part[:, :, :n], precision="sage_fp16", backend="reference"
+        )
+        torch.testing.assert_close(got[b : b + 1], expected, atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("attn_mask", "message"),
+    [
+        (torch.ones(1, 67), "bool"),
+        (torch.ones(1, 1, 67, 67, dtype=torch.bool), "one row of keys"),
+        (torch.ones(1, 2, 1, 67, dtype=torch.bool), "one row of keys"),
+        (torch.arange(67)[None] != 5, "Move the padding to the end"),
+    ],
+)
+def test_other_masks_are_refused_with_what_to_do(attn_mask, message):
+    q = normal(1, 2, 67, 16)
+    with pytest.raises((TypeError, ValueError), match=message):
+        sageattn(q, q, q, attn_mask=attn_mask)
+    with pytest.raises(ValueError, match="is_causal"):
+        sageattn(q, q, q, is_causal=True, attn_mask=torch.ones(1, 67, dtype=torch.bool))
