@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class GatherCall:
-    """All of a call but its tensors.
+    """A call without its tensors: q [B, H, slots of its blocks, D], and k and v [B, Hkv, held, D].
 
     Args:
         q_slot: tokens of a query block.
@@ -49,80 +48,59 @@ class GatherCall:
     options: Options
     traffic: Traffic | None
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = WideForward(self, q)
+        started = [_start(self, chunk, k, v) for chunk in self.chunks]
+        several = len(self.chunks) > 1
+        results = (empty_like_heads(q, v.shape[3]), empty_lse(q)) if several else None
+        for chunk, keys in zip(self.chunks, started, strict=True):
+            gathered, heads = keys.finish(), slice(*chunk.q)
+            rows = q[:, heads]
+            if chunk.work.mask is None:
+                like = rows.new_empty(*rows.shape[:3], v.shape[3])
+                part = nothing_seen(like, rows.shape[2], lse_dtype)
+            else:
+                part = self.options.attend(rows, *gathered, chunk.work.mask)
+            if results is None:
+                results = part
+            else:
+                copy(results[0][:, heads], part[0])
+                results[1][:, heads] = part[1]
+            wide.attend(chunk.work.wide, chunk.q, gathered)
+        assert results is not None
+        wide.finish(*results)
+        return results
 
-class Gather(torch.autograd.Function):
-    """(out, lse) of this rank's query blocks, q [B, H, their slots, D], from held keys and values
-    [B, Hkv, held, D].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: GatherCall, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(call, q, k, v)
-        ctx.call = call
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_backward(ctx.call, (grad_out, grad_lse), *ctx.saved_tensors)
-
-
-def _forward(call: GatherCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    wide = WideForward(call, q)
-    started = [_start(call, chunk, k, v) for chunk in call.chunks]
-    several = len(call.chunks) > 1
-    results = (empty_like_heads(q, v.shape[3]), empty_lse(q)) if several else None
-    for chunk, keys in zip(call.chunks, started, strict=True):
-        gathered, heads = keys.finish(), slice(*chunk.q)
-        rows = q[:, heads]
-        if chunk.work.mask is None:
-            like = rows.new_empty(*rows.shape[:3], v.shape[3])
-            part = nothing_seen(like, rows.shape[2], lse_dtype)
-        else:
-            part = call.options.attend(rows, *gathered, chunk.work.mask)
-        if results is None:
-            results = part
-        else:
-            copy(results[0][:, heads], part[0])
-            results[1][:, heads] = part[1]
-        wide.attend(chunk.work.wide, chunk.q, gathered)
-    assert results is not None
-    wide.finish(*results)
-    return results
-
-
-def _backward(
-    call: GatherCall,
-    grads: tuple[Tensor, Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *results: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = results
-    wide = WideGradients(call, (*grads, q, out, lse))
-    started = [_start(call, chunk, k, v) for chunk in call.chunks]
-    dq = torch.zeros_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
-    for chunk, keys in zip(call.chunks, started, strict=True):
-        gathered, heads = keys.finish(), slice(*chunk.q)
-        if chunk.work.mask is None:
-            foreign = [torch.zeros_like(x) for x in gathered]
-        else:
-            dq[:, heads], *foreign = call.options.gradients(
-                (grads[0][:, heads], grads[1][:, heads].contiguous()), q[:, heads], *gathered,
-                (out[:, heads], lse[:, heads].contiguous()), chunk.work.mask,
-            )  # fmt: skip
-        for i, more in enumerate(wide.gradients(chunk.work.wide, chunk.q, gathered)):
-            foreign[i].add_(more)
-        keys.start_return(foreign)
-    for chunk, keys in zip(call.chunks, started, strict=True):
-        keys.finish_return([x[:, slice(*chunk.kv)] for x in (dk, dv)])
-    wide.finish(dq)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    def backward(
+        self,
+        grads: tuple[Tensor, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *results: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = results
+        wide = WideGradients(self, (*grads, q, out, lse))
+        started = [_start(self, chunk, k, v) for chunk in self.chunks]
+        dq = torch.zeros_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+        for chunk, keys in zip(self.chunks, started, strict=True):
+            gathered, heads = keys.finish(), slice(*chunk.q)
+            if chunk.work.mask is None:
+                foreign = [torch.zeros_like(x) for x in gathered]
+            else:
+                dq[:, heads], *foreign = self.options.gradients(
+                    (grads[0][:, heads], grads[1][:, heads].contiguous()), q[:, heads], *gathered,
+                    (out[:, heads], lse[:, heads].contiguous()), chunk.work.mask,
+                )  # fmt: skip
+            for i, more in enumerate(wide.gradients(chunk.work.wide, chunk.q, gathered)):
+                foreign[i].add_(more)
+            keys.start_return(foreign)
+        for chunk, keys in zip(self.chunks, started, strict=True):
+            keys.finish_return([x[:, slice(*chunk.kv)] for x in (dk, dv)])
+        wide.finish(dq)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _start(call: GatherCall, chunk: Chunk, k: Tensor, v: Tensor) -> _Keys | ListedKeys:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,68 +39,53 @@ class RingCall:
         """Whether the queries of a rank see the keys of another, or of itself."""
         return self.lengths[sender] > 0 and not (self.is_causal and sender > receiver)
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        me, ranks, rows = self.team.rank, self.team.size, q.shape[2]
+        keys = _Keys(self, k, v)
+        keys.start(1)
+        found = Accumulator()
+        if rows and self.sees(me, me):
+            found.add(*self.options.attend(q, k, v, None, self.is_causal))
+        for shift in range(1, ranks):
+            received = keys.finish(shift)
+            keys.start(shift + 1)  # the next keys travel while these are attended to
+            if received is not None and rows:
+                found.add(*self.options.attend(q, *received, None))
+        if found.out is None or found.lse is None:
+            lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            found.out, found.lse = nothing_seen(
+                q.new_empty(*q.shape[:3], v.shape[3]), rows, lse_dtype
+            )
+        return found.out.to(q.dtype), found.lse
 
-class Ring(torch.autograd.Function):
-    """(out, lse) of this rank's queries from the keys of all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, call: RingCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(call, q, k, v)
-        ctx.call = call
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_backward(ctx.call, (grad_out, grad_lse), *ctx.saved_tensors)
-
-
-def _forward(call: RingCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    me, ranks, rows = call.team.rank, call.team.size, q.shape[2]
-    keys = _Keys(call, k, v)
-    keys.start(1)
-    found = Accumulator()
-    if rows and call.sees(me, me):
-        found.add(*call.options.attend(q, k, v, None, call.is_causal))
-    for shift in range(1, ranks):
-        received = keys.finish(shift)
-        keys.start(shift + 1)  # the next keys travel while these are attended to
-        if received is not None and rows:
-            found.add(*call.options.attend(q, *received, None))
-    if found.out is None or found.lse is None:
-        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        found.out, found.lse = nothing_seen(q.new_empty(*q.shape[:3], v.shape[3]), rows, lse_dtype)
-    return found.out.to(q.dtype), found.lse
-
-
-def _backward(
-    call: RingCall, grads: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, *results: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    me, ranks, rows = call.team.rank, call.team.size, q.shape[2]
-    out, lse = results
-    keys = _Keys(call, k, v)
-    keys.start(1)
-    totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
-    if rows and call.sees(me, me):
-        local = call.options.gradients(grads, q, k, v, (out, lse), None, call.is_causal)
-        for total, grad in zip(totals, local, strict=True):
-            total.add_(grad)
-    returns: list[tuple[Pending, list[Tensor]]] = []
-    for shift in range(1, ranks):
-        received = keys.finish(shift)
-        keys.start(shift + 1)
-        foreign: Sequence[Tensor] = ()
-        if received is not None and rows:
-            part_q, *foreign = call.options.gradients(grads, q, *received, (out, lse), None)
-            totals[0].add_(part_q)
-        elif received is not None:
-            foreign = [torch.zeros_like(x) for x in received]
-        returns.append(keys.start_return(shift, foreign))
-    for pending, parts in returns:  # always in the same order
-        pending.wait()
-        for total, part in zip(totals[1:], parts, strict=False):
-            total.add_(part)
-    return totals[0].to(q.dtype), totals[1].to(k.dtype), totals[2].to(v.dtype)
+    def backward(
+        self, grads: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, *results: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        me, ranks, rows = self.team.rank, self.team.size, q.shape[2]
+        out, lse = results
+        keys = _Keys(self, k, v)
+        keys.start(1)
+        totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
+        if rows and self.sees(me, me):
+            local = self.options.gradients(grads, q, k, v, (out, lse), None, self.is_causal)
+            for total, grad in zip(totals, local, strict=True):
+                total.add_(grad)
+        returns: list[tuple[Pending, list[Tensor]]] = []
+        for shift in range(1, ranks):
+            received = keys.finish(shift)
+            keys.start(shift + 1)
+            foreign: Sequence[Tensor] = ()
+            if received is not None and rows:
+                part_q, *foreign = self.options.gradients(grads, q, *received, (out, lse), None)
+                totals[0].add_(part_q)
+            elif received is not None:
+                foreign = [torch.zeros_like(x) for x in received]
+            returns.append(keys.start_return(shift, foreign))
+        for pending, parts in returns:  # always in the same order
+            pending.wait()
+            for total, part in zip(totals[1:], parts, strict=False):
+                total.add_(part)
+        return totals[0].to(q.dtype), totals[1].to(k.dtype), totals[2].to(v.dtype)
 
 
 class _Keys:

@@ -7,11 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .gather import Chunk, Gather, GatherCall
+from .differentiable import attend
+from .gather import Chunk, GatherCall
 from .job import Job, MaskCache, heads_of_mask
 from .piece import Options
 from .placement import Placement, take
-from .ring import Ring, RingCall
+from .ring import RingCall
 from .ring_plan import BlockOwners, RingPlan, make_ring_plan, owners_of_blocks
 from .route import Route, to_blocks, to_tokens
 from .team import Team, current_traffic
@@ -83,7 +84,7 @@ def ring_attention(
         traffic,
     )  # fmt: skip
     route = query_route(*placements, mask.q_block_size, mask.kv_block_size, team.rank, q.device)
-    out, lse = Gather.apply(call, to_blocks(q, route, team, traffic), k, v)
+    out, lse = attend(call, to_blocks(q, route, team, traffic), k, v)
     out = to_tokens(out, route, team, traffic)
     if not return_lse:
         return out, None
@@ -105,4 +106,4 @@ def _dense(
         sources = kv_place.on_device(team.rank, "sources", k.device)
         k, v = take(k, sources, 2), take(v, sources, 2)
     call = RingCall(team, tuple(kv_place.source_lengths), job.is_causal, options, current_traffic())
-    return Ring.apply(call, q, k, v)
+    return attend(call, q, k, v)

@@ -193,39 +193,32 @@ def _move(x: Tensor, way: _Way, route: Route, team: Team, traffic: Traffic | Non
     return result.permute(1, 2, 0, 3)
 
 
-class ToBlocks(torch.autograd.Function):
-    """Held tokens to the slots of owned blocks. The gradient goes to the copy that was used."""
+class _Move(torch.autograd.Function):
+    """Held tokens to the slots of owned blocks, or back; a gradient takes the other way.
+
+    To blocks comes one copy of a token, and the gradient goes to that copy alone. Back, a token
+    goes to every holder, and the gradients of all copies are summed: ``copies``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route, team: Team, traffic: Any) -> Tensor:
-        ctx.arguments = route, team
-        ctx.traffic = traffic
-        return _to_blocks(x, route, team, False, traffic)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        route, team = ctx.arguments
-        return _to_tokens(grad, route, team, False, ctx.traffic), None, None, None
-
-
-class ToTokens(torch.autograd.Function):
-    """Slots of owned blocks to every holder of a token. Gradients of all copies are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, route: Route, team: Team, traffic: Any) -> Tensor:
-        ctx.arguments = route, team
-        ctx.traffic = traffic
-        return _to_tokens(y, route, team, True, traffic)
+    def forward(
+        ctx: Any, x: Tensor, to_blocks: bool, route: Route, team: Team, traffic: Traffic | None
+    ) -> Tensor:
+        ctx.arguments = not to_blocks, route, team, not to_blocks, traffic
+        return _one_way(x, to_blocks, route, team, not to_blocks, traffic)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        route, team = ctx.arguments
-        return _to_blocks(grad, route, team, True, ctx.traffic), None, None, None
+        return _one_way(grad, *ctx.arguments), None, None, None, None
+
+
+def _one_way(x: Tensor, to_blocks: bool, *arguments: Any) -> Tensor:
+    return (_to_blocks if to_blocks else _to_tokens)(x, *arguments)
 
 
 def to_blocks(x: Tensor, route: Route, team: Team, traffic: Traffic | None) -> Tensor:
-    return x if route.is_identity else ToBlocks.apply(x, route, team, traffic)
+    return x if route.is_identity else _Move.apply(x, True, route, team, traffic)
 
 
 def to_tokens(y: Tensor, route: Route, team: Team, traffic: Traffic | None) -> Tensor:
-    return y if route.is_identity else ToTokens.apply(y, route, team, traffic)
+    return y if route.is_identity else _Move.apply(y, False, route, team, traffic)

@@ -20,7 +20,8 @@ from ..block_mask import BlockMask, unchecked_mask
 from ..block_ops import block_mean
 from ..functional.vsa import Gate, add_coarse, compress_and_select
 from ..patterns.video_sparse import selected_tiles_mask
-from .gather import Chunk, Gather, GatherCall
+from .differentiable import attend
+from .gather import Chunk, GatherCall
 from .job import Selection, heads_of_mask
 from .listed import Listing, columns_of, make_listing
 from .piece import Options
@@ -98,7 +99,7 @@ def ring_of_selected(
         chunks = number_of_chunks(others * row)
     parts = _chunks(selection, own, selected, listing, k.shape[1], chunks)
     call = GatherCall(team, parts, size, options, traffic)
-    out, _ = Gather.apply(call, q, k, v)
+    out, _ = attend(call, q, k, v)
     if coarse is not None:
         if own.tiles:
             out = add_coarse(out, coarse, gate, size)
