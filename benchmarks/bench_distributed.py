@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 benchmarks/bench_distributed.py --backward
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --models wan --patterns dense sta
-    torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --small   # CPUs: is all there?
-    python benchmarks/bench_distributed.py --plan                         # bytes on paper, no GPU
+    python benchmarks/bench_distributed.py                  # the same on all GPUs of this machine
+    python benchmarks/bench_distributed.py --device cpu     # tiny sizes on two CPUs: is all there?
+    python benchmarks/bench_distributed.py --plan           # bytes on paper, no GPU
 
 Every rank holds its part of the tokens and ends with its part of the output. One GPU does the same
 work alone, in the same run, while the others wait. Efficiency is its time over ranks x the time of
@@ -15,14 +16,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from options import Options, run_benchmark
 from torch import Tensor
 
 from st_attn import sliding_tile_attention
@@ -35,20 +39,11 @@ from video_attn.distributed import (
     sequence_parallel_plan,
 )
 from video_attn.functional.patterns import Pattern
-from video_attn.tools.bench import (
-    Record,
-    Result,
-    Timing,
-    print_table,
-    record_path,
-    say,
-    time_interleaved,
-    write_record,
-)
+from video_attn.tools.bench import Result, Timing, print_table, say, time_interleaved
 from video_attn.tools.bench.check import require_correct
 
 COLUMNS = (
-    "attention", "pass", "one GPU", "ms", "speed-up", "efficiency", "MB sent per rank", "MHz",
+    "attention", "pass", "one GPU", "ms", "speed-up", "efficiency", "MB sent by a rank", "MHz",
 )  # fmt: skip
 MAX_ERROR = {"dense": 0.02, "sta": 0.02, "vsa": 0.05}  # of bf16; vsa: nearly equal scores may flip
 PLAN_RANKS = (8, 16, 32, 64)
@@ -184,18 +179,18 @@ def time_alone(run: Run, options: argparse.Namespace, backward: bool) -> Timing:
 def time_parallel(
     run: Run, alone: Timing, options: argparse.Namespace, backward: bool
 ) -> tuple[Timing, int]:
-    """(the slowest rank, bytes that this rank sent in one call)."""
+    """(the slowest rank, bytes that the busiest rank sent in one call)."""
     once = training(run.parallel, run.part(), backward)
     with record_traffic() as traffic:
         once()
-    sent = traffic.total
     share = alone.median / dist.get_world_size()  # all ranks make as many calls
     repeats = min(options.repeats, max(3, int(options.seconds / max(share, 1e-9))))
     dist.barrier()
     mine = time_interleaved({"parallel": once}, device=options.device, repeats=repeats)["parallel"]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return max(everyone, key=lambda timing: timing.median), sent
+    dist.all_gather_object(everyone, (mine, traffic.total))
+    timings, sent = zip(*everyone, strict=True)
+    return max(timings, key=lambda timing: timing.median), max(sent)
 
 
 def bench(options: argparse.Namespace) -> list[Result]:
@@ -203,7 +198,7 @@ def bench(options: argparse.Namespace) -> list[Result]:
     results: list[Result] = []
     rows: list[tuple[str, ...]] = []
     for model_name in options.models:
-        model = (SMALL if options.small else MODELS)[model_name]
+        model = (SMALL if options.device.type == "cpu" else MODELS)[model_name]
         for name in options.patterns:
             alone: dict[bool, Timing] = {}
             for kind in options.kinds:
@@ -304,46 +299,62 @@ PLAN_COLUMNS = (
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    ranks = dist.get_world_size() if dist.is_initialized() else os.environ.get("WORLD_SIZE", "N")
+    asked = Options(f"distributed_{ranks}", __doc__, "distributed")
+    add = asked.add
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS),
+        help="one layer of each; on a CPU with tiny sizes")  # fmt: skip
     add("--patterns", nargs="+", choices=MAX_ERROR, default=list(MAX_ERROR))
     add("--kinds", nargs="+", choices=("ulysses", "ring"), default=["ulysses", "ring"])
     add("--head-chunks", type=int, help="cut the heads of a rank so (default: by their size)")
     add("--backward", action="store_true", help="time training too")
-    add("--repeats", type=int, default=10, help="calls of each (default 10)")
-    add("--seconds", type=float, default=0.5, help="for them, at least three calls (default 0.5)")
-    add("--small", action="store_true", help="tiny sizes, on CPUs")
+    asked.count("--repeats", 10, 3, "calls of each")
+    add("--seconds", type=float, default=0.5, help="for them, at least three calls (0.5)")
+    add("--ranks", type=int, help="without torchrun: how many to start (all GPUs; of CPUs 2)")
     add("--plan", action="store_true", help="print bytes on paper for 8 to 64 GPUs, and end")
-    add("--out", type=Path, help="the record (default benchmarks/results/distributed_N_GPU.json)")
-    return parser.parse_args(arguments)
+    return asked.parse(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def start_ranks(options: argparse.Namespace, arguments: list[str]) -> int:
+    """This script once for every rank, on this machine; their exit status."""
+    ranks = options.ranks or (2 if options.device == "cpu" else torch.cuda.device_count())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    here = [str(ranks), __file__, *arguments]
+    return subprocess.run([*launcher, "--nproc-per-node", *here], check=False).returncode
+
+
+@contextmanager
+def process_group(options: argparse.Namespace) -> Iterator[None]:
+    """That of the ranks, and ``options.device`` of this one."""
+    options.device = torch.device(options.device)
+    if options.device.type == "cuda":
+        options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(options.device)
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if options.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=120))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.plan:
         title = "MB that the busiest rank sends in a forward pass of one layer, bf16"
         print_table(title, PLAN_COLUMNS, plan_rows())
-        return
-    gpu = torch.cuda.is_available() and not options.small
-    options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device(
-        "cpu"
-    )  # fmt: skip
-    if gpu:
-        torch.cuda.set_device(options.device)
-    started = dist.is_initialized()
-    if not started:
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=120))
-    results = bench(options)
-    if dist.get_rank() == 0:
-        name = f"distributed_{dist.get_world_size()}"
-        path = options.out or record_path(name, options.device)
-        write_record(Record.of("distributed", results, options.device), path)
-        print(f"wrote {path}")
-    if not started:
-        dist.destroy_process_group()
+        return 0
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        return start_ranks(options, sys.argv[1:] if arguments is None else arguments)
+    with process_group(options):
+        if dist.get_rank() == 0:
+            return run_benchmark(bench, options)
+        bench(options)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -12,5 +12,5 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 def small(group: Any, out: str, arguments: list[str]) -> None:
     sys.path.insert(0, str(FOLDER))
-    small = ["--small", "--repeats", "1", "--models", "hunyuan", "--out", out]
-    import_module("bench_distributed").main([*small, *arguments])
+    small = ["--device", "cpu", "--repeats", "1", "--models", "hunyuan", "--output", out]
+    assert import_module("bench_distributed").main([*small, *arguments]) == 0
