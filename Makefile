@@ -26,7 +26,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* tools/b
 help:
 	@echo "make demo      install into $(VENV) and run the demo"
 	@echo "make test      install into $(VENV) and run the tests"
-	@echo "make test-all  the tests, and the slow ones: every way of installing"
+	@echo "make test-all  the tests, and the slow ones: ways of installing, Triton for all chips"
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     run the benchmarks, which write benchmarks/results"

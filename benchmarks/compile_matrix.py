@@ -5,8 +5,8 @@
 
 Every kernel, for every row of the launch tables and every chip: registers and spills per thread,
 shared memory, and the matrix instruction. It needs no GPU; the launches are those of the backend
-itself, on meta tensors. ``--cover`` takes the rows for 16-bit numbers and codes once, and some of
-the rest.
+itself, on meta tensors. All of it takes an hour of two cores; ``--cover`` compiles the part that
+every change is tested with.
 
 Exit status 1 if a kernel does not compile or does not fit its chip.
 """

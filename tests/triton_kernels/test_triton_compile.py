@@ -2,28 +2,28 @@
 
 The compiles run in a process of their own, because kernels that Triton interprets cannot be
 compiled. What is read of each: shared memory against the chip's, spills, the matrix instruction.
+Every change compiles a part (minutes, so these tests run first), `make test-all` every row.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from video_attn.kernels import launch_tables
 
+pytestmark = pytest.mark.first
 ROOT = Path(__file__).resolve().parents[2]
 CHIPS = sorted(launch_tables.SHARED_MEMORY)
-SMALL = (
-    "prepare", "block_mean", "block_mean_backward", "select_top_k", "step_lists",
-    "block_means", "block_scores", "add_coarse",
-    "channel_statistics", "quantize_tokens", "quantize_channels",
-)  # fmt: skip
+ATTENTION = (*launch_tables.KERNELS, *launch_tables.CODE_KERNELS)  # the other kernels are small
 # What the products of codes multiply: those of Q and K, those of P and V.
 MULTIPLIED = {"sage_fp16": ["fp16", "int8"], "sage_fp8": ["fp8", "int8"], "fp8": ["fp8"]}
 
@@ -32,7 +32,10 @@ def compile_matrix(folder: Path, *options: str) -> list[dict]:
     """The results of benchmarks/compile_matrix.py."""
     out = folder / "results.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "compile_matrix.py"), "--json", str(out)]
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    jobs = max(1, len(os.sched_getaffinity(0)) // processes)  # other tests run meanwhile
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_matrix.py")]
+    command += ["--json", str(out), "--jobs", str(jobs)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
     assert out.exists(), done.stdout + done.stderr
     return json.loads(out.read_text())
@@ -86,7 +89,7 @@ def mistakes(result: dict) -> list[str]:
         # Chosen by time on a card, where Triton 3.6 spills 8 bytes of them at most; 3.9, whose
         # kernels have not been timed, spills up to 136. The tuner's limit, FEW_SPILLS, is 128.
         allowed_spills = max(allowed_spills, 136)
-    if result["spills"] > allowed_spills and (forward or kernel in SMALL):
+    if result["spills"] > allowed_spills and (forward or kernel not in ATTENTION):
         found.append(f"{result['spills']} spills")
     if codes and result["instruction"].split()[1:] != MULTIPLIED[kernel]:
         found.append(f"instruction {result['instruction']!r} multiplies something else")
@@ -100,7 +103,7 @@ def mistakes(result: dict) -> list[str]:
 
 def instructions(arch: str, kernel: str, itemsize: int) -> tuple[str, ...]:
     """Beginnings of the matrix instruction that must be there; "" allows none at all."""
-    if kernel in SMALL:
+    if kernel not in ATTENTION:
         return ("",)
     if itemsize == 4:  # in full precision only CDNA has one
         return ("v_mfma_f32",) if arch.startswith("gfx9") else ("",)
@@ -119,33 +122,45 @@ def test_rows_compile_and_fit(arch: str, covered: list[dict]):
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma"), ("sm_100", "tcgen05")])
 def test_the_newest_instructions_are_used(arch: str, instruction: str, covered: list[dict]):
     """On Hopper and Blackwell the rows of up to 128 dims own tiles large enough for them."""
-    found = []
+    found = {}
     for result in covered:
         chip, kernel, itemsize, head_dim, _, variant = result["case"]
         if variant == "offset":
             continue
-        if chip == arch and kernel not in SMALL and itemsize <= 2 and head_dim <= 128:
-            found.append(result["instruction"])
-    assert len(found) >= 18 and all(x.startswith(instruction) for x in found), found
+        if chip == arch and kernel in ATTENTION and itemsize <= 2 and head_dim <= 128:
+            found[tuple(result["case"])] = result["instruction"]
+    kernels = {kernel for _, kernel, *_ in found}
+    assert kernels == set(ATTENTION)
+    assert all(x.startswith(instruction) for x in found.values()), found
 
 
-def test_the_cover_holds_every_row_of_16_bit_numbers_and_codes(covered: list[dict]):
-    """No row of a table escapes by an oversight in the benchmark. Head dims above 128 are compiled
-    for the forward pass, and all by the slow tests.
-    """
-    seen: dict[str, set] = {}
-    for result in covered:
-        arch, kernel, itemsize, head_dim, grain, _ = result["case"]
-        rows = seen.setdefault(launch_tables.family(arch), set())
-        if kernel not in SMALL and itemsize <= 2:
-            row = launch_tables.launch_row(arch, kernel, head_dim, itemsize, grain)
-            rows.add((kernel, head_dim, row))
-    for name in {launch_tables.family(arch) for arch in CHIPS}:
-        for (kernel, itemsize, head_dim), rows in launch_tables.TABLES[name].items():
-            if itemsize > 2 or (head_dim > 128 and kernel != "forward"):
-                continue
-            expected = {(kernel, head_dim, row) for row in rows}
-            assert expected <= seen[name], (name, expected - seen[name])
+def test_the_cover_has_every_chip_kernel_and_kind_of_row(monkeypatch: pytest.MonkeyPatch):
+    """What is compiled for every change is no accident of the loops that list it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from compile_cases import CODE_VARIANTS, POOL_KERNELS, QUANTIZERS, VARIANTS, code_kernels, cover
+
+    cases = list(cover())
+    assert len(set(cases)) == len(cases)
+    for arch in CHIPS:
+        expected = {"prepare", *POOL_KERNELS, *QUANTIZERS, *launch_tables.KERNELS}
+        expected |= set(code_kernels(arch))
+        assert {case.kernel for case in cases if case.arch == arch} == expected, arch
+    assert {case.variant for case in cases} == {*VARIANTS, *CODE_VARIANTS}
+    plain = [case for case in cases if case.variant == "lens"]
+    for kernel in ATTENTION:
+        kinds = {(x.head_dim, x.grain) for x in plain if x.kernel == kernel and x.arch != "sm_90"}
+        assert kinds >= set(itertools.product((64, 128), launch_tables.GRAINS)), kernel
+    compiled = {_row(case) for case in plain if case.arch == "sm_90" and case.kernel in ATTENTION}
+    for (kernel, itemsize, head_dim), rows in launch_tables.TABLES["sm_90"].items():
+        if itemsize <= 2 and head_dim <= 128:
+            assert compiled >= {(kernel, itemsize, head_dim, row) for row in rows}
+
+
+def _row(case: Any) -> tuple:
+    """What a case of an attention kernel compiles of its table."""
+    arch, kernel, itemsize, head_dim, grain, _ = case
+    row = launch_tables.launch_row(arch, kernel, head_dim, itemsize, grain)
+    return kernel, itemsize, head_dim, row
 
 
 @pytest.mark.slow
