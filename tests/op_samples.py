@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from problems import Built, Problem, require_backend
 
+from video_attn import VideoLayout
 from video_attn.open_sizes import register_table
+from video_attn.patterns.sliding_tile import sliding_tile_mask
 from video_attn.quantize import QUANTIZED_PRECISIONS
 
 Arguments = tuple[Any, ...]
@@ -68,6 +70,16 @@ def attention_tangent() -> Iterator[Arguments]:
         tangents = [torch.randn_like(x) for x in inputs]
         for some in (tangents, [tangents[0], None, None]):
             yield (*some, *inputs, lse, *mask, 0.3, causal)
+
+
+def attention_in_tiles() -> Iterator[Arguments]:
+    """A video and text in raster order, BHSD and BSHD in memory."""
+    video = VideoLayout((2, 3, 5), (2, 2, 4), text_length=3)
+    lists = sliding_tile_mask(video, ((1, 1, 1),), text_length=2).as_arguments(False)
+    q, k, v = (torch.randn(1, heads, video.sequence_length, 16) for heads in (2, 1, 1))
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    for tensors in ((q, k, v), turned):
+        yield (*tensors, *video.key, *lists, 0.3, "sage_fp16", "reference")
 
 
 def cpu_attention_forward() -> Iterator[Arguments]:
@@ -132,6 +144,7 @@ SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "attention_forward": attention_forward,
     "attention_backward": attention_backward,
     "attention_tangent": attention_tangent,
+    "attention_in_tiles": attention_in_tiles,
     "cpu_attention_forward": cpu_attention_forward,
     "cpu_attention_backward": cpu_attention_backward,
     "cpu_quantized_forward": cpu_quantized_forward,

@@ -160,6 +160,18 @@ struct CodeShapes {
   }
 };
 
+// Where the tokens of a mask's order lie: their number and the table, or `tokens` and null.
+struct Places {
+  int64_t length;
+  const int32_t* data;
+};
+
+inline Places places_of(const OptionalTensor& places, int64_t tokens, const Tensor& like) {
+  if (!places) return {tokens, nullptr};
+  check_tensor("places", *places, like, ScalarType::Int, {places->size(0)});
+  return {places->size(0), static_cast<const int32_t*>(places->data_ptr())};
+}
+
 template <class T>
 T* data_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
@@ -171,9 +183,9 @@ T* data_of(const OptionalTensor& x) {
 }
 
 template <class Context>
-void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTensor kv_lens,
-              int64_t q_block_size, int64_t kv_block_size, double scale, double v_limit,
-              bool hadamard, Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale,
+void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor places, OptionalTensor q_lens,
+              OptionalTensor kv_lens, int64_t q_block_size, int64_t kv_block_size, double scale,
+              double v_limit, bool hadamard, Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale,
               Tensor k_scale, Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift,
               OptionalTensor score_shift, Tensor workspace) {
   QuantizeParams p{};
@@ -181,8 +193,12 @@ void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor q_lens, OptionalTenso
   p.k = tensor4("k", k, q);
   p.v = tensor4("v", v, q);
   const int64_t batch = q.size(0);
-  p.q_side = make_side("q", q.size(2), q_block_size, q_lens, batch, q);
-  p.kv_side = make_side("kv", k.size(2), kv_block_size, kv_lens, batch, q);
+  STD_TORCH_CHECK(!places || k.size(2) == q.size(2), "places of q and k that differ in length");
+  const Places q_places = places_of(places, q.size(2), q);
+  p.places = q_places.data;
+  p.q_side = make_side("q", q_places.length, q_block_size, q_lens, batch, q);
+  p.kv_side = make_side("kv", places_of(places, k.size(2), q).length, kv_block_size, kv_lens, batch,
+                        q);
   p.batch = small("batch", batch);
   p.heads = small("heads", q.size(1));
   p.kv_heads = small("kv heads", k.size(1));
@@ -235,12 +251,14 @@ void attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, T
                OptionalTensor score_shift, OptionalTensor kv_num_blocks, OptionalTensor kv_indices,
                OptionalTensor q_lens, OptionalTensor kv_lens, int64_t q_block_size,
                int64_t kv_block_size, int64_t kv_len, double scale, bool is_causal, bool half_sums,
-               Tensor out, Tensor lse) {
+               OptionalTensor places, Tensor out, Tensor lse) {
   AttentionParams p{};
   STD_TORCH_CHECK(q_codes.dim() == 5, "q_codes must have 5 dimensions");
   const int64_t batch = q_codes.size(0);
   const Tensor4 result = tensor4("out", out, q_codes);
-  p.q_side = make_side("q", out.size(2), q_block_size, q_lens, batch, q_codes);
+  const Places out_places = places_of(places, out.size(2), q_codes);
+  p.places = out_places.data;
+  p.q_side = make_side("q", out_places.length, q_block_size, q_lens, batch, q_codes);
   p.kv_side = make_side("kv", kv_len, kv_block_size, kv_lens, batch, q_codes);
   p.batch = small("batch", batch);
   p.heads = small("heads", q_codes.size(1));

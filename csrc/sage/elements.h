@@ -24,26 +24,26 @@ SAGE_DEVICE uint32_t from_float(Element dtype, float x) {
   return dtype == Element::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
 }
 
-// Eight neighbouring channels, of which `count` exist, of kRows tokens of a tile: visit(r, values)
-// for each r, with zeros for tokens row(r) >= valid and for channels that do not exist. `offset` is
-// that of the tile's first token, tokens lie `stride` elements apart. Where the channels are whole
-// and aligned, 16 bytes are read at a time, and all are asked for before the first is waited for.
-template <int kRows, class Row, class Visit>
+// Eight neighbouring channels, of which `count` exist, of some tokens: visit(r, values) for each r,
+// with zeros where tokens[r] is negative and for channels that do not exist. `offset` is that of
+// token 0, tokens lie `stride` elements apart. Where the channels are whole and aligned, 16 bytes
+// are read at a time, and all are asked for before the first is waited for.
+template <int kRows, class Visit>
 SAGE_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int64_t stride,
-                            int valid, int count, Row row, Visit visit) {
+                            const int32_t (&tokens)[kRows], int count, Visit visit) {
   const int size = dtype == Element::kFloat32 ? 4 : 2;
   const auto* bytes = static_cast<const uint8_t*>(data) + offset * size;
   const int64_t step = stride * size;
-  if (count <= 0) valid = 0;
   const bool is_whole = count <= 0 || count >= 8;
+  const auto exists = [&](int r) { return tokens[r] >= 0 && count > 0; };
   if (!is_whole || (reinterpret_cast<uintptr_t>(bytes) | step) % 16 != 0) {
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       float y[8];
       SAGE_UNROLL
       for (int i = 0; i < 8; ++i) {
-        const uint8_t* element = bytes + row(r) * step + i * size;
-        y[i] = row(r) >= valid || i >= count ? 0.0f
+        const uint8_t* element = bytes + tokens[r] * step + i * size;
+        y[i] = !exists(r) || i >= count ? 0.0f
                : size == 4 ? *reinterpret_cast<const float*>(element)
                            : to_float(dtype, *reinterpret_cast<const uint16_t*>(element));
       }
@@ -55,8 +55,8 @@ SAGE_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int
       float y[8];
       SAGE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const auto* place = reinterpret_cast<const Words4*>(bytes + row(r) * step) + half;
-        const Words4 words = row(r) < valid ? *place : Words4{};
+        const auto* place = reinterpret_cast<const Words4*>(bytes + tokens[r] * step) + half;
+        const Words4 words = exists(r) ? *place : Words4{};
         SAGE_UNROLL
         for (int i = 0; i < 4; ++i) y[half * 4 + i] = from_bits(words.w[i]);
       }
@@ -66,8 +66,8 @@ SAGE_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int
     Words4 words[kRows];
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const auto* place = reinterpret_cast<const Words4*>(bytes + row(r) * step);
-      words[r] = row(r) < valid ? *place : Words4{};
+      const auto* place = reinterpret_cast<const Words4*>(bytes + tokens[r] * step);
+      words[r] = exists(r) ? *place : Words4{};
     }
     SAGE_UNROLL
     for (int r = 0; r < kRows; ++r) {

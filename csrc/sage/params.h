@@ -38,6 +38,7 @@ struct Side {
 
 struct QuantizeParams {
   Tensor4 q, k, v;
+  const int32_t* places;  // where token i of both sides lies in q, k and v; null: at i
   Side q_side, kv_side;
   int32_t batch, heads, kv_heads, head_dim, head_dim_v;
   int32_t padded_dim;  // of the codes: 64 or 128
@@ -82,10 +83,11 @@ struct AttentionParams {
   VCode v_code;
   bool half_sums;  // P V of a tile summed in fp16
 
-  void* out;  // [batch, heads, q_length, head_dim_v], channel stride 1
+  void* out;  // [batch, heads, tokens, head_dim_v], channel stride 1
   int64_t out_batch_stride, out_head_stride, out_token_stride;
   Element out_dtype;
-  float* lse;  // [batch, heads, q_length]
+  const int32_t* places;  // where query i lies in out, -1: nowhere; null: at i
+  float* lse;             // [batch, heads, q_length]
 };
 
 }  // namespace video_attn::sage

@@ -38,15 +38,16 @@ struct QuantizeKernel {
   using Rows = float[kGroupRows][kLaneChannels];
 
   // The rows of this thread, minus a mean unless it is null; zeros for tokens that do not count.
-  SAGE_DEVICE static void load(Rows& x, const Tensor4& from, const Side& side, int batch, int head,
-                               int tile, int dim, const float* mean) {
+  SAGE_DEVICE static void load(Rows& x, const Tensor4& from, const int32_t* places,
+                               const Side& side, int batch, int head, int tile, int dim,
+                               const float* mean) {
     const int valid = valid_in_tile(side, batch, tile);
     float centre[kLaneChannels];
     SAGE_UNROLL
     for (int c = 0; c < kLaneChannels; ++c) {
       centre[c] = mean == nullptr ? 0.0f : mean[Lane<kDim>::channel() + c];
     }
-    Lane<kDim>::visit(from, batch, head, tile, valid, dim, [&](int r, const float (&y)[8]) {
+    Lane<kDim>::visit(from, places, batch, head, tile, valid, dim, [&](int r, const float (&y)[8]) {
       SAGE_UNROLL
       for (int c = 0; c < kLaneChannels; ++c) {
         x[r][c] = Lane<kDim>::row(r) < valid ? y[c] - centre[c] : 0.0f;
@@ -57,7 +58,7 @@ struct QuantizeKernel {
   SAGE_DEVICE static void queries_to_codes(const Params& p, int batch, int head, int tile) {
     const int64_t index = static_cast<int64_t>(batch) * p.heads + head;
     Rows x;
-    load(x, p.q, p.q_side, batch, head, tile, p.head_dim, nullptr);
+    load(x, p.q, p.places, p.q_side, batch, head, tile, p.head_dim, nullptr);
     if (p.smooth_k) {
       const int kv_head = head / (p.heads / p.kv_heads);
       store_lse_shift(p, x, k_mean(p, static_cast<int64_t>(batch) * p.kv_heads + kv_head), index,
@@ -75,7 +76,8 @@ struct QuantizeKernel {
   SAGE_DEVICE static void keys_to_codes(const Params& p, int batch, int head, int tile) {
     const int64_t index = static_cast<int64_t>(batch) * p.kv_heads + head;
     Rows x;
-    load(x, p.k, p.kv_side, batch, head, tile, p.head_dim, p.smooth_k ? k_mean(p, index) : nullptr);
+    load(x, p.k, p.places, p.kv_side, batch, head, tile, p.head_dim,
+         p.smooth_k ? k_mean(p, index) : nullptr);
     if (p.rotation > 0) rotate<kDim>(x, p.rotation);
     const int64_t i = index * tiles_in(p.kv_side.length) + tile;
     store_codes<false>(x, p.k_groups, p.k_codes + i * kQkTileBytes<kDim>,
@@ -218,7 +220,7 @@ struct QuantizeKernel {
       inverse[c] = v_inverse(p, index)[Lane<kDim>::channel() + c];
     }
     Rows x;
-    load(x, p.v, p.kv_side, batch, head, tile, p.head_dim_v,
+    load(x, p.v, p.places, p.kv_side, batch, head, tile, p.head_dim_v,
          p.smooth_v ? p.v_mean + index * kDim : nullptr);
     SAGE_UNROLL
     for (int r = 0; r < kGroupRows; ++r) {

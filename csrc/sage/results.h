@@ -61,8 +61,10 @@ class ResultTile {
       mean[c] = p_.v_mean == nullptr ? 0.0f : p_.v_mean[channels + c];
     }
     for (int row = thread / kLanes; row < kTile; row += kGroupThreads / kLanes) {
-      const int64_t token = static_cast<int64_t>(tile_) * kTile + row;
+      int64_t token = static_cast<int64_t>(tile_) * kTile + row;
       if (token >= p_.q_side.length) break;
+      if (p_.places != nullptr) token = p_.places[token];
+      if (token < 0) continue;
       float x[4];
       SAGE_UNROLL
       for (int c = 0; c < 4; ++c) {

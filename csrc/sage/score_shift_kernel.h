@@ -53,7 +53,7 @@ struct ScoreShiftKernel {
     const int valid = valid_in_tile(p.kv_side, batch, tile), channel = Lane<kDim>::channel();
     const float* mean = k_mean(p, static_cast<int64_t>(batch) * p.kv_heads + kv_head) + channel;
     auto* keys = reinterpret_cast<float*>(shared_memory());
-    Lane<kDim>::visit(p.k, batch, kv_head, tile, valid, p.head_dim,
+    Lane<kDim>::visit(p.k, p.places, batch, kv_head, tile, valid, p.head_dim,
                       [&](int r, const float (&y)[kLaneChannels]) {
                         const int row = Lane<kDim>::row(r);
                         SAGE_UNROLL

@@ -104,15 +104,21 @@ struct Lane {
     return group() / 2 * 16 + group() % 2 * 4 + r % 4 + r / 4 * 8;
   }
 
-  // visit_rows of this thread's part of a tile of x.
+  // visit_rows of this thread's part of a tile of x; `places` as QuantizeParams has it.
   template <class Visit>
-  SAGE_DEVICE static void visit(const Tensor4& x, int batch, int head, int tile, int valid, int dim,
-                                Visit visit_row) {
-    const int64_t offset = batch * x.batch_stride + head * x.head_stride +
-                           static_cast<int64_t>(tile) * kTile * x.token_stride + channel();
-    visit_rows<kGroupRows>(
-        x.data, x.dtype, offset, x.token_stride, valid, dim - channel(),
-        [](int r) { return row(r); }, visit_row);
+  SAGE_DEVICE static void visit(const Tensor4& x, const int32_t* places, int batch, int head,
+                                int tile, int valid, int dim, Visit visit_row) {
+    const int64_t offset = batch * x.batch_stride + head * x.head_stride + channel();
+    int32_t tokens[kGroupRows];
+    SAGE_UNROLL
+    for (int r = 0; r < kGroupRows; ++r) tokens[r] = row(r) < valid ? tile * kTile + row(r) : -1;
+    if (places != nullptr) {
+      SAGE_UNROLL
+      for (int r = 0; r < kGroupRows; ++r) {
+        if (tokens[r] >= 0) tokens[r] = places[tokens[r]];
+      }
+    }
+    visit_rows(x.data, x.dtype, offset, x.token_stride, tokens, dim - channel(), visit_row);
   }
 };
 
@@ -157,7 +163,7 @@ struct StatisticsKernel {
     for (int tile = chunk * kChunkTiles; tile < (chunk + 1) * kChunkTiles; ++tile) {
       if (tile >= tiles_in(p.kv_side.length)) break;
       const int valid = valid_in_tile(p.kv_side, batch, tile);
-      Lane<kDim>::visit(x, batch, head, tile, valid, dim, [&](int r, const float (&y)[8]) {
+      Lane<kDim>::visit(x, p.places, batch, head, tile, valid, dim, [&](int r, const float (&y)[8]) {
         const bool counts = Lane<kDim>::row(r) < valid;  // the others are zeros
         SAGE_UNROLL
         for (int i = 0; i < kLaneChannels; ++i) {

@@ -157,6 +157,10 @@ class VideoLayout:
         """int64 [sequence_length]: the padded position of the i-th token in raster order."""
         return _permutations(self.key, canonical_device(device))[1]
 
+    def tile_places(self, device: torch.device | str = "cpu") -> Tensor:
+        """int32 [padded_length]: the raster position of each padded position, -1 for padding."""
+        return _tile_places(self.key, canonical_device(device))
+
     def to_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Raster order to padded tile order: [.., sequence_length, D] -> [.., padded_length, D].
 
@@ -359,3 +363,8 @@ def _permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]
     to_raster = torch.empty(layout.sequence_length, dtype=torch.int64)
     to_raster[_tile_order(key, cpu)] = _padded_slots(key, cpu)
     return _inverse(to_raster, layout.padded_length).to(device), to_raster.to(device)
+
+
+@static_cache(torch.int32, lambda key, device: [(VideoLayout(*key).padded_length,)])
+def _tile_places(key: LayoutKey, device: torch.device) -> Tensor:
+    return _permutations(key, torch.device("cpu"))[0].to(device, torch.int32)

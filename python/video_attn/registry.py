@@ -105,6 +105,8 @@ class Backend:
         forward: what runs a :class:`~video_attn.calls.ForwardCall`; returns (out, lse).
         backward: what runs a :class:`~video_attn.calls.BackwardCall`; returns (dq, dk, dv). None
             for a backend without a backward pass.
+        forward_in_order: ``forward`` for a mask whose tokens lie elsewhere in q, k, v and out, by a
+            table int32 [tokens of the mask], -1 for padding; returns out. None: they are moved.
         block_ops: its means of blocks and its top-k; None leaves them to the other backends.
         built: for a backend of several components, None when the one that serves the problem is
             here, else one sentence that says how to build it.
@@ -116,6 +118,7 @@ class Backend:
     supports: Callable[[Problem], str | None]
     forward: Callable[[ForwardCall], tuple[Tensor, Tensor]]
     backward: Callable[[BackwardCall], tuple[Tensor, Tensor, Tensor]] | None = None
+    forward_in_order: Callable[[ForwardCall, Tensor], Tensor] | None = None
     built: Callable[[Problem], str | None] | None = None
     block_ops: BlockOps | None = None
 

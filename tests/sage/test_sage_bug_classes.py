@@ -73,7 +73,7 @@ def test_every_argument_of_the_operator_changes_something(kernel):
         arguments: dict[str, Any] = codes._asdict() | {
             "kv_num_blocks": None, "kv_indices": None, "q_lens": None, "kv_lens": None,
             "q_block_size": 64, "kv_block_size": 64, "kv_len": 192, "scale": 0.1,
-            "is_causal": False, "half_sums": False,
+            "is_causal": False, "half_sums": False, "places": None,
         }  # fmt: skip
         assert arguments.keys() >= changes.keys()
         torch.ops.video_attn.sage_attention(*(arguments | changes).values(), out, lse)

@@ -202,7 +202,7 @@ def test_offsets_beyond_32_bits():
     )
     out, lse = spread(q), torch.empty(1, 1, 3)
     torch.ops.video_attn.sage_attention(
-        *codes, None, None, None, None, 0, 0, 4, 64**-0.5, False, False, out, lse
+        *codes, None, None, None, None, 0, 0, 4, 64**-0.5, False, False, None, out, lse
     )
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
@@ -327,7 +327,7 @@ def test_the_binding_refuses_what_does_not_fit():
     good: dict[str, Any] = codes._asdict() | {
         "kv_num_blocks": None, "kv_indices": None, "q_lens": None, "kv_lens": None,
         "q_block_size": 0, "kv_block_size": 0, "kv_len": 130, "scale": 1.0, "is_causal": False,
-        "half_sums": False, "out": out, "lse": lse,
+        "half_sums": False, "places": None, "out": out, "lse": lse,
     }  # fmt: skip
     attention = torch.ops.video_attn.sage_attention
     attention(*good.values())
@@ -358,11 +358,11 @@ def test_opcheck(name):
     q, k, v = qkv((70, 70))
     options = QuantizationOptions()
     codes = cuda_sage.allocate_codes(q, k, v, "sage_fp16", options)
-    arguments: tuple = (*codes, *(None,) * 4, 0, 0, 70, 0.1, False, False)
+    arguments: tuple = (*codes, *(None,) * 4, 0, 0, 70, 0.1, False, False, None)
     arguments += (torch.empty(1, 2, 70, 64), torch.empty(1, 2, 70))
     if name == "sage_quantize":
         workspace = torch.empty(64 * (8 + 2))
-        arguments = (q, k, v, None, None, 0, 0, 0.1, 512.0, False, *codes, workspace)
+        arguments = (q, k, v, None, None, None, 0, 0, 0.1, 512.0, False, *codes, workspace)
     else:
         codes = make_codes(q, k, v, None, scale=0.1, precision="sage_fp16", options=options)
         arguments = (*codes, *arguments[len(codes) :])

@@ -26,10 +26,11 @@ from sage_problems import (
 )
 from torch import Tensor
 
-from video_attn import BlockMask, attention, native
+from video_attn import BlockMask, VideoLayout, attention, native, sliding_tile
 from video_attn.backends import cuda_sage
 from video_attn.backends.cuda_sage import SageCodes
 from video_attn.device import device_info
+from video_attn.patterns.sliding_tile import sliding_tile_mask
 from video_attn.quantize import (
     QUANTIZED_PRECISIONS,
     QuantizationOptions,
@@ -203,6 +204,26 @@ def test_block_lists(precision, name):
     tensors = qkv(lengths, (2, 1), (128, 128), rest.get("batch", 1), torch.bfloat16)
     mask = random_mask(sizes, lengths, **rest)
     check(*tensors, mask, precision=precision, options=QuantizationOptions())
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize(("text", "first"), [(0, False), (300, False), (70, True)])
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_raster_order_is_read_and_written_in_place(precision, text, first, layout, gpu):
+    """Partial tiles, text, and not a bit that differs from tokens that were moved."""
+    video = VideoLayout((7, 18, 20), (6, 8, 8), text, first)
+    lengths = (video.sequence_length,) * 2
+    q, k, v = (x.to(gpu, torch.bfloat16) for x in qkv(lengths, (4, 2), (128, 64), 2))
+    mask = sliding_tile_mask(video, ((1, 3, 1),), text_length=text // 2 or None, device=gpu)
+    moved, _ = run(*(video.to_tiles(x) for x in (q, k, v)), mask, precision=precision)
+    expected = video.from_tiles(moved)
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out = sliding_tile(
+        q, k, v, video.grid, (1, 3, 1), text_length=text // 2 or None, text_first=first,
+        layout=layout, precision=precision, backend="cuda_sage",
+    )  # fmt: skip
+    assert torch.equal(out if layout == "bhsd" else out.transpose(1, 2), expected)
 
 
 @pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import native
 from ..block_mask import mask_arguments
-from ..calls import ForwardCall
+from ..calls import ForwardCall, empty_like_heads
 from ..quantize import TILE, QuantizationOptions, v_limit
 from ..registry import Backend, Problem, register
 
@@ -32,7 +32,8 @@ _library = torch.library.Library("video_attn", "FRAGMENT")
 _LENS = "Tensor? q_block_lens, Tensor? kv_block_lens, int q_block_size, int kv_block_size"
 # Results are arguments: they are allocated here, so that C++ only fills them.
 _library.define(
-    f"sage_quantize(Tensor q, Tensor k, Tensor v, {_LENS}, float scale, float v_limit, "
+    f"sage_quantize(Tensor q, Tensor k, Tensor v, Tensor? places, {_LENS}, "
+    "float scale, float v_limit, "
     "bool hadamard, Tensor(a!) q_codes, Tensor(b!) k_codes, Tensor(c!) v_codes, "
     "Tensor(d!) q_scale, Tensor(e!) k_scale, Tensor(f!) v_scale, Tensor(g!)? v_mean, "
     "Tensor(h!)? lse_shift, Tensor(i!)? score_shift, Tensor(j!) workspace) -> ()"
@@ -41,7 +42,7 @@ _library.define(
     "sage_attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor? v_mean, Tensor? lse_shift, Tensor? score_shift, "
     f"Tensor? kv_num_blocks, Tensor? kv_indices, {_LENS}, int kv_len, float scale, "
-    "bool is_causal, bool half_sums, Tensor(a!) out, Tensor(b!) lse) -> ()"
+    "bool is_causal, bool half_sums, Tensor? places, Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 for _name in ("sage_quantize", "sage_attention"):
     # They return nothing and change their last arguments: there is nothing to allocate.
@@ -63,10 +64,17 @@ class SageCodes(NamedTuple):
 
 
 def allocate_codes(
-    q: Tensor, k: Tensor, v: Tensor, precision: str, options: QuantizationOptions
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    precision: str,
+    options: QuantizationOptions,
+    places: Tensor | None = None,
 ) -> SageCodes:
-    """Room for the codes and scales of q, k, v."""
+    """Room for the codes and scales of q, k, v, whose tokens come in the order of ``places``."""
     (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, head_dim_v) = q.shape, v.shape
+    if places is not None:
+        q_len = kv_len = places.shape[0]
     dim = 64 if max(head_dim, head_dim_v) <= 64 else MAX_HEAD_DIM
     q_tiles, kv_tiles = -(-q_len // TILE), -(-kv_len // TILE)
     qk_dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
@@ -92,15 +100,20 @@ def allocate_codes(
     )
 
 
-def quantize(call: ForwardCall) -> SageCodes:
-    """Codes and scales of the call's q, k, v [B, H, S, D]; the mask gives the valid lengths."""
+def quantize(call: ForwardCall, places: Tensor | None = None) -> SageCodes:
+    """Codes and scales of the call's q, k, v [B, H, S, D]; the mask gives the valid lengths.
+
+    Args:
+        places: int32 [tokens of the mask], where its tokens lie in q, k and v, -1 for padding; None
+            where they are in its order.
+    """
     options = call.quantization or QuantizationOptions()
-    codes = allocate_codes(call.q, call.k, call.v, call.precision, options)
+    codes = allocate_codes(call.q, call.k, call.v, call.precision, options, places)
     workspace = torch.empty(_workspace_floats(codes), dtype=torch.float32, device=call.q.device)
     limit = v_limit(call.precision, options.pv_accumulation, torch.float8_e4m3fn)
     slots = mask_arguments(call.mask).slots
     torch.ops.video_attn.sage_quantize(
-        call.q, call.k, call.v, *slots, call.scale, limit, options.hadamard, *codes, workspace
+        call.q, call.k, call.v, places, *slots, call.scale, limit, options.hadamard, *codes, workspace
     )
     return codes
 
@@ -194,13 +207,23 @@ def _refuse_options(options: QuantizationOptions) -> str | None:
     return None
 
 
-def attend(call: ForwardCall, codes: SageCodes) -> tuple[Tensor, Tensor]:
-    """Attention over the codes of :func:`quantize`: (out [B, Hq, Sq, Dv], lse [B, Hq, Sq])."""
-    out, lse = call.empty_results()
+def attend(
+    call: ForwardCall, codes: SageCodes, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the codes of :func:`quantize`: (out [B, Hq, Sq, Dv], lse [B, Hq, Sq]).
+
+    With ``places``, out is in the order of q, and lse in that of the mask.
+    """
+    batch, heads, tokens, _ = call.q.shape
+    kv_len = call.k.shape[2]
+    if places is not None:
+        tokens = kv_len = places.shape[0]
+    out = empty_like_heads(call.q, call.v.shape[3])
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
     mask = mask_arguments(call.mask)
     half_sums = call.quantization is not None and call.quantization.pv_accumulation != "fp32"
     torch.ops.video_attn.sage_attention(
-        *codes, *mask.lists, *mask.slots, call.k.shape[2], call.scale, call.is_causal, half_sums,
+        *codes, *mask.lists, *mask.slots, kv_len, call.scale, call.is_causal, half_sums, places,
         out, lse,
     )  # fmt: skip
     return out, lse
@@ -208,6 +231,10 @@ def attend(call: ForwardCall, codes: SageCodes) -> tuple[Tensor, Tensor]:
 
 def _forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
     return attend(call, quantize(call))
+
+
+def _forward_in_order(call: ForwardCall, places: Tensor) -> Tensor:
+    return attend(call, quantize(call, places), places)[0]
 
 
 register(
@@ -218,5 +245,6 @@ register(
         supports=_supports,
         built=_built,
         forward=_forward,
+        forward_in_order=_forward_in_order,
     )
 )

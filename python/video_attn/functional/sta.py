@@ -14,7 +14,7 @@ from ..checks import as_int, check_bool, wants_gradient
 from ..layout import Triple, VideoLayout
 from ..patterns.sliding_tile import Windows, check_windows, sliding_tile_mask
 from ..patterns.valid_text import TextLength, check_text_length
-from .video import TOKEN_DIM, video_layout
+from .video import TOKEN_DIM, attend_in_tile_order, video_layout
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +39,9 @@ def sliding_tile(
 
     Every query tile sees ``window`` tiles per axis around it (shifted at the borders) and the valid
     text; text queries see everything. Differentiable. This moves q, k, v to tile order and the
-    output back: four gathers. A model that keeps its tokens in tile order saves them::
+    output back: four gathers, but for quantized kernels that read and write raster order
+    (backend ``cuda_sage``, without derivatives). A model that keeps its tokens in tile order saves
+    them::
 
         video = VideoLayout(grid, tile, text_length=256)
         mask = sliding_tile_mask(video, window, device=x.device)
@@ -70,10 +72,8 @@ def sliding_tile(
     """
     check_options("sliding_tile", options)
     video = video_layout(q, k, v, grid, tile, text_first, layout)
-    dim = TOKEN_DIM[layout]
-    mask = _mask((q, k, v), dim, video, window, text_length, "window")
-    q, k, v = (video.to_tiles(x, dim) for x in (q, k, v))
-    return video.from_tiles(attention(q, k, v, mask, layout=layout, **options), dim)
+    mask = _mask((q, k, v), TOKEN_DIM[layout], video, window, text_length, "window")
+    return attend_in_tile_order(q, k, v, mask, video, layout, options)
 
 
 def sliding_tile_attention(
