@@ -19,7 +19,8 @@ NEAR, RANDOM = "neighbouring", "random"  # which key blocks a list of VSA names
 @dataclass(frozen=True)
 class Case:
     """One problem: q, k, v [B, H, S, D] that want gradients, a mask (None: dense), and what
-    describes them. is_causal: without a mask, every query sees the keys up to its own.
+    describes them. is_causal: without a mask, every query sees the keys up to its own. raster: the
+    tokens are in raster order, and the mask is over the tile order of this layout.
     """
 
     tensors: tuple[Tensor, Tensor, Tensor]
@@ -27,6 +28,7 @@ class Case:
     mask: BlockMask | None
     problem: dict[str, Any]
     is_causal: bool = False
+    raster: VideoLayout | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,18 +63,20 @@ class Case:
 
 def make_dense_case(
     tokens: int, heads: int, head_dim: int, dtype: str, device: torch.device | str,
-    head_dim_v: int | None = None, is_causal: bool = False,
+    head_dim_v: int | None = None, is_causal: bool = False, batch: int = 1,
 ) -> Case:  # fmt: skip
     """Normally distributed inputs for dense attention; head_dim_v: default head_dim."""
     generator = torch.Generator(device).manual_seed(0)
     dims = (head_dim, head_dim, *[head_dim_v or head_dim] * 2)
     q, k, v, grad = (
-        torch.randn(1, heads, tokens, dim, generator=generator, device=device).to(DTYPES[dtype])
+        torch.randn(batch, heads, tokens, dim, generator=generator, device=device).to(DTYPES[dtype])
         for dim in dims
     )
     described = {"dtype": dtype, "heads": heads, "tokens": tokens, "head_dim": head_dim}
     if head_dim_v is not None:
         described["head_dim_v"] = head_dim_v
+    if batch > 1:
+        described["batch"] = batch
     if is_causal:
         described["is_causal"] = True
     tensors = tuple(x.requires_grad_() for x in (q, k, v))

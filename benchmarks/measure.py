@@ -136,7 +136,10 @@ class _Expected:
             mask = replace(mask, kv_num_blocks=counts, kv_indices=indices, _transpose=None)
         with_gradients = self._with_backward
         exact = [x[:, heads].float().requires_grad_(with_gradients) for x in case.quiet]
-        out = attention(*exact, mask, is_causal=case.is_causal, backend="reference")
+        qkv = exact if case.raster is None else [case.raster.to_tiles(x) for x in exact]
+        out = attention(*qkv, mask, is_causal=case.is_causal, backend="reference")
+        if case.raster is not None:
+            out = case.raster.from_tiles(out)
         if not with_gradients:
             return [out]
         return [out.detach(), *torch.autograd.grad(out, exact, case.grad[:, heads].float())]

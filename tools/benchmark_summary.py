@@ -64,7 +64,8 @@ PANELS: tuple[tuple[str, str, dict[str, Any]], ...] = (
      {"blocks": "neighbouring", "kept_blocks": 76, "pass": "backward"}),
     ("INT8 and FP8, dense, 32,768 tokens", "quantized",
      {"tokens": 32768, "pass": "forward", "window": None}),
-    ("INT8 and FP8, STA 30×48×80", "quantized", {"window": "3x3x3", "pass": "forward"}),
+    ("INT8 and FP8, STA 30×48×80", "quantized",
+     {"window": "3x3x3", "pass": "forward", "order": None}),
 )  # fmt: skip
 
 
