@@ -185,9 +185,9 @@ T* data_of(const OptionalTensor& x) {
 template <class Context>
 void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor places, OptionalTensor q_lens,
               OptionalTensor kv_lens, int64_t q_block_size, int64_t kv_block_size, double scale,
-              double v_limit, bool hadamard, Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale,
-              Tensor k_scale, Tensor v_scale, OptionalTensor v_mean, OptionalTensor lse_shift,
-              OptionalTensor score_shift, Tensor workspace) {
+              double v_limit, bool hadamard, Tensor q_codes, Tensor k_codes, Tensor v_codes,
+              Tensor q_scale, Tensor k_scale, Tensor v_scale, OptionalTensor v_mean,
+              OptionalTensor lse_shift, OptionalTensor score_shift, Tensor workspace) {
   QuantizeParams p{};
   p.q = tensor4("q", q, q);
   p.k = tensor4("k", k, q);
@@ -197,8 +197,8 @@ void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor places, OptionalTenso
   const Places q_places = places_of(places, q.size(2), q);
   p.places = q_places.data;
   p.q_side = make_side("q", q_places.length, q_block_size, q_lens, batch, q);
-  p.kv_side = make_side("kv", places_of(places, k.size(2), q).length, kv_block_size, kv_lens, batch,
-                        q);
+  p.kv_side =
+      make_side("kv", places_of(places, k.size(2), q).length, kv_block_size, kv_lens, batch, q);
   p.batch = small("batch", batch);
   p.heads = small("heads", q.size(1));
   p.kv_heads = small("kv heads", k.size(1));

@@ -113,8 +113,9 @@ def quantize(call: ForwardCall, places: Tensor | None = None) -> SageCodes:
     limit = v_limit(call.precision, options.pv_accumulation, torch.float8_e4m3fn)
     slots = mask_arguments(call.mask).slots
     torch.ops.video_attn.sage_quantize(
-        call.q, call.k, call.v, places, *slots, call.scale, limit, options.hadamard, *codes, workspace
-    )
+        call.q, call.k, call.v, places, *slots, call.scale, limit, options.hadamard, *codes,
+        workspace,
+    )  # fmt: skip
     return codes
 
 
