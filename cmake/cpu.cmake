@@ -22,8 +22,10 @@ endfunction()
 
 file(GLOB common_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp")
 file(GLOB kernel_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/cpu/kernels/*.cpp")
-add_cpu_objects(cpu_common ${common_sources})
-set(objects $<TARGET_OBJECTS:cpu_common>)
+# Compiled in this order: what takes longest comes first, so that no processor waits for it alone.
+list(REVERSE capabilities)
+list(SORT kernel_sources ORDER DESCENDING)
+set(objects "")
 if(kernel_sources)
   foreach(capability IN LISTS capabilities)
     add_cpu_objects(cpu_${capability} ${kernel_sources})
@@ -32,9 +34,12 @@ if(kernel_sources)
       ${flags_${capability}} -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi)
     target_compile_definitions(cpu_${capability} PRIVATE
       CPU_CAPABILITY=${capability} CPU_CAPABILITY_${capability})
-    list(APPEND objects $<TARGET_OBJECTS:cpu_${capability}>)
+    list(PREPEND objects $<TARGET_OBJECTS:cpu_${capability}>)
   endforeach()
 endif()
+list(REVERSE capabilities)
+add_cpu_objects(cpu_common ${common_sources})
+list(PREPEND objects $<TARGET_OBJECTS:cpu_common>)
 
 # The order of the objects matters: of an inline function that several of them emit the linker keeps
 # the first, and code for AVX512 must never serve an object of a lesser capability.

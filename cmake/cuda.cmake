@@ -18,6 +18,8 @@ else()
 endif()
 file(GLOB sources CONFIGURE_DEPENDS
   "${PROJECT_SOURCE_DIR}/csrc/bindings/${VIDEO_ATTN_COMPONENT}*.cpp" ${kernel_pattern})
+# Compiled in this order: kernels first, and of sage its quantizers, which take longest.
+list(SORT sources ORDER DESCENDING)
 
 # Code for 90a runs on compute capability 9.0 only, so PTX beside it would serve no other chip.
 set(archs "")
