@@ -29,37 +29,11 @@ def dense_from_lists(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     return keep.scatter_(-1, target, True)[..., :columns]
 
 
-def draw_blocks(keep: Tensor, rows: int = 24, columns: int = 64) -> str:
-    """A block matrix [Nq, Nk] as lines of text, of at most ``rows`` x ``columns`` characters.
-
-    A character stands for one block or, of larger matrices, for several: " " for none of them,
-    "\u2591", "\u2592", "\u2593" for a share, "\u2588" for all.
-    """
-    size = min(keep.shape[0], rows), min(keep.shape[1], columns)
-    share = torch.nn.functional.adaptive_avg_pool2d(keep.double()[None], size)[0]
-    shade = (share * 3).ceil().long() + (share == 1)
-    return "\n".join("".join(" \u2591\u2592\u2593\u2588"[i] for i in row) for row in shade.tolist())
-
-
 def versions_of(*tensors: Tensor | None) -> tuple[int, ...] | None:
     """What a write in place changes; None for tensors of inference mode, which do not count."""
     if any(x is None or x.is_inference() for x in tensors):
         return None
     return tuple(x._version for x in tensors if x is not None)
-
-
-def check_list_tensor(name: str, value: object, dims: int, like: object) -> None:
-    """Raises TypeError or ValueError unless ``value`` is an int32 tensor of so many dimensions, on
-    the device of ``like`` (of any, where that is no tensor).
-    """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if value.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {value.dtype}")
-    if value.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
-    if isinstance(like, Tensor) and value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, but kv_num_blocks is on {like.device}")
 
 
 def covered_lens(lens: Tensor | None, size: int, length: int, device: torch.device) -> Tensor:

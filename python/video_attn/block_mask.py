@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from .block_lists import (
-    check_list_tensor,
     covered_lens,
     dense_from_lists,
-    draw_blocks,
     lists_from_dense,
     pairs_of_lists,
     split_lens,
     valid_tokens,
     versions_of,
 )
-from .checks import as_int, broadcasts, check_int
+from .checks import as_int, check_int
 from .mask_arguments import MaskArguments
+from .mask_checks import check_list_tensor, check_mask
+from .mask_text import describe, draw
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -71,46 +71,11 @@ class BlockMask:
     def __post_init__(self) -> None:
         for name in ("q_block_size", "kv_block_size", "q_len", "kv_len"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), 1))
-        check_list_tensor("kv_num_blocks", self.kv_num_blocks, 3, self.kv_num_blocks)
-        check_list_tensor("kv_indices", self.kv_indices, 4, self.kv_num_blocks)
-        if self.kv_num_blocks.shape[2] != self.num_q_blocks:
-            raise ValueError(
-                f"kv_num_blocks has {self.kv_num_blocks.shape[2]} query blocks, but q_len "
-                f"{self.q_len} in blocks of {self.q_block_size} makes {self.num_q_blocks}"
-            )
-        # One by one: of a constant tensor torch.compile knows sizes, but no shape.
-        if any(self.kv_indices.shape[i] != self.kv_num_blocks.shape[i] for i in range(3)):
-            raise ValueError(
-                f"kv_indices must be [B|1, H|1, Nq, Kmax] with the leading shape of kv_num_blocks "
-                f"{tuple(self.kv_num_blocks.shape)}, got {tuple(self.kv_indices.shape)}"
-            )
-        for name, blocks in (
-            ("q_block_lens", self.num_q_blocks),
-            ("kv_block_lens", self.num_kv_blocks),
-        ):
-            lens = getattr(self, name)
-            if lens is None:
-                continue
-            check_list_tensor(name, lens, 2, self.kv_num_blocks)
-            if lens.shape[1] != blocks:
-                raise ValueError(f"{name} must be [B|1, {blocks}], got {tuple(lens.shape)}")
-        self._check_batches()
+        check_mask(self)
         versions = None
         if self._transpose is not None and not torch.compiler.is_compiling():
             versions = versions_of(self.kv_num_blocks, self.kv_indices)
         object.__setattr__(self, "_transposed_versions", versions)
-
-    def _check_batches(self) -> None:
-        batch = self.kv_num_blocks.shape[0]
-        for name in ("q_block_lens", "kv_block_lens"):
-            lens = getattr(self, name)
-            if lens is None or lens.shape[0] == 1:
-                continue
-            if not broadcasts(batch, lens.shape[0]):
-                raise ValueError(
-                    f"{name} has batch {lens.shape[0]}, but the rest of the mask has {batch}"
-                )
-            batch = lens.shape[0]
 
     @classmethod
     def from_dense(
@@ -451,29 +416,11 @@ class BlockMask:
         return pairs_of_lists(self.kv_num_blocks, self.kv_indices, q_lens, kv_lens, batch)
 
     def __repr__(self) -> str:
-        batch, heads, nq, kmax = self.kv_indices.shape
-        lens = [
-            name for name in ("q_block_lens", "kv_block_lens") if getattr(self, name) is not None
-        ]
-        text = (
-            f"BlockMask({self.q_len} x {self.kv_len} tokens, blocks {self.q_block_size} x "
-            f"{self.kv_block_size}, {nq} x {self.num_kv_blocks} blocks, batch {batch}, "
-            f"heads {heads}, up to {kmax} per row, {self.device}"
-        )
-        if lens:
-            text += ", " + " and ".join(lens)
-        if self.device.type == "cpu":  # on a GPU a density would stop the stream
-            text += f", density {self.density():.4f}"
-        return text + ")"
+        return describe(self)
 
     def __str__(self) -> str:
         """:meth:`__repr__`, and a picture of the blocks. It reads the mask on the host."""
-        if type(self.kv_indices) is not Tensor or self.device.type == "meta":
-            return repr(self)  # there are no values
-        keep = self.to("cpu").to_dense()
-        batch, heads = keep.shape[:2]
-        title = "" if batch * heads == 1 else f"\nbatch 0 of {batch}, head 0 of {heads}:"
-        return f"{self!r}{title}\n{draw_blocks(keep[0, 0])}"
+        return describe(self) + draw(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_transpose": self._given_transpose()}
