@@ -33,17 +33,26 @@ def sized_jit(function: Callable[..., Any]) -> Any:
 
 
 @triton.jit
+def program_part(n_parts, H):
+    """The part, batch and head (64-bit) of this program; the parts of a head run together.
+
+    Divisions are of 32-bit numbers: those of 64 bits take a hundred instructions each.
+    """
+    pid = tl.program_id(0)
+    i_h = (pid // n_parts % H).to(tl.int64)
+    i_b = (pid // n_parts // H).to(tl.int64)
+    return pid % n_parts, i_b, i_h
+
+
+@triton.jit
 def program_tile(n_tiles, H):
     """The tile, batch and head (64-bit) of this program.
 
     The tiles of a head run together, so that they find its rows of the other side in the L2 cache;
     last tiles first, because those that see the most (causal, text) stand at the end.
     """
-    pid = tl.program_id(0)
-    i_tile = n_tiles - 1 - pid % n_tiles
-    i_h = (pid // n_tiles % H).to(tl.int64)
-    i_b = (pid // n_tiles // H).to(tl.int64)
-    return i_tile, i_b, i_h
+    i_part, i_b, i_h = program_part(n_tiles, H)
+    return n_tiles - 1 - i_part, i_b, i_h
 
 
 @triton.jit
