@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import tiny_pipelines
+import tiny_wan
 from diffusers import ContextParallelConfig
 from tiny_models import MODELS, output, random
 from tiny_wan import tiny_transformer
@@ -15,6 +17,7 @@ from video_attn import Radial, SlidingTile, VideoSparse
 from video_attn.functional.head_groups import HeadGroup, HeadGroups
 from video_attn.integrations import Schedule, apply
 
+MASKS = {"encoder_attention_mask", "audio_encoder_attention_mask"}
 DEGREES: dict[str, dict[str, Any]] = {
     "ulysses": {"ulysses_degree": 4},  # of two heads: two ranks have none
     "ring": {"ring_degree": 4},
@@ -57,6 +60,43 @@ def wan(group: Any, degrees: str, pattern: str) -> None:
         parallel(model, degrees)
         torch.testing.assert_close(output(model, inputs), alone, rtol=1e-4, atol=1e-5)
         assert (handle.sparse_calls, handle.dense_calls) == (4, 0), handle
+    dist.barrier()
+
+
+def wan_pipeline(group: Any, pattern: str) -> None:
+    """A whole run of two ranks, guidance and scheduler included."""
+    pipe = tiny_wan.tiny_wan()
+    with apply(pipe, PATTERNS[pattern]) as handle:
+        alone = tiny_wan.latents(pipe)
+        parallel(pipe.transformer, "two times two")
+        torch.testing.assert_close(tiny_wan.latents(pipe), alone, rtol=1e-3, atol=1e-4)
+        calls = tiny_wan.STEPS * tiny_wan.CALLS
+        assert tiny_wan.counts(handle) == (2 * calls, 0), handle
+    dist.barrier()
+
+
+def ltx2_pipeline(group: Any) -> None:
+    """The same, without the masks of texts that fill their length: diffusers' own attention to text
+    does not cut them by heads.
+    """
+
+    def without_masks(model: Any, args: Any, inputs: dict[str, Any]) -> Any:
+        return args, inputs | dict.fromkeys(inputs.keys() & MASKS)
+
+    pipe, options = tiny_pipelines.PIPELINES["ltx2"][0]()
+    for name in ("prompt", "negative_prompt"):  # diffusers cuts the text too, evenly
+        options[f"{name}_embeds"] = random(2, 8, 16)
+        options[f"{name}_attention_mask"] = torch.ones(2, 8)
+    transformer = pipe.transformer
+    transformer.register_forward_pre_hook(without_masks, with_kwargs=True)
+    plan = transformer._cp_plan | {"cross_attn_rope": transformer._cp_plan["rope"]}
+    with apply(pipe, PATTERNS["sliding"]) as handle:
+        alone = tiny_pipelines.latents(pipe, options, 2)
+        once = handle.sparse_calls
+        parallel(transformer, "two times two", plan)
+        got = tiny_pipelines.latents(pipe, options, 2)
+        torch.testing.assert_close(got, alone, rtol=1e-3, atol=1e-4)
+        assert once > 0 and handle.sparse_calls == 2 * once, handle
     dist.barrier()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_cases import close
+from rank_cases import close, group_of
 
 from video_attn import BlockMask, attention, use_backend
 from video_attn.distributed import Shards, sequence_parallel_attention
@@ -49,14 +49,15 @@ def heads(group: Any) -> None:
 
 def repeats(group: Any) -> None:
     """The same bits in every call, and what a call leaves does not change the next."""
-    for kind in ("ulysses", "ring"):
+    for kind in ("ulysses", "ring", "usp"):
         _, own, mask, _ = parts(group, dtype=torch.bfloat16)
         results = []
         for _ in range(2):
             inputs = [x.clone().requires_grad_() for x in own]
             out, lse = sequence_parallel_attention(
-                *inputs, mask, group=group, kind=kind, return_lse=True, deterministic=True
-            )
+                *inputs, mask, group=group_of(group, kind), kind=kind, return_lse=True,
+                deterministic=True,
+            )  # fmt: skip
             grads = torch.autograd.grad(out.sum() + lse.clamp(min=-9).sum(), inputs)
             results.append([out, lse, *grads])
         for first, second in zip(*results, strict=True):

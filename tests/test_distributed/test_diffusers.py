@@ -22,5 +22,11 @@ def test_ltx2(ranks: RankPool, pattern: str) -> None:
     ranks.run(RANKS, "diffusers_cases:ltx2", pattern)
 
 
+def test_pipelines(ranks: RankPool) -> None:
+    """Two groups of two ranks."""
+    ranks.run(RANKS, "diffusers_cases:wan_pipeline", "sliding")
+    ranks.run(RANKS, "diffusers_cases:ltx2_pipeline")
+
+
 def test_dense_layers(ranks: RankPool) -> None:
     ranks.run(RANKS, "diffusers_cases:dense_layers")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rank_pool import PAIR, RANKS, RankPool
 
-from video_attn import Dense, Radial, SlidingTile, VideoSparse, VideoTokens
+from video_attn import Dense, Radial, Scenes, SlidingTile, VideoSparse, VideoTokens
 
 TILE = (2, 3, 4)
 PLAIN = VideoTokens((4, 3, 8))
@@ -28,6 +28,10 @@ CASES: dict[str, tuple[Any, VideoTokens, str, dict[str, Any]]] = {
     "radial": (Radial(block_size=16), PLAIN, "even", {"heads": 5, "kv_heads": 5}),
     "radial-text-first": (Radial(block_size=20), TEXT_FIRST, "text everywhere", {"heads": 2,
                                                                               "kv_heads": 1}),
+    "scenes": (
+        Radial(block_size=16, scenes=Scenes((0, 2, 4), ((True, False), (True, True)), unit="latent")), TEXT_FIRST, "random",
+        {"heads": 2, "kv_heads": 2},
+    ),
     "dense": (Dense(), PLAIN, "random", {}),
     "dense-valid": (Dense(), PER_ITEM, "even", {"batch": 2}),
     "selected": (VideoSparse(top_k=2, tile=TILE, gate=0), PLAIN, "even", {}),
