@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import tiny_pipelines
 import tiny_wan
+import torch
+import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from tiny_models import MODELS, output, random
 from tiny_wan import tiny_transformer

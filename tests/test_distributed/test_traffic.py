@@ -31,6 +31,10 @@ CASES: dict[str, tuple[Any, int, Shards, dict[str, Any]]] = {
         SlidingTile((3, 1, 1), (1, 4, 4)), 1, Shards.even(128, RANKS).with_text(9),
         {"tokens": TEXT},
     ),
+    "few-holes": (
+        SlidingTile((1, 1, 3), (2, 3, 4)), 2, Shards.even(173, RANKS),
+        {"tokens": VideoTokens((4, 6, 7), text_length=5), "tile_order": True},
+    ),
     "radial": (Radial(block_size=10), 1, Shards.even(137, RANKS), {"tokens": TEXT}),
     "dense": (None, 2, Shards.of_lengths((10, 70, 0, 48)), {}),
 }  # fmt: skip

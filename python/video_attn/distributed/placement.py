@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..layout import LayoutKey, VideoLayout
 from .shards import Shards
+
+# Slots per token up to which padding travels, so that tokens arrive where they are attended to: to
+# put them there afterwards is a pass over all of them.
+MOST_PADDING = 1.25
 
 # How tokens are ordered: as the mask has them (None), or a video whose mask is over padded tiles,
 # with its tokens in raster order (False) or in packed tile order (True).
@@ -63,13 +68,66 @@ class Placement:
         """Some slot is nobody's."""
         return self.length > sum(self.source_lengths)
 
-    def is_in_order(self) -> bool:
-        """What all ranks send, one after another, lies as the slots do."""
+    def spans(self, copies: bool) -> tuple[tuple[int, int], ...] | None:
+        """For each rank a run of slots (first, past the last) with all tokens that it sends and
+        with no others; together they are all slots. None where there are none, where much of them
+        would be padding, or where copies are sent too (``copies``).
+        """
+        if copies and self.has_copies:
+            return None
         kept = self._on_device  # type: ignore[attr-defined]
-        if "in order" not in kept:
-            slots = torch.cat([self.source_slots(r) for r in range(len(self.slots))])
-            kept["in order"] = torch.equal(slots, torch.arange(self.length))
-        return kept["in order"]
+        if "spans" not in kept:
+            kept["spans"] = self._find_spans()
+        return kept["spans"]
+
+    def _find_spans(self) -> tuple[tuple[int, int], ...] | None:
+        if self.length > MOST_PADDING * sum(self.source_lengths):
+            return None
+        ends = [
+            (int(own.min()), int(own.max()), rank)
+            for rank in range(len(self.slots))
+            if (own := self.source_slots(rank)).numel()
+        ]
+        ends.sort()
+        if any(a[1] > b[0] for a, b in pairwise(ends)):
+            return None
+        starts = [0, *(first for first, _, _ in ends[1:]), self.length]
+        spans = [(0, 0)] * len(self.slots)
+        for (start, stop), (_, _, rank) in zip(pairwise(starts), ends, strict=True):
+            spans[rank] = start, stop
+        return tuple(spans)
+
+    def message_lengths(self, copies: bool) -> list[int]:
+        """Rows that each rank sends, or gets, for each head."""
+        spans = self.spans(copies)
+        if spans is not None:
+            return [stop - start for start, stop in spans]
+        return self.lengths if copies else self.source_lengths
+
+    def span_tokens(self, rank: int) -> Tensor:
+        """int64: which of its tokens a rank sends for each slot of its span; any for padding."""
+        spans = self.spans(False)
+        assert spans is not None
+        start, stop = spans[rank]
+        tokens = torch.full((stop - start,), -1)
+        tokens[self.source_slots(rank) - start] = self.sources(rank)
+        return torch.where(tokens < 0, self.sources(rank)[:1], tokens)
+
+    def span_places(self, rank: int) -> Tensor:
+        """int64: for each token of a rank its place in the span."""
+        spans = self.spans(False)
+        assert spans is not None
+        return self.slots[rank] - spans[rank][0]
+
+    def holes(self, device: torch.device) -> Tensor:
+        """int64: the slots that are nobody's."""
+        kept = self._on_device  # type: ignore[attr-defined]
+        if ("holes", device) not in kept:
+            free = torch.ones(self.length, dtype=torch.bool)
+            for own in self.slots:
+                free[own] = False
+            kept["holes", device] = free.nonzero().flatten().to(device)
+        return kept["holes", device]
 
     def arrivals(self, device: torch.device) -> Tensor:
         """int64 [length]: for every slot its row in what all ranks send, one after another; for a
@@ -93,7 +151,7 @@ class Placement:
         return kept["all", name, device]
 
     def on_device(self, rank: int, name: str, device: torch.device) -> Tensor | slice:
-        """``slots``, ``sources`` or ``source_slots`` of a rank, as a slice where they are one."""
+        """``slots``, or what a method of this name gives; as a slice where they are one."""
         key = (name, rank, device)
         kept = self._on_device  # type: ignore[attr-defined]
         if key not in kept:

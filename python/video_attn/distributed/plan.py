@@ -166,7 +166,8 @@ def _sent_by(
     (q_in, q_between), (kv_in, kv_between) = (rows_of(p, width, row) for p in places)
     shares = share_heads(shape.q_heads, shape.kv_heads, width)
     if width > 1 or len(places[0].slots) == 1:
-        _add_ulysses(forward, backward, (q_in, kv_in), member, shape)
+        inside = places if width == len(places[0].slots) else (q_in, kv_in)
+        _add_ulysses(forward, backward, inside, member, shape)
     if width < len(places[0].slots):
         share = shares[member]
         heads = _heads_of(share, shape)
@@ -205,9 +206,10 @@ def _add_ulysses(
             continue
         q, kv, out = rows(peer)
         arrives = "ulysses: q, k, v"
-        forward[arrives] += q_place.source_lengths[me] * q + kv_place.source_lengths[me] * kv
-        forward["ulysses: out"] += q_place.lengths[peer] * out_mine
-        backward["ulysses: out, gradient"] += q_place.lengths[me] * out
+        forward[arrives] += q_place.message_lengths(False)[me] * q
+        forward[arrives] += kv_place.message_lengths(False)[me] * kv
+        forward["ulysses: out"] += q_place.message_lengths(True)[peer] * out_mine
+        backward["ulysses: out, gradient"] += q_place.message_lengths(True)[me] * out
         backward[f"{arrives}, gradient"] += (
             q_place.source_lengths[peer] * q_mine + kv_place.source_lengths[peer] * kv_mine
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .placement import Placement
 from .team import Pending, Team, Traffic, current_traffic, start_messages
-from .words import gather, scatter
+from .words import as_words, gather, scatter
 
 Heads = tuple[int, int]  # first, past the last
 MAX_CHUNKS = 4
@@ -170,8 +170,10 @@ class Swap:
         pairs = [pair for heads in self.heads for pair in pairwise(heads)]
         return not self.placement.has_copies and all(a[1] <= b[0] for a, b in pairs)
 
-    def _lengths(self) -> list[int]:
-        return self.placement.lengths if self.copies else self.placement.source_lengths
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...] | None:
+        """Slots of each rank's message, where what arrives lies as the slots do."""
+        return self.placement.spans(self.copies)
 
     def _sources(self, device: torch.device) -> Tensor | slice:
         """The tokens of this rank that take part."""
@@ -238,15 +240,21 @@ class Swap:
 
     def start_to_heads(self, xs: Sequence[Tensor]) -> Travelling:
         """Sends the parts [B, H, held, D] of this rank; all have one dtype."""
-        me, lengths, size = self.team.rank, self._lengths(), self.team.size
+        me, spans, size = self.team.rank, self.spans, self.team.size
+        lengths = self.placement.message_lengths(self.copies)
         flat, sends = self._messages(xs, [lengths[me]] * size, mine=False)
         sources = self._sources(xs[0].device)
+        if spans is not None:
+            sources = self.placement.on_device(me, "span_tokens", xs[0].device)
         for i, run, target in self._blocks(flat, xs, lengths[me]):
             gather(target, run.of(xs[i]), sources, 0)
         # One row more, of zeros, is what goes to the slots that are nobody's.
-        arrived, parts = self._messages(xs, lengths, mine=True, more=1)
+        more = int(spans is None)
+        arrived, parts = self._messages(xs, lengths, mine=True, more=more)
+        arrived = arrived.view(sum(lengths) + more, *parts[me].shape[1:])
+        if spans is not None:
+            parts = [arrived[start:stop] for start, stop in spans]
         pending = start_messages(sends, parts, self.team, self.label, self.traffic)
-        arrived = arrived.view(sum(lengths) + 1, *parts[me].shape[1:])
         return Travelling([x.shape[3] for x in xs], pending, sends, parts, arrived)
 
     def finish_to_heads(self, travelling: Travelling) -> list[Tensor]:
@@ -254,12 +262,13 @@ class Swap:
         me, placement = self.team.rank, self.placement
         travelling.wait(me)
         whole, device = travelling.arrived, travelling.arrived.device
-        if self.copies and placement.has_copies:
+        if self.spans is not None:
+            if placement.has_holes:
+                as_words(whole)[0].index_fill_(0, placement.holes(device), 0)
+        elif self.copies and placement.has_copies:
             whole = whole.new_zeros(placement.length, *whole.shape[1:])
             for p, part in enumerate(travelling.parts):
                 whole[placement.on_device(p, "slots", device)] += part
-        elif placement.is_in_order():
-            whole = whole[:-1]
         else:
             if placement.has_holes:
                 whole[-1].zero_()
@@ -271,25 +280,45 @@ class Swap:
 
     # -- heads -> tokens ---------------------------------------------------------------------------
 
+    def _as_they_lie(self) -> bool:
+        """Outputs leave from where attention wrote them, padding among them. The gradients of q, k
+        and v are written side by side first, and without it.
+        """
+        return self.copies and self.spans is not None
+
+    def _lengths_home(self) -> list[int]:
+        if self._as_they_lie():
+            return self.placement.message_lengths(True)
+        return self.placement.lengths if self.copies else self.placement.source_lengths
+
     def start_to_tokens(self, ys: Sequence[Tensor]) -> Travelling:
         """Sends [B, heads of this rank, slots, D] of each tensor back to who holds the tokens."""
-        me, lengths, device = self.team.rank, self._lengths(), ys[0].device
-        flat, sends = self._messages(ys, lengths, mine=True)
-        rows = flat.view(sum(lengths), *sends[me].shape[1:])
-        slots = self.placement.all_slots("slots" if self.copies else "source_slots", device)
-        channels = [y.shape[3] for y in ys]
-        for target, y in zip(_columns(rows, self._counts(me), channels), ys, strict=True):
-            gather(target, y.permute(2, 0, 1, 3), slots, 0)
+        me, device, channels = self.team.rank, ys[0].device, [y.shape[3] for y in ys]
+        lengths = self._lengths_home()
+        if self._as_they_lie():
+            assert self.spans is not None
+            rows = ys[0].permute(2, 0, 1, 3).flatten(2).contiguous()
+            sends = [rows[start:stop] for start, stop in self.spans]
+        else:
+            flat, sends = self._messages(ys, lengths, mine=True)
+            rows = flat.view(sum(lengths), *sends[me].shape[1:])
+            slots = self.placement.all_slots("slots" if self.copies else "source_slots", device)
+            for target, y in zip(_columns(rows, self._counts(me), channels), ys, strict=True):
+                gather(target, y.permute(2, 0, 1, 3), slots, 0)
         arrived, parts = self._messages(ys, [lengths[me]] * self.team.size, mine=False)
         pending = start_messages(sends, parts, self.team, self.label, self.traffic)
         return Travelling(channels, pending, sends, parts, arrived)
 
     def finish_to_tokens(self, travelling: Travelling, into: Sequence[Tensor], adds: bool) -> None:
         """Writes what arrived into tensors [B, H, held, D]; ``adds`` where heads come twice."""
-        me = self.team.rank
+        me, device = self.team.rank, into[0].device
         travelling.wait(me)
-        sources = self._sources(into[0].device)
-        for i, run, rows in self._blocks(travelling.arrived, into, self._lengths()[me]):
+        sources = self._sources(device)
+        for i, run, rows in self._blocks(travelling.arrived, into, self._lengths_home()[me]):
+            if self._as_they_lie():
+                places = self.placement.on_device(me, "span_places", device)
+                gather(run.of(into[i]), rows, places, 0)
+                continue
             if not adds:
                 scatter(run.of(into[i]), rows, sources, 0)
                 continue
