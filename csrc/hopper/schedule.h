@@ -1,7 +1,9 @@
 // The schedule of a forward launch, made on the device: how many halves of keys each row of the
 // lists has, and in which order the query tiles run. Heads run one after another, so that the keys
 // and values of few heads are in L2 at a time; within a head the heaviest tiles run first, and
-// blocks of threads take the next tile as they get free.
+// blocks of threads take the next tile as they get free. Tiles that one block would still run when
+// the others are done with the whole head (text, which sees everything) lead: those of all heads
+// run first, or the last head would begin its own when little else is left.
 #pragma once
 
 #include "hopper/config.h"
@@ -18,9 +20,11 @@ struct Schedule {
   int32_t* ticket;     // the next tile to run; null: block b runs the tiles b, b + blocks, ...
   HalfCounts* halves;  // [batches, heads, rows]; null: every row sees all keys
   int32_t* order;      // [batches, heads, tiles]; null: as they stand
+  int32_t* leading;    // [batches, heads]: how many at the beginning of each order lead
   int32_t* common;     // [batches, heads, tiles]: full blocks in both lists of a fine tile
   int32_t* paired;     // [batches, heads, rows, longest]: lists in paired order; null: as given
   int32_t batches, heads, rows, tiles, longest;
+  int32_t blocks;  // of threads, of the launch
 };
 
 // What planning and the kernels need to know of a problem besides its tensors.
@@ -29,7 +33,7 @@ struct ForwardShape {
   BlockLists lists;
 };
 
-inline Schedule plan_shape(const ForwardParams& params, Grain grain) {
+inline Schedule plan_shape(const ForwardParams& params, Grain grain, int32_t blocks) {
   const Problem& problem = params.problem;
   const BlockLists& lists = params.lists;
   const bool listed = lists.counts != nullptr;
@@ -45,6 +49,7 @@ inline Schedule plan_shape(const ForwardParams& params, Grain grain) {
   schedule.rows = divide_up(problem.q_side.length, problem.q_side.block_size);
   schedule.tiles = query_tiles(grain, problem.q_side.length, problem.q_side.block_size);
   schedule.longest = listed && grain == Grain::kFine ? lists.longest : 0;
+  schedule.blocks = blocks;
   return schedule;
 }
 
@@ -60,6 +65,7 @@ inline size_t place_schedule(Schedule& schedule, void* base) {
   layout.place(schedule.ticket, 1);
   layout.place(schedule.halves, lists * schedule.rows);
   layout.place(schedule.order, lists * schedule.tiles);
+  layout.place(schedule.leading, lists);
   if (schedule.longest > 0) {
     layout.place(schedule.common, lists * schedule.tiles);
     layout.place(schedule.paired, lists * schedule.rows * schedule.longest);
@@ -212,7 +218,31 @@ __device__ inline int32_t tile_steps(const ForwardShape& shape, const Schedule& 
   return steps;
 }
 
+// How many of the tiles take longer than a block of threads has for the whole head; the first
+// threads of a block count them.
+template <class Steps>
+__device__ void count_leading(float& total, int32_t tiles, int32_t blocks, int32_t* leading,
+                              Steps steps) {
+  if (threadIdx.x == 0) {
+    total = 0;
+    *leading = 0;
+  }
+  threads_sync<kSortThreads>(kSortBarrier);
+  float own = 0;
+  for (int32_t tile = threadIdx.x; tile < tiles; tile += kSortThreads) own += steps(tile);
+  atomicAdd(&total, own);
+  threads_sync<kSortThreads>(kSortBarrier);
+  for (int32_t tile = threadIdx.x; tile < tiles; tile += kSortThreads) {
+    if (static_cast<float>(steps(tile)) * blocks > total) atomicAdd(leading, 1);
+  }
+}
+
 constexpr int32_t kPlanThreads = 512;
+
+struct PlanMemory {
+  SortMemory sort;
+  float total;
+};
 
 // A cluster of blocks of threads plans one list: its warps count or pair the rows, then the first
 // block orders the tiles.
@@ -237,9 +267,12 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kPlanTh
   cluster_sync();
   if (part > 0 || threadIdx.x >= kSortThreads) return;
   int32_t* order = schedule.order + static_cast<int64_t>(list) * schedule.tiles;
-  heaviest_first(
-      *reinterpret_cast<SortMemory*>(shared_memory()), schedule.tiles, order,
-      [&](int32_t tile) { return tile_steps<kGrain>(shape, schedule, batch, head, tile); });
+  const auto steps = [&](int32_t tile) {
+    return tile_steps<kGrain>(shape, schedule, batch, head, tile);
+  };
+  auto& memory = *reinterpret_cast<PlanMemory*>(shared_memory());
+  heaviest_first(memory.sort, schedule.tiles, order, steps);
+  count_leading(memory.total, schedule.tiles, schedule.blocks, schedule.leading + list, steps);
 }
 
 }  // namespace video_attn::hopper

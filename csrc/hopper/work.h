@@ -192,15 +192,33 @@ class WorkQueue {
   RingPlace<kItemStages> place_;
 };
 
-// One tile of the launch as a work item; `next` counts the tiles of all heads.
+// A warp finds how many tiles of every head run before all others.
+__device__ inline int32_t tiles_that_lead(const Schedule& schedule) {
+  if (schedule.leading == nullptr) return 0;
+  int32_t most = 0;
+  for (int32_t list = threadIdx.x % 32; list < schedule.batches * schedule.heads; list += 32) {
+    most = max(most, schedule.leading[list]);
+  }
+  for (int32_t distance = 16; distance > 0; distance /= 2) {
+    most = max(most, __shfl_xor_sync(~0u, most, distance));
+  }
+  return most;
+}
+
+// One tile of the launch as a work item; `next` counts the tiles of all heads, of which the first
+// `leading` of each come before the rest of each.
 template <Grain kGrain>
 __device__ inline WorkItem make_item(const ForwardShape& shape, const Schedule& schedule,
-                                     int32_t next) {
+                                     int32_t leading, int32_t next) {
   WorkItem item;
-  const int32_t list = next / schedule.tiles;
+  const int32_t before = shape.problem.batch * shape.problem.heads * leading;
+  const int32_t skipped = next < before ? 0 : leading;
+  const int32_t run = next < before ? leading : schedule.tiles - leading;
+  const int32_t at = next < before ? next : next - before;
+  const int32_t list = at / run;
   item.batch = list / shape.problem.heads;
   item.head = list - item.batch * shape.problem.heads;
-  int32_t tile = next - list * schedule.tiles;
+  int32_t tile = skipped + at - list * run;
   if (schedule.order != nullptr) {
     tile = schedule.order[list_of(schedule, item.batch, item.head) * schedule.tiles + tile];
   }
@@ -222,16 +240,17 @@ __device__ inline WorkItem make_item(const ForwardShape& shape, const Schedule& 
 template <ForwardConfig kConfig>
 __device__ void schedule_tiles(const ForwardArguments& arguments,
                                const SharedMemory<kConfig>& shared) {
-  if (threadIdx.x % 32 != 0) return;
   const ForwardShape& shape = arguments.shape;
   const Schedule& schedule = arguments.schedule;
+  const int32_t leading = tiles_that_lead(schedule);
+  if (threadIdx.x % 32 != 0) return;
   const int32_t tiles = shape.problem.batch * shape.problem.heads * schedule.tiles;
   RingPlace<kItemStages> place;
   for (int32_t turn = blockIdx.x;; turn += gridDim.x) {
     const int32_t next = schedule.ticket == nullptr ? turn : atomicAdd(schedule.ticket, 1);
     WorkItem item;
     item.batch = -1;
-    if (next < tiles) item = make_item<kConfig.grain>(shape, schedule, next);
+    if (next < tiles) item = make_item<kConfig.grain>(shape, schedule, leading, next);
     barrier_wait(shared.item_empty(place.stage), place.parity ^ 1);
     shared.control().items[place.stage] = item;
     barrier_arrive(shared.item_full(place.stage));

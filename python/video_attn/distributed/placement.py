@@ -91,6 +91,8 @@ class Placement:
         ends.sort()
         if any(a[1] > b[0] for a, b in pairwise(ends)):
             return None
+        if not ends:
+            return ((0, 0),) * len(self.slots)
         starts = [0, *(first for first, _, _ in ends[1:]), self.length]
         spans = [(0, 0)] * len(self.slots)
         for (start, stop), (_, _, rank) in zip(pairwise(starts), ends, strict=True):
