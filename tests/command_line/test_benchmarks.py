@@ -6,6 +6,7 @@ Nothing here is about speed.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -187,7 +188,7 @@ def test_scripts_write_whole_records(name, tmp_path, monkeypatch, capsys):
 
 def test_documented_scripts_need_no_option():
     """Without arguments every script has a device, sizes and a place for its record."""
-    for name in (*SMALL, "bench_triton_codes"):
+    for name in (*SMALL, "bench_triton_codes", "bench_first_call"):
         options = load(name).parse([])
         assert None not in vars(options).values(), name
         assert Path(options.output).parent == FOLDER / "results"
@@ -215,3 +216,36 @@ def test_an_old_run_takes_in_no_other_peer(monkeypatch: pytest.MonkeyPatch):
     rows = {r.provider: r for r in measure.time_case(on_gpu, everybody, 1, False)}
     assert rows["ours"].timing is not None and rows["theirs"].timing is None
     assert rows["theirs"].failure.startswith("left out")
+
+
+def test_first_call_says_what_each_cache_costs(tmp_path, monkeypatch, capsys):
+    """Empty, filled by that, and filled by warmup: each process gets the folder that it is for."""
+    script, path = load("bench_first_call"), tmp_path / "record.json"
+    folders: list[tuple[str, str]] = []
+
+    def steps(head_dim: int, folder: str, backend: str) -> tuple[float, float]:
+        folders.append(("steps", folder))
+        return 30.0, 0.002
+
+    def warmup(options, folder: str) -> float:
+        folders.append(("warmup", folder))
+        return 12.0
+
+    monkeypatch.setattr(script, "fresh_process_steps", steps)
+    monkeypatch.setattr(script, "warmup_seconds", warmup)
+    monkeypatch.setattr(script, "run_benchmark", lambda measure, options: measure(options))
+    results = script.main(["--device", "cuda", "--output", str(path)])
+    (_, cold), (_, again), (_, warm), (last, after) = folders
+    assert cold == again != warm == after and last == "steps"
+    assert [x.timing.median for x in results] == [30.0, 30.0, 12.0, 30.0]
+    assert results[0].metrics == {"second_ms": 2.0} and not results[2].metrics
+    assert "warmup" in capsys.readouterr().out
+
+
+def test_first_call_gives_its_processes_a_cache(monkeypatch):
+    script = load("bench_first_call")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    monkeypatch.delenv("VIDEO_ATTN_BACKEND", raising=False)
+    with script.environment(TRITON_CACHE_DIR="here", VIDEO_ATTN_BACKEND="triton"):
+        assert os.environ["TRITON_CACHE_DIR"] == "here"
+    assert os.environ["TRITON_CACHE_DIR"] == "before" and "VIDEO_ATTN_BACKEND" not in os.environ
