@@ -40,7 +40,6 @@ from .tiles import head_rows, load_tile, own_tile, program_part, sized_jit, stor
 _CHUNKS = 32  # of statistics, per head, at most
 _PROGRAM_TILES = 4  # that a program of the second kernels quantizes
 _STATISTICS = 4  # per channel of a chunk: sum, largest, smallest, amax; see _channel_statistics
-_STAGES = 3  # tiles that are on their way at a time
 _STATISTICS_OPTIONS = {"num_warps": 8, "num_stages": 1}
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
@@ -51,7 +50,7 @@ def channel_statistics_kernel(
     stride_x_b, stride_x_h, stride_x_s, stride_lens_b,
     H, D, length, n_tiles, n_chunks, CHUNK,
     SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MEAN: tl.constexpr, AMAX: tl.constexpr,
-    STAGES: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of CHUNK tiles, for every channel: the sum, where MEAN is wanted, and how many tokens; where
     AMAX is wanted that, or with MEAN the largest and smallest, from which it is subtracted later.
@@ -67,8 +66,7 @@ def channel_statistics_kernel(
     b_smallest = tl.full([BM, BD], float("inf"), tl.float32)
     b_amax = tl.zeros([BM, BD], tl.int32)
     n_counted = tl.zeros((), tl.int32)
-    i_first = i_chunk * CHUNK
-    for i_tile in tl.range(i_first, tl.minimum(i_first + CHUNK, n_tiles), num_stages=STAGES):
+    for i_tile in range(i_chunk * CHUNK, tl.minimum(i_chunk * CHUNK + CHUNK, n_tiles)):
         _, start, _, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
         n_valid = tl.minimum(tl.maximum(n_valid, 0), BM).to(tl.int32)
         m_m = o_m < n_valid
@@ -133,7 +131,7 @@ def quantize_tokens_kernel(
     H, D, length, n_tiles, n_programs, n_groups, n_chunks, n_k_chunks, scale,
     G: tl.constexpr, SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     GROUPS: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr, CHUNKS: tl.constexpr,
-    ROTATION: tl.constexpr, PROGRAM_TILES: tl.constexpr, STAGES: tl.constexpr,
+    ROTATION: tl.constexpr, PROGRAM_TILES: tl.constexpr,
     VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Codes of Q or K, with a scale per group of tokens; GROUPS None: one per head.
@@ -158,30 +156,32 @@ def quantize_tokens_kernel(
         if i_program == 0:
             tl.store(scales + i_head, b_scale)
     i_first = i_program * PROGRAM_TILES
-    i_end = tl.minimum(i_first + PROGRAM_TILES, n_tiles)
-    for i_tile in tl.range(i_first, i_end, num_stages=STAGES):
+    for i_tile in range(i_first, tl.minimum(i_first + PROGRAM_TILES, n_tiles)):
         _, start, n_rows, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
-        m_m = o_m < n_valid
-        b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
-        b_x = b_x.to(tl.float32)
-        if lse_shift is not None:
-            b_shift = tl.sum(b_x * b_mean[None, :], 1) * scale
-            tl.store(lse_shift + i_head * length + start + o_m, b_shift, mask=o_m < n_rows)
-        if SMOOTH:
-            b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
-        if ROTATION > 0:
-            b_x = rotate(b_x, ROTATION)
-        if GROUPS is not None:
-            b_group, b_row = group_amax(tl.max(magnitude_bits(b_x), 1), GROUPS)
-            b_scale, _inverse = scale_and_inverse(b_group, LIMIT)
-            o_group = tl.arange(0, GROUPS[0] * GROUPS[1])
-            p_scale = scales + i_head * n_groups + i_tile * (GROUPS[0] * GROUPS[1])
-            tl.store(p_scale + o_group, b_scale)
-            _scale_row, b_inverse_row = scale_and_inverse(b_row, LIMIT)
-        else:
-            b_inverse_row = tl.broadcast_to(b_inverse, [BM])
-        b_code = encode(b_x * b_inverse_row[:, None], codes.dtype.element_ty, LIMIT)
-        store_tile(p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES)
+        if n_rows > 0:
+            m_m = o_m < n_valid
+            b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
+            b_x = b_x.to(tl.float32)
+            if lse_shift is not None:
+                b_shift = tl.sum(b_x * b_mean[None, :], 1) * scale
+                tl.store(lse_shift + i_head * length + start + o_m, b_shift, mask=o_m < n_rows)
+            if SMOOTH:
+                b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
+            if ROTATION > 0:
+                b_x = rotate(b_x, ROTATION)
+            if GROUPS is not None:
+                b_group, b_row = group_amax(tl.max(magnitude_bits(b_x), 1), GROUPS)
+                b_scale, _inverse = scale_and_inverse(b_group, LIMIT)
+                o_group = tl.arange(0, GROUPS[0] * GROUPS[1])
+                p_scale = scales + i_head * n_groups + i_tile * (GROUPS[0] * GROUPS[1])
+                tl.store(p_scale + o_group, b_scale)
+                _scale_row, b_inverse_row = scale_and_inverse(b_row, LIMIT)
+            else:
+                b_inverse_row = tl.broadcast_to(b_inverse, [BM])
+            b_code = encode(b_x * b_inverse_row[:, None], codes.dtype.element_ty, LIMIT)
+            store_tile(
+                p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES
+            )
 
 
 @sized_jit
@@ -192,8 +192,7 @@ def quantize_channels_kernel(
     H, D, length, n_tiles, n_programs, n_chunks,
     SLOT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     LIMIT: tl.constexpr, PER_HEAD: tl.constexpr, CHUNKS: tl.constexpr, PAST: tl.constexpr,
-    PROGRAM_TILES: tl.constexpr, STAGES: tl.constexpr,
-    VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
+    PROGRAM_TILES: tl.constexpr, VEC: tl.constexpr, VEC_CODES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Codes of V with a scale per channel; FP8 codes as [channels, tokens]. means: smooth_v."""
     i_program, i_b, i_h = program_part(n_programs, H)
@@ -218,23 +217,23 @@ def quantize_channels_kernel(
         if SMOOTH:
             tl.store(means + i_head * BD + o_d, b_mean)
     i_first = i_program * PROGRAM_TILES
-    i_end = tl.minimum(i_first + PROGRAM_TILES, n_tiles)
-    for i_tile in tl.range(i_first, i_end, num_stages=STAGES):
+    for i_tile in range(i_first, tl.minimum(i_first + PROGRAM_TILES, n_tiles)):
         _, start, n_rows, n_valid = own_tile(i_tile, length, p_lens, SLOT, BM)
-        m_m = o_m < n_valid
-        b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
-        b_x = b_x.to(tl.float32)
-        if SMOOTH:
-            b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
-        b_code = encode(b_x * b_inverse[None, :], codes.dtype.element_ty, LIMIT)
-        if codes.dtype.element_ty == tl.float16:
-            store_tile(
-                p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES
-            )
-        else:
-            p_tile = p_codes + o_d.to(tl.int64)[:, None] * (stride_codes_s * VEC_CODES)
-            p_tile += (start + o_m)[None, :]
-            tl.store(p_tile, tl.trans(b_code), mask=(o_m < n_rows)[None, :])
+        if n_rows > 0:
+            m_m = o_m < n_valid
+            b_x = load_tile(p_x, start, o_m, m_m, o_d, stride_x_s, D, VEC, True)  # [BM, BD]
+            b_x = b_x.to(tl.float32)
+            if SMOOTH:
+                b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
+            b_code = encode(b_x * b_inverse[None, :], codes.dtype.element_ty, LIMIT)
+            if codes.dtype.element_ty == tl.float16:
+                store_tile(
+                    p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES
+                )
+            else:
+                p_tile = p_codes + o_d.to(tl.int64)[:, None] * (stride_codes_s * VEC_CODES)
+                p_tile += (start + o_m)[None, :]
+                tl.store(p_tile, tl.trans(b_code), mask=(o_m < n_rows)[None, :])
     if codes.dtype.element_ty != tl.float16 and i_program == n_programs - 1:
         # Past the end too, where steps read without a mask.
         o_past = length + tl.arange(0, PAST)
@@ -298,7 +297,7 @@ def _statistics(x: Tensor, side: Side, *, mean: bool, amax: bool) -> _Statistics
     args |= {"BD": dim, "D": columns(x.shape[3], dim, args["VEC"])}
     args |= {"partial": partial, "counts": counts, "H": x.shape[1]}
     args |= {"n_chunks": n_chunks, "CHUNK": chunk, "WIDE": wide_rows(TILE, args)}
-    args |= {"MEAN": mean, "AMAX": amax, "STAGES": _STAGES}
+    args |= {"MEAN": mean, "AMAX": amax}
     launch = Launch(channel_statistics_kernel, heads * n_chunks, args, _STATISTICS_OPTIONS)
     return _Statistics(partial, counts, n_chunks, (launch,))
 
@@ -313,7 +312,7 @@ def _launch_args(
     args |= {"H": x.shape[1], "scales": scales}
     args |= {"partial": statistics.partial, "n_chunks": statistics.n_chunks, "CHUNKS": _CHUNKS}
     programs = -(-side.tiles(TILE) // _PROGRAM_TILES)
-    args |= {"n_programs": programs, "PROGRAM_TILES": _PROGRAM_TILES, "STAGES": _STAGES}
+    args |= {"n_programs": programs, "PROGRAM_TILES": _PROGRAM_TILES}
     return args | {"WIDE": wide_rows(TILE, args)}
 
 
