@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .calls import ForwardCall
-from .checks import broadcasts, check_bool, check_positive_number
+from .checks import broadcasts, check_bool, check_positive_number, wants_gradient
 from .derivatives import attend
 from .quantize import QuantizationOptions, check_recipe, with_straight_through
 from .registry import PRECISIONS, check_backend_name, context_backend
+from .seen_calls import recall, remember, signature_of
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,15 +112,33 @@ def attention(
             each.
     """
     check_bool("return_lse", return_lse)
-    call = checked_call(
-        q, k, v, mask, precision=precision, scale=scale, is_causal=is_causal, layout=layout,
-        backend=backend, deterministic=deterministic, quantization=quantization,
-        straight_through=straight_through,
+    options = (
+        precision, scale, is_causal, layout, backend, deterministic, quantization, straight_through
     )  # fmt: skip
-    if backend is None and not torch.compiler.is_compiling():
-        # For the backward pass too, which may come after the context and on another thread.
-        backend = context_backend()
-    out, lse = attend(call, deterministic or torch.are_deterministic_algorithms_enabled(), backend)
+    signature = None
+    if not torch.compiler.is_compiling():
+        signature = signature_of(q, k, v, mask, options)
+    seen = recall(signature)
+    if seen is None:
+        call = checked_call(
+            q, k, v, mask, precision=precision, scale=scale, is_causal=is_causal, layout=layout,
+            backend=backend, deterministic=deterministic, quantization=quantization,
+            straight_through=straight_through,
+        )  # fmt: skip
+    else:
+        if layout == "bshd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        call = ForwardCall(q, k, v, mask, seen.scale, is_causal, precision, seen.quantization)
+    if seen is not None and not wants_gradient(q, k, v):
+        out, lse = seen.forward(call)
+    else:
+        if backend is None and not torch.compiler.is_compiling():
+            # For the backward pass too, which may come after the context and on another thread.
+            backend = context_backend()
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        out, lse = attend(call, deterministic, backend)
+    if seen is None:
+        remember(signature, call, backend)
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

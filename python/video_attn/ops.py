@@ -8,7 +8,6 @@ and backward may run on different backends.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +99,7 @@ def run_backward(call: BackwardCall, backend: str | None) -> tuple[Tensor, Tenso
     if mask is None or mask.keeps_transpose or mask.kv_indices.shape[1] == 1:
         return run(call)
     # The transposed lists of all heads at once could be as large as q: see derivatives.py.
-    call = replace(call, results=call.empty_results())
+    call = call._replace(results=call.empty_results())
     for part in by_heads(call, _TRANSPOSE_BYTES * mask.num_q_blocks * mask.num_kv_blocks):
         run(part)
     assert call.results is not None

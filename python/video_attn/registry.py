@@ -145,6 +145,7 @@ class Verdict:
 
 
 _backends: dict[str, Backend] = {}
+_dependent: list[Callable[[], object]] = []
 _override: ContextVar[str | None] = ContextVar("video_attn_backend", default=None)
 
 
@@ -160,6 +161,15 @@ def forget_choices() -> None:
     """Asks the backends again from here on: they, or what they answer, have changed."""
     for choice in (_select, _select_block_ops, serving):
         choice.cache_clear()
+    for forget in _dependent:
+        forget()
+
+
+def when_choices_change(forget: Callable[[], object]) -> None:
+    """``forget`` is called by :func:`forget_choices`: for what is kept by others and follows from
+    choices.
+    """
+    _dependent.append(forget)
 
 
 def backends() -> list[Backend]:

@@ -5,7 +5,6 @@ For some heads at a time, as in coarse.py, where the scores of all would take to
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def _by_heads(ops: BlockOps, call: RankCall, room: int) -> Ranking:
     if len(groups) == 1:
         return ops.rank(call)
     parts = [
-        ops.rank(replace(call, q=q[:, a], k=k[:, b], v=None if v is None else v[:, b]))
+        ops.rank(call._replace(q=q[:, a], k=k[:, b], v=None if v is None else v[:, b]))
         for a, b in groups
     ]
     selected, counts, coarse = (_joined([x[i] for x in parts]) for i in range(3))
@@ -71,7 +70,7 @@ class _Rank(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: RankCall, ops: BlockOps, room: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The tensors of the call are those that autograd knows: here they are without it.
-        ranking = _by_heads(ops, replace(call, q=q, k=k, v=v), room)
+        ranking = _by_heads(ops, call._replace(q=q, k=k, v=v), room)
         assert ranking.coarse is not None
         ctx.save_for_backward(*ranking.means, call.q_side.lens, call.kv_side.lens)
         ctx.sides = call.q_side._replace(lens=None), call.kv_side._replace(lens=None)
