@@ -97,6 +97,43 @@ def test_any_dimension_and_garbage_in_padding(layout, dim):
         assert torch.equal(layout.from_tiles(tiles, dim=negative), x)
 
 
+def views(channels: int, dtype: torch.dtype, length: int) -> dict[str, torch.Tensor]:
+    """[2, 3, length, channels] in memory of all kinds."""
+    size = 2 * 3 * length * channels
+    x = torch.randint(0, 2, (size + 3,)).to(dtype)
+    whole = x[:size].view(2, 3, length, channels)
+    found = {
+        "whole": whole,
+        "of odd offset": x[3:].view(2, 3, length, channels),
+        "heads between tokens": x[:size].view(2, length, 3, channels).transpose(1, 2),
+        "part of the channels": torch.cat([whole, whole], -1)[..., 1 : 1 + channels],
+        "channels apart": torch.stack([whole, whole], -1)[..., 1],
+        "one for all": whole[:, :1].expand(2, 3, length, channels),
+    }
+    if dtype.is_complex:
+        found["conjugate"] = (whole * 1j).conj()
+    if dtype.is_floating_point:
+        found["negative"] = torch._neg_view(whole)
+    return found
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8, 20])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, torch.complex64, torch.bool], ids=str
+)
+def test_every_dtype_and_memory_order(dtype, channels):
+    """Rows are moved in wide words where that is possible: no value may know."""
+    layout = VideoLayout((3, 2, 5), (2, 2, 3), text_length=2)
+    padded = torch.tensor(padded_positions(layout))
+    for name, x in views(channels, dtype, layout.sequence_length).items():
+        tiles = layout.to_tiles(x)
+        expected = torch.where(padded[:, None] < 0, torch.zeros((), dtype=dtype), x[:, :, padded])
+        assert torch.equal(tiles, expected), name
+        assert tiles.is_contiguous() and tiles.dtype == dtype, name
+        assert torch.equal(layout.from_tiles(tiles), x), name
+        assert torch.equal(layout.to_tiles(x.transpose(1, 2), 1), tiles.transpose(1, 2)), name
+
+
 @pytest.mark.parametrize("text_first", [False, True])
 @pytest.mark.parametrize("grid", [(4, 4, 4), (3, 5, 3)], ids=["whole", "ragged"])
 @pytest.mark.parametrize("name", ["to_tiles", "from_tiles", "pad_tiles", "unpad_tiles"])

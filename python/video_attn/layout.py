@@ -19,9 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks import as_int, check_bool, check_int, forward_mode_is_on, wants_gradient
+from .checks import as_int, check_bool, check_int, forward_mode_is_on, is_plain, wants_gradient
 from .open_sizes import is_open
 from .static_cache import canonical_device, static_cache
+from .words import as_words
 
 Triple = tuple[int, int, int]
 LayoutKey = tuple[Triple, Triple, int, bool]
@@ -286,12 +287,16 @@ def _keep(
 
 
 def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:
-    if not has_holes:
-        return x.index_select(dim, index)
-    out = x.index_select(dim, index.clamp_min(0))
-    shape = [1] * x.dim()
-    shape[dim] = -1
-    return out.masked_fill_((index < 0).view(shape), 0)
+    # Rows move in words of 16 bytes where they can and nobody watches.
+    words = x
+    if not torch.compiler.is_compiling() and is_plain(x) and dim not in (-1, x.dim() - 1):
+        (words,) = as_words(x)
+    out = words.index_select(dim, index.clamp_min(0) if has_holes else index)
+    if has_holes:
+        shape = [1] * x.dim()
+        shape[dim] = -1
+        out.masked_fill_((index < 0).view(shape), 0)
+    return out if words is x else out.view(x.dtype)
 
 
 @static_cache(torch.int32, lambda key, device: [(VideoLayout(*key).num_blocks,)])

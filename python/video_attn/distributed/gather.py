@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calls import empty_like_heads, empty_lse
+from ..words import as_words, copy
 from .listed import GRADIENTS, KEYS, ListedKeys, Listing
 from .merge import nothing_seen
 from .piece import Options
@@ -22,7 +23,6 @@ from .rows import Gathering, pack_all, room_for, split_message
 from .team import Pending, Team, Traffic, start_messages
 from .ulysses import Heads
 from .wide_rows import WideForward, WideGradients
-from .words import as_words, copy
 
 
 @dataclass(frozen=True)

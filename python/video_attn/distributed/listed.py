@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..words import copy, gather
 from .ring_plan import BlockOwners
 from .rows import Rows
 from .team import Pending, Team, Traffic, start_exchange, start_messages
 from .ulysses import Heads
-from .words import copy, gather
 
 if TYPE_CHECKING:
     from .gather import Chunk, GatherCall

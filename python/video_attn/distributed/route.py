@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..words import as_words, gather, scatter
 from .placement import Placement, as_slice, take
 from .team import Team, Traffic, start_messages
-from .words import as_words, gather, scatter
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..words import as_words, gather, scatter
 from .placement import as_slice, take
-from .words import as_words, gather, scatter
 
 
 @dataclass(frozen=True)

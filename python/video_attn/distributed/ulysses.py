@@ -19,9 +19,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from ..words import as_words, gather, scatter
 from .placement import Placement
 from .team import Pending, Team, Traffic, current_traffic, start_messages
-from .words import as_words, gather, scatter
 
 Heads = tuple[int, int]  # first, past the last
 MAX_CHUNKS = 4
