@@ -15,6 +15,15 @@ _SCORES = 2048  # of a row in registers at a time
 
 
 @triton.jit
+def slot_of(i, N, H):
+    """Slot, head and batch, 64-bit, of the ``i``-th of N slots in all H heads of all batches.
+
+    Divided with 32 bits, for a GPU divides 64 in a hundred instructions.
+    """
+    return (i % N).to(tl.int64), (i // N % H).to(tl.int64), (i // N // H).to(tl.int64)
+
+
+@triton.jit
 def mean_of_slot(
     x, mean, lens, stride_x_b, stride_x_h, stride_x_s, stride_mean_b, stride_mean_h, stride_mean_s,
     stride_lens_b, i, H, N, D, length,
@@ -22,9 +31,9 @@ def mean_of_slot(
 ):  # fmt: skip
     """mean_n = sum of the valid rows of slot n / their number, 0 where there is none.
 
-    i: number of the slot among those of all heads, 64-bit.
+    i: number of the slot among those of all heads.
     """
-    i_n, i_h, i_b = i % N, i // N % H, i // N // H
+    i_n, i_h, i_b = slot_of(i, N, H)
     p_lens = lens if lens is None else lens + i_b * stride_lens_b
     _, start, _, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
@@ -51,7 +60,7 @@ def block_mean_kernel(
     """The means of all slots of x, one program for each."""
     mean_of_slot(
         x, mean, lens, stride_x_b, stride_x_h, stride_x_s, stride_mean_b, stride_mean_h,
-        stride_mean_s, stride_lens_b, tl.program_id(0).to(tl.int64), H, N, D, length,
+        stride_mean_s, stride_lens_b, tl.program_id(0), H, N, D, length,
         SLOT, BD, BM, ACC, VEC,
     )  # fmt: skip
 
@@ -65,8 +74,7 @@ def block_mean_bwd_kernel(
     ACC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """dx = grad of the slot's mean / number of valid rows; 0 in rows that are not valid."""
-    pid = tl.program_id(0).to(tl.int64)
-    i_n, i_h, i_b = pid % N, pid // N % H, pid // N // H
+    i_n, i_h, i_b = slot_of(tl.program_id(0), N, H)
     p_lens = lens if lens is None else lens + i_b * stride_lens_b
     _, start, n_rows, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
@@ -99,6 +107,16 @@ def _keys(p_row, p_lens, o, n_keys, LOW_BITS: tl.constexpr):
     return tl.where(m, b_key >> LOW_BITS, 0)
 
 
+@triton.jit
+def _take(p_out, b_key, o, kth, n_taken, n_ties, n_keys):
+    """Writes which of the keys are taken; how many were until now, and which ties still may be."""
+    m_tie = (b_key == kth) & (o < n_keys)
+    m_take = (b_key > kth) | (m_tie & (tl.cumsum(m_tie.to(tl.int32)) <= n_ties))
+    b_rank = n_taken + tl.cumsum(m_take.to(tl.int32)) - 1
+    tl.store(p_out + b_rank, o, mask=m_take)
+    return n_taken + tl.sum(m_take.to(tl.int32)), n_ties - tl.sum(m_tie.to(tl.int32))
+
+
 @sized_jit
 def select_top_k_kernel(
     scores, indices, counts, lens,
@@ -109,11 +127,11 @@ def select_top_k_kernel(
     """Ascending indices of the ``top_k`` largest scores of a row, of equal ones the lower index.
 
     The k-th largest key is found bit by bit, from the top: a bit is set if k keys are still not
-    smaller. All keys above it are taken, and of those equal to it the first ones. ``counts`` is
-    filled with ``top_k``, where it is given.
+    smaller, until no more than k are. All keys above it are taken, and of those equal to it the
+    first ones. ``counts`` is filled with ``top_k``, where it is given.
     """
     i_row = tl.program_id(0).to(tl.int64)
-    i_r, i_h, i_b = i_row % R, i_row // R % H, i_row // R // H
+    i_r, i_h, i_b = slot_of(tl.program_id(0), R, H)
     p_lens = lens if lens is None else lens + i_b * stride_lens_b
     p_row = scores + i_b * stride_scores_b + i_h * stride_scores_h + i_r * stride_scores_s
     o = tl.arange(0, BN)
@@ -123,13 +141,15 @@ def select_top_k_kernel(
 
     kth = tl.zeros((), tl.uint32)
     bit = tl.full((), 1 << (31 - LOW_BITS), tl.uint32)
-    for _ in range(0, 32 - LOW_BITS):
+    n_kept = tl.full((), 0, tl.int32) + n_keys  # keys that are not smaller than ``kth``
+    while (bit != 0) & (n_kept != top_k):
         trial = kth | bit
         n_above = tl.sum((b_first >= trial).to(tl.int32))
         for i in range(BN, n_keys, BN):
             b_key = _keys(p_row, p_lens, i + o, n_keys, LOW_BITS)
             n_above += tl.sum((b_key >= trial).to(tl.int32))
         kth = tl.where(n_above >= top_k, trial, kth)
+        n_kept = tl.where(n_above >= top_k, n_above, n_kept)
         bit = bit >> 1
 
     n_ties = top_k - tl.sum((b_first > kth).to(tl.int32))
@@ -139,15 +159,10 @@ def select_top_k_kernel(
     if counts is not None:
         tl.store(counts + i_row, top_k)
     p_out = indices + i_row * top_k
-    n_taken = 0
-    for i in range(0, n_keys, BN):
+    n_taken, n_ties = _take(p_out, b_first, o, kth, 0, n_ties, n_keys)
+    for i in range(BN, n_keys, BN):
         b_key = _keys(p_row, p_lens, i + o, n_keys, LOW_BITS)
-        m_tie = (b_key == kth) & (i + o < n_keys)
-        m_take = (b_key > kth) | (m_tie & (tl.cumsum(m_tie.to(tl.int32)) <= n_ties))
-        b_rank = n_taken + tl.cumsum(m_take.to(tl.int32)) - 1
-        tl.store(p_out + b_rank, i + o, mask=m_take)
-        n_ties -= tl.sum(m_tie.to(tl.int32))
-        n_taken += tl.sum(m_take.to(tl.int32))
+        n_taken, n_ties = _take(p_out, b_key, i + o, kth, n_taken, n_ties, n_keys)
 
 
 def block_mean(x: Tensor, mean: Tensor, side: Side) -> Launch:

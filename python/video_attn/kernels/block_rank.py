@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .block_pool import mean_of_slot
+from .block_pool import mean_of_slot, slot_of
 from .launch import (
     Launch,
     Side,
@@ -42,7 +42,7 @@ def block_means_kernel(
     BM: tl.constexpr, BMV: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The means of q, then those of k, then those of v; ``n_q_groups``: slots of q in all heads."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     if pid < n_q_groups:
         mean_of_slot(
             q, q_mean, q_lens, stride_q_b, stride_q_h, stride_q_s,
@@ -142,8 +142,7 @@ def add_coarse_kernel(
     GATE_PER_CHANNEL: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """out += gate * coarse of its slot in the valid rows; the gate is a tensor or ``weight``."""
-    pid = tl.program_id(0).to(tl.int64)
-    i_n, i_h, i_b = pid % N, pid // N % H, pid // N // H
+    i_n, i_h, i_b = slot_of(tl.program_id(0), N, H)
     p_lens = lens if lens is None else lens + i_b * stride_lens_b
     _, start, _, n_valid = own_tile(i_n, length, p_lens, SLOT, SLOT)
     o_m, o_d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
