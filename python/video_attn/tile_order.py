@@ -7,7 +7,6 @@ moved. For other backends the tokens are moved to tile order, and the output bac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def attend_in_tiles(
             call.q, call.k, call.v, *video.key, *mask_arguments(mask), call.scale,
             recipe_text(call.precision, call.quantization), backend,
         )  # fmt: skip
-    return _run(replace(call, mask=mask), video, backend)
+    return _run(call._replace(mask=mask), video, backend)
 
 
 def _run(call: ForwardCall, video: VideoLayout, backend: str | None) -> Tensor:
@@ -51,7 +50,7 @@ def _run(call: ForwardCall, video: VideoLayout, backend: str | None) -> Tensor:
         if in_order is not None:
             return in_order(call, video.tile_places(call.q.device))
     q, k, v = (_along_tokens(video.to_tiles, x) for x in (call.q, call.k, call.v))
-    out, _ = run_forward(replace(call, q=q, k=k, v=v), backend)
+    out, _ = run_forward(call._replace(q=q, k=k, v=v), backend)
     return _along_tokens(video.from_tiles, out)
 
 
