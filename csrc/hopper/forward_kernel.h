@@ -67,7 +67,7 @@ cudaError_t make_schedule(const ForwardParams& params, const ForwardPlan& plan,
   if (needs_plan(params)) {
     place_schedule(schedule, allocate(place_schedule(schedule, nullptr)));
     const int64_t blocks = static_cast<int64_t>(schedule.batches) * schedule.heads * kClusterBlocks;
-    return launch<plan_tiles<kGrain>>(blocks, kPlanThreads, sizeof(PlanMemory), stream,
+    return launch<plan_tiles<kGrain>>(blocks, kPlanThreads, sizeof(SortMemory), stream,
                                       arguments.shape, schedule);
   }
   if (!plan.draws_dense_tiles) return cudaSuccess;

@@ -13,6 +13,7 @@ struct SortMemory {
   int32_t places[kWeightClasses * kSortThreads];
   int32_t warp_totals[kSortThreads / 32];
   int32_t heaviest, lightest_negated;
+  float warp_weights[kSortThreads / 32];  // their sum: all weights together
 };
 
 // The first threads of a block write to `order` the items 0 to `count` by falling weight(item): a
@@ -21,7 +22,7 @@ struct SortMemory {
 // the place of its next item.
 template <class Weight>
 __device__ void heaviest_first(SortMemory& memory, int32_t count, int32_t* order, Weight weight) {
-  auto& [places, warp_totals, heaviest, lightest_negated] = memory;
+  auto& [places, warp_totals, heaviest, lightest_negated, warp_weights] = memory;
   const int32_t thread = threadIdx.x;
   const int32_t run = divide_up(count, kSortThreads);
   const int32_t first = min(thread * run, count);
@@ -30,11 +31,17 @@ __device__ void heaviest_first(SortMemory& memory, int32_t count, int32_t* order
   for (int32_t at = thread; at < kWeightClasses * kSortThreads; at += kSortThreads) places[at] = 0;
   threads_sync<kSortThreads>(kSortBarrier);
   int32_t most = INT32_MIN, least_negated = INT32_MIN;
+  float sum = 0;
   for (int32_t item = first; item < last; ++item) {
     const int32_t mine = weight(item);
     most = max(most, mine);
     least_negated = max(least_negated, -mine);
+    sum += static_cast<float>(mine);
   }
+  for (int32_t distance = 16; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, distance);
+  }
+  if (thread % 32 == 0) warp_weights[thread / 32] = sum;
   atomicMax(&heaviest, most);
   atomicMax(&lightest_negated, least_negated);
   threads_sync<kSortThreads>(kSortBarrier);

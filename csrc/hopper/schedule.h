@@ -218,31 +218,23 @@ __device__ inline int32_t tile_steps(const ForwardShape& shape, const Schedule& 
   return steps;
 }
 
-// How many of the tiles take longer than a block of threads has for the whole head; the first
-// threads of a block count them.
+// How many of the tiles, which heaviest_first has ordered, take longer than a block of threads has
+// for the whole head; nearly always none. The threads that ordered them count.
 template <class Steps>
-__device__ void count_leading(float& total, int32_t tiles, int32_t blocks, int32_t* leading,
-                              Steps steps) {
-  if (threadIdx.x == 0) {
-    total = 0;
-    *leading = 0;
-  }
-  threads_sync<kSortThreads>(kSortBarrier);
-  float own = 0;
-  for (int32_t tile = threadIdx.x; tile < tiles; tile += kSortThreads) own += steps(tile);
-  atomicAdd(&total, own);
+__device__ void count_leading(const SortMemory& memory, int32_t tiles, int32_t blocks,
+                              int32_t* leading, Steps steps) {
+  float total = 0;
+  for (const float weights : memory.warp_weights) total += weights;
+  const auto leads = [&](int32_t count) { return static_cast<float>(count) * blocks > total; };
+  if (threadIdx.x == 0) *leading = 0;
+  if (!leads(memory.heaviest)) return;
   threads_sync<kSortThreads>(kSortBarrier);
   for (int32_t tile = threadIdx.x; tile < tiles; tile += kSortThreads) {
-    if (static_cast<float>(steps(tile)) * blocks > total) atomicAdd(leading, 1);
+    if (leads(steps(tile))) atomicAdd(leading, 1);
   }
 }
 
 constexpr int32_t kPlanThreads = 512;
-
-struct PlanMemory {
-  SortMemory sort;
-  float total;
-};
 
 // A cluster of blocks of threads plans one list: its warps count or pair the rows, then the first
 // block orders the tiles.
@@ -270,9 +262,9 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kPlanTh
   const auto steps = [&](int32_t tile) {
     return tile_steps<kGrain>(shape, schedule, batch, head, tile);
   };
-  auto& memory = *reinterpret_cast<PlanMemory*>(shared_memory());
-  heaviest_first(memory.sort, schedule.tiles, order, steps);
-  count_leading(memory.total, schedule.tiles, schedule.blocks, schedule.leading + list, steps);
+  auto& memory = *reinterpret_cast<SortMemory*>(shared_memory());
+  heaviest_first(memory, schedule.tiles, order, steps);
+  count_leading(memory, schedule.tiles, schedule.blocks, schedule.leading + list, steps);
 }
 
 }  // namespace video_attn::hopper
