@@ -23,6 +23,7 @@ SOURCES = [
 FLAGS = [
     "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden",
     "-ffp-contract=off",  # what is one rounding and what is two, the source says
+    "-Wno-unknown-pragmas",  # unroll
     "-U_FORTIFY_SOURCE",  # which takes a jump between the stacks of two fibers for an error
     "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
@@ -78,6 +79,7 @@ def _build() -> Path:
     tools = find_tools(BuildOptions.from_environment(os.environ))
     headers = [
         *sorted(ROOT.glob("csrc/sage/**/*.h")),
+        *sorted(ROOT.glob("csrc/device/*.h")),
         *sorted(ROOT.glob("csrc/emulation/*.h")),
         ROOT / "csrc/bindings/sage_operators.h",
     ]

@@ -103,6 +103,7 @@ inline BlockLists make_lists(const OptionalTensor& counts, const OptionalTensor&
   }
   return {static_cast<const int32_t*>(counts->data_ptr()),
           static_cast<const int32_t*>(indices->data_ptr()),
+          small("longest list", indices->size(3)),
           broadcast_stride(*counts, 0),
           broadcast_stride(*counts, 1),
           counts->stride(2),

@@ -48,7 +48,7 @@ class AttentionBlock {
   using Result = ResultTile<C::kV, C::kDim>;
 
  public:
-  SAGE_DEVICE explicit AttentionBlock(const AttentionParams& p)
+  VIDEO_ATTN_DEVICE explicit AttentionBlock(const AttentionParams& p)
       : p_(p),
         batch_(block_index_z()),
         head_(block_index_y()),
@@ -60,7 +60,7 @@ class AttentionBlock {
         causal_offset_(p.kv_side.length - p.q_side.length),
         q_(shared_memory()) {}
 
-  SAGE_DEVICE void run() {
+  VIDEO_ATTN_DEVICE void run() {
     const int first_row = first_tile_ * kTile;
     int last_key = p_.kv_side.length - 1;
     if (p_.is_causal) {
@@ -74,7 +74,7 @@ class AttentionBlock {
   }
 
  private:
-  SAGE_DEVICE void attend(int first_row, int last_key) {
+  VIDEO_ATTN_DEVICE void attend(int first_row, int last_key) {
     copy_queries();
     load_query_factors();
     // Thread 0 walks the list, in shared memory: registers are short.
@@ -104,10 +104,10 @@ class AttentionBlock {
   }
 
   // One key tile: scores, weights, values.
-  SAGE_DEVICE void step(const KeyTile& tile, float k_scale, int buffer) {
+  VIDEO_ATTN_DEVICE void step(const KeyTile& tile, float k_scale, int buffer) {
     uint32_t weights[C::kRowTiles][Values<C::kV>::kSteps][4];
     float keep[C::kRowTiles][2];
-    SAGE_UNROLL
+#pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
       float s[1][kTile / 8][4];
       multiply_scores<C::kQk, C::kDim>(s[0], q_ + r * kQkTileBytes<C::kDim>, keys(buffer));
@@ -123,69 +123,70 @@ class AttentionBlock {
 
   // -- loads ------------------------------------------------------------------------------------
 
-  SAGE_DEVICE uint8_t* keys(int buffer) const {
+  VIDEO_ATTN_DEVICE uint8_t* keys(int buffer) const {
     return q_ + C::kQBytes + buffer * (C::kKBytes + C::kVBytes);
   }
-  SAGE_DEVICE uint8_t* values(int buffer) const { return keys(buffer) + C::kKBytes; }
+  VIDEO_ATTN_DEVICE uint8_t* values(int buffer) const { return keys(buffer) + C::kKBytes; }
 
-  SAGE_DEVICE void copy_tile(uint8_t* shared, const uint8_t* codes, int64_t tile, int bytes) const {
+  VIDEO_ATTN_DEVICE void copy_tile(uint8_t* shared, const uint8_t* codes, int64_t tile,
+                                   int bytes) const {
     const uint8_t* global = codes + tile * bytes;
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < bytes; i += C::kThreads * 16) {
       const int offset = i + thread_index() * 16;
       copy_async(shared + offset, global + offset);
     }
   }
 
-  SAGE_DEVICE void copy_queries() const {
-    SAGE_UNROLL
+  VIDEO_ATTN_DEVICE void copy_queries() const {
+#pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
       copy_tile(q_ + r * kQkTileBytes<C::kDim>, p_.q_codes, query_tile(r), kQkTileBytes<C::kDim>);
     }
   }
 
   // Row tile r; one past the end is computed from the last one and not stored.
-  SAGE_DEVICE int64_t query_tile(int r) const {
+  VIDEO_ATTN_DEVICE int64_t query_tile(int r) const {
     const int tiles = tiles_in(p_.q_side.length);
     const int tile = first_tile_ + r < tiles ? first_tile_ + r : tiles - 1;
     return (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles + tile;
   }
 
   // What the scores of row tile r leave out, of every key of a tile.
-  SAGE_DEVICE const float* shift(int r, int tile) const {
+  VIDEO_ATTN_DEVICE const float* shift(int r, int tile) const {
     if (!C::kShifted) return nullptr;
     const int64_t row = query_tile(r) * tiles_in(p_.kv_side.length) + tile;
     return p_.score_shift + row * kTile;
   }
 
-  SAGE_DEVICE int64_t key_tile(int tile) const {
+  VIDEO_ATTN_DEVICE int64_t key_tile(int tile) const {
     return (static_cast<int64_t>(batch_) * p_.kv_heads + kv_head_) * tiles_in(p_.kv_side.length) +
            tile;
   }
 
-  SAGE_DEVICE void copy_keys(const KeyTile& tile, int buffer) const {
+  VIDEO_ATTN_DEVICE void copy_keys(const KeyTile& tile, int buffer) const {
     copy_tile(keys(buffer), p_.k_codes, key_tile(tile.index), C::kKBytes);
     copy_tile(values(buffer), p_.v_codes, key_tile(tile.index), C::kVBytes);
   }
 
   // Every granularity gives a lane one scale for its two rows of a tile, and one for its keys. The
   // former wait in shared memory: four lanes hold the same rows.
-  SAGE_DEVICE float* factor(int r) const {
+  VIDEO_ATTN_DEVICE float* factor(int r) const {
     // Addresses that stayed in registers would push something else out.
     const int thread = static_cast<int>(computed_afresh(thread_index()));
     return reinterpret_cast<float*>(keys(C::kBuffers)) + (r * C::kThreads + thread) / 4;
   }
 
-  SAGE_DEVICE void load_query_factors() {
+  VIDEO_ATTN_DEVICE void load_query_factors() {
     if (thread_index() % 4 != 0) return;
-    SAGE_UNROLL
+#pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
       const int group = q_group(p_.q_groups, row_in_tile(0));
       *factor(r) = p_.q_scale[query_tile(r) * p_.q_groups + group] * p_.scale_log2;
     }
   }
 
-  SAGE_DEVICE float key_scale(const KeyTile& tile) const {
+  VIDEO_ATTN_DEVICE float key_scale(const KeyTile& tile) const {
     const int group = k_group(p_.k_groups, thread_index() % 4 * 2);
     return p_.k_scale[key_tile(tile.index) * p_.k_groups + group];
   }
@@ -193,13 +194,13 @@ class AttentionBlock {
   // -- results ----------------------------------------------------------------------------------
 
   // Valid rows of a row tile; 0 past the end of the sequence.
-  SAGE_DEVICE int valid_rows(int r) const {
+  VIDEO_ATTN_DEVICE int valid_rows(int r) const {
     const int tile = first_tile_ + r;
     return tile < tiles_in(p_.q_side.length) ? valid_in_tile(p_.q_side, batch_, tile) : 0;
   }
 
-  SAGE_DEVICE void store() const {
-    SAGE_UNROLL
+  VIDEO_ATTN_DEVICE void store() const {
+#pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
       block_barrier();  // nobody reads any more what shared memory held before
       Result(p_, batch_, head_, first_tile_ + r)

@@ -14,7 +14,7 @@ struct AttentionKernel {
   static constexpr int kBlocksPerProcessor = 1;
   static constexpr Feature kNeeds = C::kNeeds;
 
-  SAGE_DEVICE static void run(const Params& p) { AttentionBlock<C>(p).run(); }
+  VIDEO_ATTN_DEVICE static void run(const Params& p) { AttentionBlock<C>(p).run(); }
 };
 
 // Whether blocks of so many query tiles see the same keys, and not all of them would be nearly

@@ -15,12 +15,12 @@ struct alignas(8) Words2 {
   uint32_t w[2];
 };
 
-SAGE_DEVICE float to_float(Element dtype, uint32_t bits) {
+VIDEO_ATTN_DEVICE float to_float(Element dtype, uint32_t bits) {
   return dtype == Element::kFloat16 ? half_to_float(static_cast<uint16_t>(bits))
                                     : from_bits(bits << 16);
 }
 
-SAGE_DEVICE uint32_t from_float(Element dtype, float x) {
+VIDEO_ATTN_DEVICE uint32_t from_float(Element dtype, float x) {
   return dtype == Element::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
 }
 
@@ -29,18 +29,18 @@ SAGE_DEVICE uint32_t from_float(Element dtype, float x) {
 // token 0, tokens lie `stride` elements apart. Where the channels are whole and aligned, 16 bytes
 // are read at a time, and all are asked for before the first is waited for.
 template <int kRows, class Visit>
-SAGE_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int64_t stride,
-                            const int32_t (&tokens)[kRows], int count, Visit visit) {
+VIDEO_ATTN_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int64_t stride,
+                                  const int32_t (&tokens)[kRows], int count, Visit visit) {
   const int size = dtype == Element::kFloat32 ? 4 : 2;
   const auto* bytes = static_cast<const uint8_t*>(data) + offset * size;
   const int64_t step = stride * size;
   const bool is_whole = count <= 0 || count >= 8;
   const auto exists = [&](int r) { return tokens[r] >= 0 && count > 0; };
   if (!is_whole || (reinterpret_cast<uintptr_t>(bytes) | step) % 16 != 0) {
-    SAGE_UNROLL
+#pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float y[8];
-      SAGE_UNROLL
+#pragma unroll
       for (int i = 0; i < 8; ++i) {
         const uint8_t* element = bytes + tokens[r] * step + i * size;
         y[i] = !exists(r) || i >= count ? 0.0f
@@ -50,29 +50,29 @@ SAGE_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int
       visit(r, y);
     }
   } else if (size == 4) {
-    SAGE_UNROLL
+#pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float y[8];
-      SAGE_UNROLL
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto* place = reinterpret_cast<const Words4*>(bytes + tokens[r] * step) + half;
         const Words4 words = exists(r) ? *place : Words4{};
-        SAGE_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) y[half * 4 + i] = from_bits(words.w[i]);
       }
       visit(r, y);
     }
   } else {
     Words4 words[kRows];
-    SAGE_UNROLL
+#pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const auto* place = reinterpret_cast<const Words4*>(bytes + tokens[r] * step);
       words[r] = exists(r) ? *place : Words4{};
     }
-    SAGE_UNROLL
+#pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float y[8];
-      SAGE_UNROLL
+#pragma unroll
       for (int i = 0; i < 8; ++i) {
         y[i] = to_float(dtype, words[r].w[i / 2] >> (i % 2 * 16) & 0xFFFFu);
       }
@@ -82,8 +82,8 @@ SAGE_DEVICE void visit_rows(const void* data, Element dtype, int64_t offset, int
 }
 
 // The first `count` of x to `offset` elements after `data`.
-SAGE_DEVICE void store_four(const float (&x)[4], void* data, Element dtype, int64_t offset,
-                            int count) {
+VIDEO_ATTN_DEVICE void store_four(const float (&x)[4], void* data, Element dtype, int64_t offset,
+                                  int count) {
   const bool is_wide = dtype == Element::kFloat32;
   auto* bytes = static_cast<uint8_t*>(data) + offset * (is_wide ? 4 : 2);
   const bool is_whole = count >= 4 && reinterpret_cast<uintptr_t>(bytes) % (is_wide ? 16 : 8) == 0;
@@ -94,7 +94,7 @@ SAGE_DEVICE void store_four(const float (&x)[4], void* data, Element dtype, int6
     *reinterpret_cast<Words2*>(bytes) = {{from_float(dtype, x[0]) | from_float(dtype, x[1]) << 16,
                                           from_float(dtype, x[2]) | from_float(dtype, x[3]) << 16}};
   } else {
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (i >= count) continue;
       if (is_wide) {

@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "device/ring.h"
 #include "hopper_walk.h"
 #include "matrix.h"
 #include "params.h"
@@ -82,26 +83,13 @@ struct HopperShared {
       v_empty[C::kStages];
 };
 
-// A place in the ring, and the parity of its phase.
-template <int kStages>
-struct RingPlace {
-  int stage = 0, parity = 0;
-
-  SAGE_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class C>
 class HopperBlock {
   using Shared = HopperShared<C>;
   using Place = RingPlace<C::kStages>;
 
  public:
-  SAGE_DEVICE explicit HopperBlock(const AttentionParams& p)
+  VIDEO_ATTN_DEVICE explicit HopperBlock(const AttentionParams& p)
       : p_(p),
         batch_(block_index_z()),
         head_(block_index_y()),
@@ -112,7 +100,7 @@ class HopperBlock {
         causal_offset_(p.kv_side.length - p.q_side.length),
         shared_(*reinterpret_cast<Shared*>(shared_memory())) {}
 
-  SAGE_DEVICE void run() {
+  VIDEO_ATTN_DEVICE void run() {
     if (thread_index() == 0) {
       constexpr int kConsumerWarps = C::kConsumers * 4;
       barrier_init(&shared_.q_full, 1);
@@ -137,7 +125,7 @@ class HopperBlock {
  private:
   // -- the producer warp ------------------------------------------------------------------------
 
-  SAGE_DEVICE void produce() {
+  VIDEO_ATTN_DEVICE void produce() {
     const bool leads = thread_index() % 32 == 0;
     if (leads) copy_queries();
     const int kv_tiles = tiles_in(p_.kv_side.length);
@@ -173,7 +161,7 @@ class HopperBlock {
   }
 
   // The last key that any valid row of the block may see; -1 for none.
-  SAGE_DEVICE int last_key() const {
+  VIDEO_ATTN_DEVICE int last_key() const {
     int valid = 0;
     for (int c = 0; c < C::kConsumers; ++c) {
       const int tile = first_tile_ + c;
@@ -188,8 +176,8 @@ class HopperBlock {
     return last < -1 ? -1 : last;
   }
 
-  SAGE_DEVICE void tell(Step& step, const KeyTile& first, const KeyTile& second,
-                        int64_t first_key_tile) const {
+  VIDEO_ATTN_DEVICE void tell(Step& step, const KeyTile& first, const KeyTile& second,
+                              int64_t first_key_tile) const {
     const int lane = thread_index() % 32;
     if (lane < kStepTiles * 4 && first.exists()) {
       const int64_t tile = first_key_tile + (lane < 4 ? first.index : second.index);
@@ -204,11 +192,11 @@ class HopperBlock {
     }
   }
 
-  SAGE_DEVICE static void copy_step(uint8_t* shared, const uint8_t* codes,
-                                    const int64_t (&tiles)[kStepTiles], int bytes,
-                                    MemoryBarrier* full) {
+  VIDEO_ATTN_DEVICE static void copy_step(uint8_t* shared, const uint8_t* codes,
+                                          const int64_t (&tiles)[kStepTiles], int bytes,
+                                          MemoryBarrier* full) {
     const int tile_bytes = bytes / kStepTiles;
-    SAGE_UNROLL
+#pragma unroll
     for (int t = 0; t < kStepTiles; ++t) {
       copy_bulk(shared + t * tile_bytes, codes + tiles[t] * tile_bytes, tile_bytes, full);
     }
@@ -216,7 +204,7 @@ class HopperBlock {
 
   static constexpr int kShiftBytes = C::kShifted ? kStepTiles * kTile * 4 : 0;
 
-  SAGE_DEVICE void copy_shift(int stage, int first, int second) const {
+  VIDEO_ATTN_DEVICE void copy_shift(int stage, int first, int second) const {
     const int64_t row = query_tile(0) * tiles_in(p_.kv_side.length);
     for (int t = 0; t < kStepTiles; ++t) {
       copy_bulk(shared_.steps[stage].shift[t],
@@ -226,13 +214,13 @@ class HopperBlock {
   }
 
   // Row tile of consumer c; one past the end is computed from the last one and not stored.
-  SAGE_DEVICE int64_t query_tile(int c) const {
+  VIDEO_ATTN_DEVICE int64_t query_tile(int c) const {
     const int tiles = tiles_in(p_.q_side.length);
     const int tile = first_tile_ + c < tiles ? first_tile_ + c : tiles - 1;
     return (static_cast<int64_t>(batch_) * p_.heads + head_) * tiles + tile;
   }
 
-  SAGE_DEVICE void copy_queries() const {
+  VIDEO_ATTN_DEVICE void copy_queries() const {
     constexpr int kBytes = kQkTileBytes<C::kDim>;
     barrier_arrive_expecting(&shared_.q_full, C::kQBytes);
     for (int c = 0; c < C::kConsumers; ++c) {
@@ -249,11 +237,11 @@ class HopperBlock {
   using Output = float[C::kDim / 8][4];
 
   // The same in a whole warp, and known to be.
-  SAGE_DEVICE int consumer() const {
+  VIDEO_ATTN_DEVICE int consumer() const {
     return C::kConsumers == 1 ? 0 : shuffle(thread_index() / kGroupThreads, 0);
   }
 
-  SAGE_DEVICE void consume() {
+  VIDEO_ATTN_DEVICE void consume() {
     const int group = q_group(p_.q_groups, row_in_tile(0));
     const float q_factor = p_.q_scale[query_tile(consumer()) * p_.q_groups + group] * p_.scale_log2;
     RowState state;
@@ -270,13 +258,13 @@ class HopperBlock {
     // The ring is free once every consumer is here; each stores through a part of it.
     using Result = ResultTile<C::kV, C::kDim>;
     static_assert(C::kConsumers * Result::kSharedBytes <= sizeof(Shared::k) + sizeof(Shared::v));
-    named_barrier(1, C::kConsumers * kGroupThreads);
+    threads_sync<C::kConsumers * kGroupThreads>(1);
     auto* rows = reinterpret_cast<float*>(shared_.k[0] + consumer() * Result::kSharedBytes);
     Result(p_, batch_, head_, first_tile_ + consumer()).store(out, state, rows, 2 + consumer());
   }
 
   // One product after the other.
-  SAGE_DEVICE void attend(float q_factor, RowState& state, Output& out) {
+  VIDEO_ATTN_DEVICE void attend(float q_factor, RowState& state, Output& out) {
     Place k, v;
     const int last_key = last_key_of_first_row();
     Weights weights;
@@ -300,7 +288,7 @@ class HopperBlock {
   }
 
   // Scores of the next step and values of the last one are multiplied during a step's softmax.
-  SAGE_DEVICE void attend_overlapped(float q_factor, RowState& state, Output& out) {
+  VIDEO_ATTN_DEVICE void attend_overlapped(float q_factor, RowState& state, Output& out) {
     Place k, v;  // of the next scores, and of the next values
     const int last_key = last_key_of_first_row();
     Weights weights;
@@ -332,12 +320,12 @@ class HopperBlock {
   }
 
   // Scores of the step at `stage`: 64 rows of this consumer by 128 keys.
-  SAGE_DEVICE void start_scores(Sums& sums, int stage) {
+  VIDEO_ATTN_DEVICE void start_scores(Sums& sums, int stage) {
     // Descriptors that stayed in registers would push something else out.
     const uint32_t q =
         computed_afresh(shared_address(shared_.q + consumer() * kQkTileBytes<C::kDim>));
     const uint32_t k = shared_address(shared_.k[stage]);
-    SAGE_UNROLL
+#pragma unroll
     for (int step = 0; step < C::kDim / 32; ++step) {
       wgmma_scores(sums, token_matrix<C::kDim>(q, step), token_matrix<C::kDim>(k, step), step > 0);
     }
@@ -347,17 +335,18 @@ class HopperBlock {
   // From finished scores to weights. `finish_last` ends the products that still read `weights`;
   // k goes on to the next step, which is there afterwards.
   template <class Finish>
-  SAGE_DEVICE void weigh_step(Weights& weights, Sums& sums, Place& k, float q_factor, int last_key,
-                              RowState& state, float (&keep)[2], Finish finish_last) {
+  VIDEO_ATTN_DEVICE void weigh_step(Weights& weights, Sums& sums, Place& k, float q_factor,
+                                    int last_key, RowState& state, float (&keep)[2],
+                                    Finish finish_last) {
     float s[kStepTiles][kTile / 8][4];
     ScoreScale scale[kStepTiles];
     const auto& step = shared_.steps[k.stage];
-    SAGE_UNROLL
+#pragma unroll
     for (int t = 0; t < kStepTiles; ++t) {
       wgmma_results(sums[t]);
-      SAGE_UNROLL
+#pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
-        SAGE_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) s[t][n][i] = static_cast<float>(sums[t][n][i]);
       }
       scale[t] = {0.0f, q_factor * step.k_scale[t][thread_index() % 4]};
@@ -370,22 +359,22 @@ class HopperBlock {
     k.advance();
     barrier_wait(&shared_.k_full[k.stage], k.parity);
     finish_last();
-    SAGE_UNROLL
+#pragma unroll
     for (int t = 0; t < kStepTiles; ++t) Values<C::kV>::pack(weights[t], s[t]);
   }
 
   // The last key that the first row of this consumer sees; row r sees r more.
-  SAGE_DEVICE int last_key_of_first_row() const {
+  VIDEO_ATTN_DEVICE int last_key_of_first_row() const {
     return p_.is_causal ? (first_tile_ + consumer()) * kTile + causal_offset_ : kAllKeys;
   }
 
   // P V of the step at v.
-  SAGE_DEVICE void start_values(Output& out, const Weights& weights, const Place& v) {
+  VIDEO_ATTN_DEVICE void start_values(Output& out, const Weights& weights, const Place& v) {
     barrier_wait(&shared_.v_full[v.stage], v.parity);
-    SAGE_UNROLL
+#pragma unroll
     for (int t = 0; t < kStepTiles; ++t) {
       const uint32_t tile = shared_address(shared_.v[v.stage] + t * kVTileBytes<C::kV, C::kDim>);
-      SAGE_UNROLL
+#pragma unroll
       for (int step = 0; step < Values<C::kV>::kSteps; ++step) {
         if constexpr (C::kV == VCode::kFp8) {
           wgmma_values_fp8(out, weights[t][step], value_matrix_fp8(tile, step), t + step > 0);
@@ -399,7 +388,8 @@ class HopperBlock {
 
   // Fresh sums join the output, rescaled by the `keep` of their own step; an output that was summed
   // in place is rescaled by the `keep` of the step after.
-  SAGE_DEVICE void finish_values(Output& out, Output& fresh, const float (&keep)[2], Place& v) {
+  VIDEO_ATTN_DEVICE void finish_values(Output& out, Output& fresh, const float (&keep)[2],
+                                       Place& v) {
     wgmma_wait<0>();
     wgmma_results(C::kFreshSums ? fresh : out);
     release(&shared_.v_empty[v.stage]);
@@ -411,26 +401,26 @@ class HopperBlock {
     }
   }
 
-  SAGE_DEVICE static void join(Output& out, const Output& fresh, const float (&keep)[2]) {
-    SAGE_UNROLL
+  VIDEO_ATTN_DEVICE static void join(Output& out, const Output& fresh, const float (&keep)[2]) {
+#pragma unroll
     for (int n = 0; n < C::kDim / 8; ++n) {
-      SAGE_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
         out[n][i] = fused_multiply_add(out[n][i], keep[i / 2], fresh[n][i]);
       }
     }
   }
 
-  SAGE_DEVICE static void rescale(Output& out, const float (&keep)[2]) {
-    SAGE_UNROLL
+  VIDEO_ATTN_DEVICE static void rescale(Output& out, const float (&keep)[2]) {
+#pragma unroll
     for (int n = 0; n < C::kDim / 8; ++n) {
-      SAGE_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] *= keep[i / 2];
     }
   }
 
   // This warp reads its part of the stage no more.
-  SAGE_DEVICE void release(MemoryBarrier* empty) const {
+  VIDEO_ATTN_DEVICE void release(MemoryBarrier* empty) const {
     warp_barrier();
     if (thread_index() % 32 == 0) barrier_arrive(empty);
   }

@@ -14,7 +14,7 @@ struct HopperKernel {
   static constexpr int kSharedBytes = sizeof(HopperShared<C>);
   static constexpr Feature kNeeds = Feature::kWarpgroups;
 
-  SAGE_DEVICE static void run(const Params& p) { HopperBlock<C>(p).run(); }
+  VIDEO_ATTN_DEVICE static void run(const Params& p) { HopperBlock<C>(p).run(); }
 };
 
 template <QkCode kQk, VCode kV, int kDim, int kConsumers, bool kShifted = false>

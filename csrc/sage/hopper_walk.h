@@ -12,23 +12,17 @@ namespace video_attn::sage {
 class WarpWalk {
  public:
   // `last_key`: the last key that any row of the block may see, -1 for none.
-  SAGE_DEVICE WarpWalk(const AttentionParams& p, int batch, int head, int first_row, int last_key)
-      : side_(p.kv_side), batch_(batch), end_(tiles_in(last_key + 1)) {
-    entries_ = end_;
-    if (p.lists.counts == nullptr || last_key < 0) return;
-    const BlockLists& lists = p.lists;
-    const int64_t row = first_row / p.q_side.block_size;
-    tiles_per_block_ = p.kv_side.block_size / kTile;
-    entries_ = tiles_per_block_ *
-               lists.counts[batch * lists.counts_batch_stride + head * lists.counts_head_stride +
-                            row * lists.counts_block_stride];
-    indices_ = lists.indices + batch * lists.indices_batch_stride +
-               head * lists.indices_head_stride + row * lists.indices_block_stride;
-    stride_ = lists.indices_stride;
-  }
+  VIDEO_ATTN_DEVICE WarpWalk(const AttentionParams& p, int batch, int head, int first_row,
+                             int last_key)
+      : side_(p.kv_side),
+        list_(row_list(p.lists, p.kv_side, batch, head, first_row / p.q_side.block_size)),
+        batch_(batch),
+        end_(tiles_in(last_key + 1)),
+        tiles_per_block_(tiles_per_block(p, end_)),
+        entries_(last_key < 0 ? 0 : list_.count * tiles_per_block_) {}
 
   // The next tile with a valid key, the same in every lane.
-  SAGE_DEVICE KeyTile next() {
+  VIDEO_ATTN_DEVICE KeyTile next() {
     while (waiting_ == 0) {
       if (looked_up_ >= entries_) return {-1, 0};
       look_up();
@@ -39,24 +33,22 @@ class WarpWalk {
   }
 
  private:
-  SAGE_DEVICE void look_up() {
+  VIDEO_ATTN_DEVICE void look_up() {
     const int entry = looked_up_ + thread_index() % 32;
     looked_up_ += 32;
     tile_ = {entry, 0};
     if (entry < entries_) {
-      if (indices_ != nullptr) {
-        const int block = entry / tiles_per_block_;
-        tile_.index = indices_[block * stride_] * tiles_per_block_ + entry % tiles_per_block_;
-      }
+      const int block = list_.block(entry / tiles_per_block_);
+      tile_.index = block * tiles_per_block_ + entry % tiles_per_block_;
       if (tile_.index < end_) tile_.valid = valid_in_tile(side_, batch_, tile_.index);
     }
     waiting_ = ballot(tile_.valid > 0);
   }
 
   const Side& side_;
-  const int32_t* indices_ = nullptr;
-  int64_t stride_ = 0;
-  int batch_, end_, entries_, tiles_per_block_ = 1, looked_up_ = 0;
+  const RowList list_;
+  const int batch_, end_, tiles_per_block_, entries_;
+  int looked_up_ = 0;
   uint32_t waiting_ = 0;  // lanes whose tile has not been handed out
   KeyTile tile_{-1, 0};   // of this lane
 };

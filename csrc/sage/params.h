@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "device/block_lists.h"
+
 namespace video_attn::sage {
 
 inline constexpr int kTile = 64;  // tokens: one step over the keys, and the unit of the scales
@@ -23,23 +25,10 @@ struct Tensor4 {
   Element dtype;
 };
 
-// Valid tokens of each block slot, int32 [batch or 1, slots]; data is null when all are valid.
-struct BlockLens {
-  const int32_t* data;
-  int64_t batch_stride;
-};
-
-// One side of the problem: its tokens, the block slots they are cut into, and the valid ones.
-struct Side {
-  int32_t length;
-  int32_t block_size;  // a multiple of 64
-  BlockLens lens;
-};
-
 struct QuantizeParams {
   Tensor4 q, k, v;
   const int32_t* places;  // where token i of both sides lies in q, k and v; null: at i
-  Side q_side, kv_side;
+  Side q_side, kv_side;   // block sizes: multiples of kTile; dense attention has one block
   int32_t batch, heads, kv_heads, head_dim, head_dim_v;
   int32_t padded_dim;  // of the codes: 64 or 128
   float scale;         // of the scores, for lse_shift
@@ -59,14 +48,6 @@ struct QuantizeParams {
   float* score_shift;        // [batch, heads, query tiles, key tiles * 64]; null without smooth_q
 
   float* workspace;  // statistics_size(params) floats
-};
-
-// Lists of key blocks, one per query block; counts is null for dense attention.
-struct BlockLists {
-  const int32_t* counts;   // [batch or 1, heads or 1, query blocks]
-  const int32_t* indices;  // [batch or 1, heads or 1, query blocks, longest]
-  int64_t counts_batch_stride, counts_head_stride, counts_block_stride;
-  int64_t indices_batch_stride, indices_head_stride, indices_block_stride, indices_stride;
 };
 
 struct AttentionParams {

@@ -1,4 +1,5 @@
-// The primitives as PTX. Layouts of fragments: PTX manual, "Warp-level matrix instructions".
+// The primitives as PTX, beyond csrc/device. Layouts of fragments: PTX manual, "Warp-level matrix
+// instructions".
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,81 +9,67 @@
 #include <atomic>
 #include <cstdint>
 
+#include "device/primitives.h"
 #include "feature.h"
-
-#define SAGE_DEVICE __device__ __forceinline__
-#define SAGE_HOST_DEVICE __host__ __device__ __forceinline__
-#define SAGE_UNROLL _Pragma("unroll")
 
 namespace video_attn::sage {
 
 // -- threads --------------------------------------------------------------------------------------
 
-SAGE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-SAGE_DEVICE int64_t block_index_x() { return blockIdx.x; }
-SAGE_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
-SAGE_DEVICE int block_index_z() { return static_cast<int>(blockIdx.z); }
-SAGE_DEVICE int64_t grid_size_x() { return gridDim.x; }
+VIDEO_ATTN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+VIDEO_ATTN_DEVICE int64_t block_index_x() { return blockIdx.x; }
+VIDEO_ATTN_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
+VIDEO_ATTN_DEVICE int block_index_z() { return static_cast<int>(blockIdx.z); }
+VIDEO_ATTN_DEVICE int64_t grid_size_x() { return gridDim.x; }
 
-SAGE_DEVICE uint8_t* shared_memory() {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  return memory;
+VIDEO_ATTN_DEVICE void block_barrier() { __syncthreads(); }
+
+VIDEO_ATTN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+VIDEO_ATTN_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
+  return __shfl_xor_sync(~0u, x, mask);
 }
 
-SAGE_DEVICE void block_barrier() { __syncthreads(); }
-
-// Barrier `number` (1 to 15) of the first `threads` threads that come to it.
-SAGE_DEVICE void named_barrier(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
-SAGE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
-SAGE_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
-
-// -- numbers that stay out of registers
-// -------------------------------------------------------------
+// -- numbers that stay out of registers -----------------------------------------------------------
 
 // x, which the compiler can neither keep from before nor guess.
-SAGE_DEVICE uint32_t computed_afresh(uint32_t x) {
+VIDEO_ATTN_DEVICE uint32_t computed_afresh(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
 // -- copies from global to shared memory ----------------------------------------------------------
 
-SAGE_DEVICE uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // 16 aligned bytes.
-SAGE_DEVICE void copy_async(void* shared, const void* global) {
+VIDEO_ATTN_DEVICE void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                "l"(global)
                : "memory");
 }
 
-SAGE_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+VIDEO_ATTN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for this thread's copies; others see them after a barrier.
-SAGE_DEVICE void copy_async_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+VIDEO_ATTN_DEVICE void copy_async_wait_all() {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
 
 // -- matrix fragments -----------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l points to row l % 8 of matrix l / 8.
-SAGE_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+VIDEO_ATTN_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row)));
 }
 
-SAGE_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+VIDEO_ATTN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row)));
 }
 
 // c += a b; a is 16 x 32 (or 16 x 16 for fp16), b is 32 x 8 (16 x 8).
-SAGE_DEVICE void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+VIDEO_ATTN_DEVICE void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -90,7 +77,7 @@ SAGE_DEVICE void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-SAGE_DEVICE void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+VIDEO_ATTN_DEVICE void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -98,7 +85,8 @@ SAGE_DEVICE void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-SAGE_DEVICE void mma_fp16(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+VIDEO_ATTN_DEVICE void mma_fp16(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0,
+                                uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, "
       "{%0, %1};"
@@ -108,7 +96,7 @@ SAGE_DEVICE void mma_fp16(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0,
 
 // FP8 exists from compute capability 8.9 on; the launcher asks no kernel of an older one for it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-SAGE_DEVICE void mma_fp8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+VIDEO_ATTN_DEVICE void mma_fp8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -116,7 +104,7 @@ SAGE_DEVICE void mma_fp8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-SAGE_DEVICE void mma_fp8(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+VIDEO_ATTN_DEVICE void mma_fp8(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, "
       "{%0, %1};"
@@ -125,7 +113,7 @@ SAGE_DEVICE void mma_fp8(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, 
 }
 
 // Four values to FP8 (e4m3fn), nearest, ties to even, clamped; x0 in the lowest byte.
-SAGE_DEVICE uint32_t pack_fp8(float x0, float x1, float x2, float x3) {
+VIDEO_ATTN_DEVICE uint32_t pack_fp8(float x0, float x1, float x2, float x3) {
   uint16_t low, high;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(x1), "f"(x0));
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(x3), "f"(x2));
@@ -133,10 +121,10 @@ SAGE_DEVICE uint32_t pack_fp8(float x0, float x1, float x2, float x3) {
 }
 #else
 template <class C>
-SAGE_DEVICE void mma_fp8(C&, const uint32_t (&)[4], uint32_t, uint32_t) {
+VIDEO_ATTN_DEVICE void mma_fp8(C&, const uint32_t (&)[4], uint32_t, uint32_t) {
   __trap();
 }
-SAGE_DEVICE uint32_t pack_fp8(float, float, float, float) {
+VIDEO_ATTN_DEVICE uint32_t pack_fp8(float, float, float, float) {
   __trap();
   return 0;
 }
@@ -144,45 +132,49 @@ SAGE_DEVICE uint32_t pack_fp8(float, float, float, float) {
 
 // -- numbers --------------------------------------------------------------------------------------
 
-SAGE_DEVICE float as_float(int32_t bits) { return __int_as_float(bits); }
-SAGE_DEVICE float as_float(float x) { return x; }
-SAGE_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
-SAGE_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+VIDEO_ATTN_DEVICE float as_float(int32_t bits) { return __int_as_float(bits); }
+VIDEO_ATTN_DEVICE float as_float(float x) { return x; }
+VIDEO_ATTN_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+VIDEO_ATTN_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 
-SAGE_DEVICE float exp2_fast(float x) {
+VIDEO_ATTN_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-SAGE_DEVICE float log2_fast(float x) { return __log2f(x); }
-SAGE_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-SAGE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // the other one, if one is NaN
-SAGE_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+VIDEO_ATTN_DEVICE float log2_fast(float x) { return __log2f(x); }
+VIDEO_ATTN_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+VIDEO_ATTN_DEVICE float maximum(float a, float b) {
+  return fmaxf(a, b);
+}  // the other one, if one is NaN
+VIDEO_ATTN_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 
 // Nearest, ties to even, clamped to -127..127 by the caller's scaling; NaN becomes 0.
-SAGE_DEVICE int round_to_int8(float x) {
+VIDEO_ATTN_DEVICE int round_to_int8(float x) {
   int y;
   asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
 
-SAGE_DEVICE uint32_t pack_half2(float low, float high) {
+VIDEO_ATTN_DEVICE uint32_t pack_half2(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-SAGE_DEVICE float low_half(uint32_t pair) {
+VIDEO_ATTN_DEVICE float low_half(uint32_t pair) {
   return __low2float(*reinterpret_cast<const __half2*>(&pair));
 }
 
-SAGE_DEVICE float high_half(uint32_t pair) {
+VIDEO_ATTN_DEVICE float high_half(uint32_t pair) {
   return __high2float(*reinterpret_cast<const __half2*>(&pair));
 }
 
-SAGE_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-SAGE_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
-SAGE_DEVICE uint16_t float_to_bfloat16(float x) {
+VIDEO_ATTN_DEVICE float half_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+VIDEO_ATTN_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+VIDEO_ATTN_DEVICE uint16_t float_to_bfloat16(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 

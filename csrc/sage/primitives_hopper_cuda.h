@@ -1,6 +1,5 @@
-// The primitives that only compute capability 9.0a has: bulk copies, memory barriers, and products
-// by whole warpgroups (four warps, 64 rows). PTX manual, "Asynchronous warpgroup level matrix
-// instructions".
+// Products by whole warpgroups (four warps, 64 rows), which only compute capability 9.0a has. PTX
+// manual, "Asynchronous warpgroup level matrix instructions".
 #pragma once
 
 #include "primitives_cuda.h"
@@ -9,95 +8,20 @@ namespace video_attn::sage {
 
 // -- threads --------------------------------------------------------------------------------------
 
-SAGE_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
-SAGE_DEVICE int shuffle(int x, int lane) { return __shfl_sync(~0u, x, lane); }
-SAGE_DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
-SAGE_DEVICE void warp_barrier() { __syncwarp(); }
-SAGE_DEVICE int first_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
-
-// Registers of a thread from here on, by the whole warpgroup.
-template <int kCount>
-SAGE_DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-
-template <int kCount>
-SAGE_DEVICE void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-
-// -- memory barriers ------------------------------------------------------------------------------
-
-// In shared memory. A phase of a barrier ends when all have arrived and all bytes have.
-using MemoryBarrier = uint64_t;
-
-SAGE_DEVICE void barrier_init(MemoryBarrier* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-
-// After the barriers are made, by the thread that made them; others see them after a block_barrier.
-SAGE_DEVICE void barrier_publish() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-SAGE_DEVICE void barrier_arrive(MemoryBarrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// Arrives, and makes the phase last until `bytes` have been copied.
-SAGE_DEVICE void barrier_arrive_expecting(MemoryBarrier* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-// Waits until the phase of this parity is over; phases count from 0.
-SAGE_DEVICE void barrier_wait(MemoryBarrier* barrier, int parity) {
-  uint32_t over = 0;
-  while (over == 0) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(over)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
-}
-
-// Copies `bytes` (a multiple of 16) that lie side by side, and counts them on `barrier`.
-SAGE_DEVICE void copy_bulk(void* shared, const void* global, int bytes, MemoryBarrier* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
+VIDEO_ATTN_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
+VIDEO_ATTN_DEVICE int shuffle(int x, int lane) { return __shfl_sync(~0u, x, lane); }
+VIDEO_ATTN_DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+VIDEO_ATTN_DEVICE void warp_barrier() { __syncwarp(); }
+VIDEO_ATTN_DEVICE int first_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 
 // -- products of a warpgroup ----------------------------------------------------------------------
 
-// Between writing registers and the products that use them.
-SAGE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-SAGE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-// Waits until at most `kLeft` committed groups run.
-template <int kLeft>
-SAGE_DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
-}
-
 // After a wait, for everything that the awaited products have written: reads stay behind this.
 template <class T, int kRows>
-SAGE_DEVICE void wgmma_results(T (&c)[kRows][4]) {
-  SAGE_UNROLL
+VIDEO_ATTN_DEVICE void wgmma_results(T (&c)[kRows][4]) {
+#pragma unroll
   for (int n = 0; n < kRows; ++n) {
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(T) == 4 && static_cast<T>(0.5) == 0) {
         asm volatile("" : "+r"(c[n][i])::"memory");
@@ -127,7 +51,7 @@ SAGE_DEVICE void wgmma_results(T (&c)[kRows][4]) {
 
 // Scores of 64 queries and two tiles of 64 keys: c (+)= a b, over 32 channels; `a` and `b` are
 // descriptors (matrix.h).
-SAGE_DEVICE void wgmma_scores(int32_t (&c)[2][8][4], uint64_t a, uint64_t b, bool adds) {
+VIDEO_ATTN_DEVICE void wgmma_scores(int32_t (&c)[2][8][4], uint64_t a, uint64_t b, bool adds) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -139,7 +63,7 @@ SAGE_DEVICE void wgmma_scores(int32_t (&c)[2][8][4], uint64_t a, uint64_t b, boo
       : "l"(a), "l"(b), "r"(static_cast<int>(adds)));
 }
 
-SAGE_DEVICE void wgmma_scores(float (&c)[2][8][4], uint64_t a, uint64_t b, bool adds) {
+VIDEO_ATTN_DEVICE void wgmma_scores(float (&c)[2][8][4], uint64_t a, uint64_t b, bool adds) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -153,7 +77,8 @@ SAGE_DEVICE void wgmma_scores(float (&c)[2][8][4], uint64_t a, uint64_t b, bool 
 
 // c (+)= p v: p are 32 FP8 weights (of tokens in the order of v_token) or 16 fp16 weights of every
 // row, in registers; v has 64 or 128 channels.
-SAGE_DEVICE void wgmma_values_fp8(float (&c)[8][4], const uint32_t (&p)[4], uint64_t v, bool adds) {
+VIDEO_ATTN_DEVICE void wgmma_values_fp8(float (&c)[8][4], const uint32_t (&p)[4], uint64_t v,
+                                        bool adds) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -165,8 +90,8 @@ SAGE_DEVICE void wgmma_values_fp8(float (&c)[8][4], const uint32_t (&p)[4], uint
       : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(static_cast<int>(adds)));
 }
 
-SAGE_DEVICE void wgmma_values_fp8(float (&c)[16][4], const uint32_t (&p)[4], uint64_t v,
-                                  bool adds) {
+VIDEO_ATTN_DEVICE void wgmma_values_fp8(float (&c)[16][4], const uint32_t (&p)[4], uint64_t v,
+                                        bool adds) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -178,8 +103,8 @@ SAGE_DEVICE void wgmma_values_fp8(float (&c)[16][4], const uint32_t (&p)[4], uin
       : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(static_cast<int>(adds)));
 }
 
-SAGE_DEVICE void wgmma_values_fp16(float (&c)[8][4], const uint32_t (&p)[4], uint64_t v,
-                                   bool adds) {
+VIDEO_ATTN_DEVICE void wgmma_values_fp16(float (&c)[8][4], const uint32_t (&p)[4], uint64_t v,
+                                         bool adds) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -191,8 +116,8 @@ SAGE_DEVICE void wgmma_values_fp16(float (&c)[8][4], const uint32_t (&p)[4], uin
       : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(static_cast<int>(adds)));
 }
 
-SAGE_DEVICE void wgmma_values_fp16(float (&c)[16][4], const uint32_t (&p)[4], uint64_t v,
-                                   bool adds) {
+VIDEO_ATTN_DEVICE void wgmma_values_fp16(float (&c)[16][4], const uint32_t (&p)[4], uint64_t v,
+                                         bool adds) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"

@@ -17,17 +17,17 @@ class ResultTile {
   static constexpr int kPitch = kDim + 8;  // floats from row to row in shared memory
   static constexpr int kSharedBytes = kTile * (kPitch + 1) * sizeof(float);
 
-  SAGE_DEVICE ResultTile(const AttentionParams& p, int batch, int head, int tile)
+  VIDEO_ATTN_DEVICE ResultTile(const AttentionParams& p, int batch, int head, int tile)
       : p_(p), batch_(batch), head_(head), tile_(tile) {}
 
   // Through shared memory, for whole lines to global memory. `shared` holds kSharedBytes, `barrier`
   // is the number of a barrier of these 128 threads alone.
-  SAGE_DEVICE void store(const float (&acc)[kDim / 8][4], const RowState& state, float* shared,
-                         int barrier) const {
+  VIDEO_ATTN_DEVICE void store(const float (&acc)[kDim / 8][4], const RowState& state,
+                               float* shared, int barrier) const {
     float* inverse = shared + kTile * kPitch;
     const int tiles = tiles_in(p_.q_side.length);
     const int valid = tile_ < tiles ? valid_in_tile(p_.q_side, batch_, tile_) : 0;
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float total = row_total(state.total[i]);
       const bool seen = row_in_tile(i) < valid && total != 0.0f;
@@ -35,27 +35,27 @@ class ResultTile {
         inverse[row_in_tile(i)] = seen ? divide(1.0f, total) : 0.0f;
         store_lse(i, seen, state.maximum[i], total);
       }
-      SAGE_UNROLL
+#pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const int channel = n * 8 + thread_index() % 4 * 2;
         *reinterpret_cast<Words2*>(shared + row_in_tile(i) * kPitch + channel) = {
             {as_bits(acc[n][i * 2]), as_bits(acc[n][i * 2 + 1])}};
       }
     }
-    named_barrier(barrier, kGroupThreads);
+    threads_sync<kGroupThreads>(barrier);
     store_rows(shared, inverse);
   }
 
  private:
   // acc / total * scale + mean, for every row; exact zeros for rows that see nothing.
-  SAGE_DEVICE void store_rows(const float* rows, const float* inverse) const {
+  VIDEO_ATTN_DEVICE void store_rows(const float* rows, const float* inverse) const {
     constexpr int kLanes = kDim / 4;  // that share a row, four channels each
     const int thread = thread_index() % kGroupThreads, channel = thread % kLanes * 4;
     const int kv_head = head_ / (p_.heads / p_.kv_heads);
     const int64_t channels =
         (static_cast<int64_t>(batch_) * p_.kv_heads + kv_head) * kDim + channel;
     float scale[4], mean[4];
-    SAGE_UNROLL
+#pragma unroll
     for (int c = 0; c < 4; ++c) {
       scale[c] = p_.v_scale[channels + c];
       mean[c] = p_.v_mean == nullptr ? 0.0f : p_.v_mean[channels + c];
@@ -66,7 +66,7 @@ class ResultTile {
       if (p_.places != nullptr) token = p_.places[token];
       if (token < 0) continue;
       float x[4];
-      SAGE_UNROLL
+#pragma unroll
       for (int c = 0; c < 4; ++c) {
         const float sum = rows[row * kPitch + channel + c];
         x[c] = inverse[row] == 0.0f ? 0.0f : sum * inverse[row] * scale[c] + mean[c];
@@ -77,7 +77,7 @@ class ResultTile {
     }
   }
 
-  SAGE_DEVICE void store_lse(int i, bool seen, float maximum, float total) const {
+  VIDEO_ATTN_DEVICE void store_lse(int i, bool seen, float maximum, float total) const {
     const int64_t token = static_cast<int64_t>(tile_) * kTile + row_in_tile(i);
     if (token >= p_.q_side.length) return;
     const int64_t index =

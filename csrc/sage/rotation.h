@@ -9,7 +9,7 @@
 namespace video_attn::sage {
 
 // 1 / sqrt(size) of the sizes that a rotation can have.
-SAGE_DEVICE float rotation_norm(int size) {
+VIDEO_ATTN_DEVICE float rotation_norm(int size) {
   return size == 16 ? 0.25f : size == 32 ? 0.176776695f : size == 64 ? 0.125f : 0.088388348f;
 }
 
@@ -17,14 +17,14 @@ SAGE_DEVICE float rotation_norm(int size) {
 // and differences of channels 1, 2 and 4 apart are this thread's own, those of 8 and more need
 // lanes that hold other channels of the same rows.
 template <int kDim>
-SAGE_DEVICE void rotate(float (&x)[kGroupRows][kLaneChannels], int size) {
+VIDEO_ATTN_DEVICE void rotate(float (&x)[kGroupRows][kLaneChannels], int size) {
   const int lane = Lane<kDim>::channel() / kLaneChannels;
   const float norm = rotation_norm(size);
-  SAGE_UNROLL
+#pragma unroll
   for (int r = 0; r < kGroupRows; ++r) {
-    SAGE_UNROLL
+#pragma unroll
     for (int apart = 1; apart < kLaneChannels; apart *= 2) {
-      SAGE_UNROLL
+#pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) {
         if (c & apart) continue;
         const float low = x[r][c], high = x[r][c + apart];
@@ -32,16 +32,16 @@ SAGE_DEVICE void rotate(float (&x)[kGroupRows][kLaneChannels], int size) {
         x[r][c + apart] = low - high;
       }
     }
-    SAGE_UNROLL
+#pragma unroll
     for (int mask = 1; mask < Lane<kDim>::kLanes; mask *= 2) {
       if (mask * kLaneChannels >= size) continue;  // the same for all threads
       const float sign = lane & mask ? -1.0f : 1.0f;
-      SAGE_UNROLL
+#pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) {
         x[r][c] = fused_multiply_add(x[r][c], sign, shuffle_xor(x[r][c], mask));
       }
     }
-    SAGE_UNROLL
+#pragma unroll
     for (int c = 0; c < kLaneChannels; ++c) x[r][c] *= norm;
   }
 }

@@ -24,7 +24,7 @@ struct ScoreShiftKernel {
   static constexpr int kKeys = kTile / kSide;  // threads beside each other along the keys
   static constexpr int kStep = kThreads / kKeys * kSide;  // query tiles at a time
 
-  SAGE_DEVICE static void run(const Params& p) {
+  VIDEO_ATTN_DEVICE static void run(const Params& p) {
     const int key_tile = static_cast<int>(block_index_x());
     const int head = block_index_y(), batch = block_index_z();
     load_keys(p, batch, head / (p.heads / p.kv_heads), key_tile);
@@ -35,11 +35,11 @@ struct ScoreShiftKernel {
       float sums[kSide][kSide] = {};
       multiply(sums, p, first, tile, tiles);
       const int key = key_tile * kTile + thread_index() % kKeys;
-      SAGE_UNROLL
+#pragma unroll
       for (int t = 0; t < kSide; ++t) {
         if (tile + t >= tiles) break;
         float* row = p.score_shift + (first + tile + t) * tiles_in(p.kv_side.length) * kTile + key;
-        SAGE_UNROLL
+#pragma unroll
         for (int k = 0; k < kSide; ++k) row[k * kKeys] = sums[t][k] * (p.scale * kLog2E);
       }
     }
@@ -49,14 +49,14 @@ struct ScoreShiftKernel {
   static constexpr float kLog2E = 1.44269504f;
 
   // Keys minus their mean; zeros where they do not count.
-  SAGE_DEVICE static void load_keys(const Params& p, int batch, int kv_head, int tile) {
+  VIDEO_ATTN_DEVICE static void load_keys(const Params& p, int batch, int kv_head, int tile) {
     const int valid = valid_in_tile(p.kv_side, batch, tile), channel = Lane<kDim>::channel();
     const float* mean = k_mean(p, static_cast<int64_t>(batch) * p.kv_heads + kv_head) + channel;
     auto* keys = reinterpret_cast<float*>(shared_memory());
     Lane<kDim>::visit(p.k, p.places, batch, kv_head, tile, valid, p.head_dim,
                       [&](int r, const float (&y)[kLaneChannels]) {
                         const int row = Lane<kDim>::row(r);
-                        SAGE_UNROLL
+#pragma unroll
                         for (int c = 0; c < kLaneChannels; ++c) {
                           const float centre = p.smooth_k ? mean[c] : 0.0f;
                           keys[row * kPitch + channel + c] = row < valid ? y[c] - centre : 0.0f;
@@ -66,26 +66,26 @@ struct ScoreShiftKernel {
 
   // The means of query tiles from `tile` on times this thread's keys. A tile past the end is
   // computed from the last one and not stored.
-  SAGE_DEVICE static void multiply(float (&sums)[kSide][kSide], const Params& p, int64_t first,
-                                   int tile, int tiles) {
+  VIDEO_ATTN_DEVICE static void multiply(float (&sums)[kSide][kSide], const Params& p,
+                                         int64_t first, int tile, int tiles) {
     const auto* keys = reinterpret_cast<const float*>(shared_memory());
     const float* means[kSide];
-    SAGE_UNROLL
+#pragma unroll
     for (int t = 0; t < kSide; ++t) {
       means[t] = q_mean(p, first + (tile + t < tiles ? tile + t : tiles - 1));
     }
     for (int channel = 0; channel < kDim; channel += 4) {
       float key[kSide][4], mean[kSide][4];
-      SAGE_UNROLL
+#pragma unroll
       for (int i = 0; i < kSide; ++i) {
         load_four(key[i], keys + (thread_index() % kKeys + i * kKeys) * kPitch + channel);
         load_four(mean[i], means[i] + channel);
       }
-      SAGE_UNROLL
+#pragma unroll
       for (int c = 0; c < 4; ++c) {
-        SAGE_UNROLL
+#pragma unroll
         for (int t = 0; t < kSide; ++t) {
-          SAGE_UNROLL
+#pragma unroll
           for (int k = 0; k < kSide; ++k) {
             sums[t][k] = fused_multiply_add(mean[t][c], key[k][c], sums[t][k]);
           }
@@ -94,9 +94,9 @@ struct ScoreShiftKernel {
     }
   }
 
-  SAGE_DEVICE static void load_four(float (&x)[4], const float* from) {
+  VIDEO_ATTN_DEVICE static void load_four(float (&x)[4], const float* from) {
     const Words4 words = *reinterpret_cast<const Words4*>(from);
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = from_bits(words.w[i]);
   }
 };

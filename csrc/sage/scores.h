@@ -22,7 +22,8 @@ struct Scores<QkCode::kInt8> {
   static constexpr Sum kStart = 0x4B400000;
   static constexpr float kOffset = 12582912.0f;
 
-  SAGE_DEVICE static void multiply(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  VIDEO_ATTN_DEVICE static void multiply(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
     mma_int8(c, a, b0, b1);
   }
 };
@@ -33,7 +34,8 @@ struct Scores<QkCode::kFp8> {
   static constexpr Sum kStart = 0.0f;
   static constexpr float kOffset = 0.0f;
 
-  SAGE_DEVICE static void multiply(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  VIDEO_ATTN_DEVICE static void multiply(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
     mma_fp8(c, a, b0, b1);
   }
 };
@@ -42,25 +44,26 @@ struct Scores<QkCode::kFp8> {
 // memory. One row tile at a time: the fragments of K are loaded again for each, which shared memory
 // has time for, and the scores of only one tile are in registers.
 template <QkCode kCode, int kDim>
-SAGE_DEVICE void multiply_scores(float (&s)[kTile / 8][4], const uint8_t* q, const uint8_t* k) {
+VIDEO_ATTN_DEVICE void multiply_scores(float (&s)[kTile / 8][4], const uint8_t* q,
+                                       const uint8_t* k) {
   using Kind = Scores<kCode>;
   const int thread = static_cast<int>(computed_afresh(thread_index()));
   const int lane = thread % 32, warp = thread / 32;
   typename Kind::Sum c[kTile / 8][4];
-  SAGE_UNROLL
+#pragma unroll
   for (int n = 0; n < kTile / 8; ++n) {
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) c[n][i] = Kind::kStart;
   }
-  SAGE_UNROLL
+#pragma unroll
   for (int step = 0; step < kDim / 64; ++step) {  // 64 channels: two products of 32
     uint32_t a[2][4];
-    SAGE_UNROLL
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp * 16 + lane % 16, chunk = step * 4 + half * 2 + lane / 16;
       load_matrices(a[half], q + chunk_offset<kDim>(row, chunk));
     }
-    SAGE_UNROLL
+#pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
       uint32_t b[4];
       load_matrices(b, k + chunk_offset<kDim>(n * 8 + lane % 8, step * 4 + lane / 8));
@@ -68,9 +71,9 @@ SAGE_DEVICE void multiply_scores(float (&s)[kTile / 8][4], const uint8_t* q, con
       Kind::multiply(c[n], a[1], b[2], b[3]);
     }
   }
-  SAGE_UNROLL
+#pragma unroll
   for (int n = 0; n < kTile / 8; ++n) {
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) s[n][i] = as_float(c[n][i]);
   }
 }

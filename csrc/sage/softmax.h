@@ -12,7 +12,7 @@ namespace video_attn::sage {
 inline constexpr int kGroupThreads = 128;  // threads that share a tile of 64 rows
 
 // Row of its tile that thread_index() holds; i is 0 or 1.
-SAGE_DEVICE int row_in_tile(int i) {
+VIDEO_ATTN_DEVICE int row_in_tile(int i) {
   return thread_index() % kGroupThreads / 32 * 16 + thread_index() % 32 / 4 + i * 8;
 }
 
@@ -32,14 +32,14 @@ struct ScoreScale {
 // Turns the scores of a tile into logits, -inf for keys at or past `limit` of their row. kShifted:
 // to those of each key its number in `shift` is added.
 template <bool kShifted>
-SAGE_DEVICE ScoreScale make_logits(float (&s)[kTile / 8][4], ScoreScale scale,
-                                   const int (&limit)[2], const float* shift) {
+VIDEO_ATTN_DEVICE ScoreScale make_logits(float (&s)[kTile / 8][4], ScoreScale scale,
+                                         const int (&limit)[2], const float* shift) {
   const int column = thread_index() % 4 * 2;
-  SAGE_UNROLL
+#pragma unroll
   for (int n = 0; n < kTile / 8; ++n) {
     Words2 added{};
     if (kShifted) added = *reinterpret_cast<const Words2*>(shift + n * 8 + column);
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool seen = n * 8 + column + (i & 1) < limit[i / 2];
       float x = s[n][i] - scale.offset;
@@ -57,12 +57,12 @@ SAGE_DEVICE ScoreScale make_logits(float (&s)[kTile / 8][4], ScoreScale scale,
 // The same for tile `index` where it is needed: where keys are past the first `valid`, or after
 // `last_key`, the last one that the first row sees (row r sees r more), or with a shift.
 template <bool kShifted>
-SAGE_DEVICE void adjust_scores(float (&s)[kTile / 8][4], ScoreScale& scale, int last_key, int index,
-                               int valid, const float* shift) {
+VIDEO_ATTN_DEVICE void adjust_scores(float (&s)[kTile / 8][4], ScoreScale& scale, int last_key,
+                                     int index, int valid, const float* shift) {
   const int seen = last_key - index * kTile + 1;  // keys of the tile, by the first row
   if (valid == kTile && seen >= kTile && !kShifted) return;
   int limit[2];
-  SAGE_UNROLL
+#pragma unroll
   for (int i = 0; i < 2; ++i) {
     limit[i] = seen + row_in_tile(i) < valid ? seen + row_in_tile(i) : valid;
   }
@@ -70,9 +70,9 @@ SAGE_DEVICE void adjust_scores(float (&s)[kTile / 8][4], ScoreScale& scale, int 
 }
 
 // The largest logit of a row (0 or 1) among this lane's keys of a tile.
-SAGE_DEVICE float largest_logit(const float (&s)[kTile / 8][4], ScoreScale scale, int row) {
+VIDEO_ATTN_DEVICE float largest_logit(const float (&s)[kTile / 8][4], ScoreScale scale, int row) {
   float largest = maximum(s[0][row * 2], s[0][row * 2 + 1]);
-  SAGE_UNROLL
+#pragma unroll
   for (int n = 1; n < kTile / 8; ++n) {
     largest = maximum(largest, maximum(s[n][row * 2], s[n][row * 2 + 1]));
   }
@@ -82,12 +82,12 @@ SAGE_DEVICE float largest_logit(const float (&s)[kTile / 8][4], ScoreScale scale
 // Turns scores into weights exp2(logit - maximum) * 2^kExponent, and returns in `keep` what the
 // older weights must be multiplied by.
 template <int kExponent, int kTiles>
-SAGE_DEVICE void weigh(float (&s)[kTiles][kTile / 8][4], const ScoreScale (&scale)[kTiles],
-                       RowState& state, float (&keep)[2]) {
-  SAGE_UNROLL
+VIDEO_ATTN_DEVICE void weigh(float (&s)[kTiles][kTile / 8][4], const ScoreScale (&scale)[kTiles],
+                             RowState& state, float (&keep)[2]) {
+#pragma unroll
   for (int row = 0; row < 2; ++row) {
     float largest = largest_logit(s[0], scale[0], row);
-    SAGE_UNROLL
+#pragma unroll
     for (int t = 1; t < kTiles; ++t) {
       largest = maximum(largest, largest_logit(s[t], scale[t], row));
     }
@@ -100,11 +100,11 @@ SAGE_DEVICE void weigh(float (&s)[kTiles][kTile / 8][4], const ScoreScale (&scal
     state.maximum[row] = largest;
     const float shift = static_cast<float>(kExponent) - pivot;
     float sum[2] = {0.0f, 0.0f};
-    SAGE_UNROLL
+#pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      SAGE_UNROLL
+#pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
-        SAGE_UNROLL
+#pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[t][n][row * 2 + i];
           x = exp2_fast(fused_multiply_add(x - scale[t].offset, scale[t].factor, shift));
@@ -117,7 +117,7 @@ SAGE_DEVICE void weigh(float (&s)[kTiles][kTile / 8][4], const ScoreScale (&scal
 }
 
 // The sum of a row over the four lanes that share it.
-SAGE_DEVICE float row_total(float lanes_total) {
+VIDEO_ATTN_DEVICE float row_total(float lanes_total) {
   lanes_total += shuffle_xor(lanes_total, 1);
   return lanes_total + shuffle_xor(lanes_total, 2);
 }

@@ -29,50 +29,51 @@ struct ChannelStatistics {
   uint32_t amax_bits;  // as integers NaN > inf > everything finite, so nothing strange is lost
 };
 
-SAGE_HOST_DEVICE int chunks_of(const QuantizeParams& p) {
+VIDEO_ATTN_HOST_DEVICE inline int chunks_of(const QuantizeParams& p) {
   return (tiles_in(p.kv_side.length) + kChunkTiles - 1) / kChunkTiles;
 }
 
-SAGE_HOST_DEVICE int64_t channels_of(const QuantizeParams& p) {
+VIDEO_ATTN_HOST_DEVICE inline int64_t channels_of(const QuantizeParams& p) {
   return static_cast<int64_t>(p.batch) * p.kv_heads * p.padded_dim;
 }
 
-SAGE_HOST_DEVICE int64_t statistics_size(const QuantizeParams& p) {
+VIDEO_ATTN_HOST_DEVICE inline int64_t statistics_size(const QuantizeParams& p) {
   return channels_of(p) * (2 * chunks_of(p) * 4 + 2);  // in floats
 }
 
-SAGE_HOST_DEVICE int64_t q_means_size(const QuantizeParams& p) {
+VIDEO_ATTN_HOST_DEVICE inline int64_t q_means_size(const QuantizeParams& p) {
   if (p.score_shift == nullptr) return 0;
   return static_cast<int64_t>(p.batch) * p.heads * tiles_in(p.q_side.length) * p.padded_dim;
 }
 
-SAGE_DEVICE ChannelStatistics* partial(const QuantizeParams& p, int role, int64_t head, int chunk) {
+VIDEO_ATTN_DEVICE ChannelStatistics* partial(const QuantizeParams& p, int role, int64_t head,
+                                             int chunk) {
   const int64_t heads = static_cast<int64_t>(p.batch) * p.kv_heads;
   return reinterpret_cast<ChannelStatistics*>(p.workspace) +
          ((role * heads + head) * chunks_of(p) + chunk) * p.padded_dim;
 }
 
-SAGE_DEVICE float* k_mean(const QuantizeParams& p, int64_t head) {
+VIDEO_ATTN_DEVICE float* k_mean(const QuantizeParams& p, int64_t head) {
   return p.workspace + channels_of(p) * 2 * chunks_of(p) * 4 + head * p.padded_dim;
 }
 
-SAGE_DEVICE float* v_inverse(const QuantizeParams& p, int64_t head) {
+VIDEO_ATTN_DEVICE float* v_inverse(const QuantizeParams& p, int64_t head) {
   return k_mean(p, 0) + channels_of(p) + head * p.padded_dim;
 }
 
 // `tile`: counted over all heads and batches.
-SAGE_DEVICE float* q_mean(const QuantizeParams& p, int64_t tile) {
+VIDEO_ATTN_DEVICE float* q_mean(const QuantizeParams& p, int64_t tile) {
   return p.workspace + statistics_size(p) + tile * p.padded_dim;
 }
 
-SAGE_DEVICE uint32_t magnitude(float x) { return as_bits(x) & 0x7FFFFFFFu; }
+VIDEO_ATTN_DEVICE uint32_t magnitude(float x) { return as_bits(x) & 0x7FFFFFFFu; }
 
 struct ScalePair {
   float scale, inverse;
 };
 
 // amax / limit and limit / amax; zeros below 2^-100, inf or NaN and 0 for such an amax.
-SAGE_DEVICE ScalePair scale_pair(uint32_t amax_bits, float limit) {
+VIDEO_ATTN_DEVICE ScalePair scale_pair(uint32_t amax_bits, float limit) {
   const float amax = from_bits(amax_bits);
   if (amax_bits >= kInfinityBits) return {amax, 0.0f};
   if (amax < kSmallestAmax) return {0.0f, 0.0f};
@@ -80,7 +81,7 @@ SAGE_DEVICE ScalePair scale_pair(uint32_t amax_bits, float limit) {
 }
 
 // The power of two that brings amax into [256, 512), and its inverse.
-SAGE_DEVICE ScalePair power_of_two_pair(uint32_t amax_bits) {
+VIDEO_ATTN_DEVICE ScalePair power_of_two_pair(uint32_t amax_bits) {
   const float amax = from_bits(amax_bits);
   if (amax_bits >= kInfinityBits) return {amax, 0.0f};
   if (amax < kSmallestAmax) return {0.0f, 0.0f};
@@ -90,30 +91,32 @@ SAGE_DEVICE ScalePair power_of_two_pair(uint32_t amax_bits) {
 }
 
 // A value times an inverse scale; 0 where that is 0, whatever the value.
-SAGE_DEVICE float scaled(float x, float inverse) { return inverse == 0.0f ? 0.0f : x * inverse; }
+VIDEO_ATTN_DEVICE float scaled(float x, float inverse) {
+  return inverse == 0.0f ? 0.0f : x * inverse;
+}
 
 template <int kDim>
 struct Lane {
   static constexpr int kLanes = kDim / kLaneChannels;  // that share a row: 8 or 16
-  SAGE_DEVICE static int group() { return thread_index() / kLanes; }
-  SAGE_DEVICE static int channel() { return thread_index() % kLanes * kLaneChannels; }
+  VIDEO_ATTN_DEVICE static int group() { return thread_index() / kLanes; }
+  VIDEO_ATTN_DEVICE static int channel() { return thread_index() % kLanes * kLaneChannels; }
 
   // Row `r` of this thread's eight: two runs of four, 8 apart, which are eight neighbouring bytes
   // of every channel of an FP8 tile of V (tiles.h, v_token).
-  SAGE_DEVICE static int row(int r) {
+  VIDEO_ATTN_DEVICE static int row(int r) {
     return group() / 2 * 16 + group() % 2 * 4 + r % 4 + r / 4 * 8;
   }
 
   // visit_rows of this thread's part of a tile of x; `places` as QuantizeParams has it.
   template <class Visit>
-  SAGE_DEVICE static void visit(const Tensor4& x, const int32_t* places, int batch, int head,
-                                int tile, int valid, int dim, Visit visit_row) {
+  VIDEO_ATTN_DEVICE static void visit(const Tensor4& x, const int32_t* places, int batch, int head,
+                                      int tile, int valid, int dim, Visit visit_row) {
     const int64_t offset = batch * x.batch_stride + head * x.head_stride + channel();
     int32_t tokens[kGroupRows];
-    SAGE_UNROLL
+#pragma unroll
     for (int r = 0; r < kGroupRows; ++r) tokens[r] = row(r) < valid ? tile * kTile + row(r) : -1;
     if (places != nullptr) {
-      SAGE_UNROLL
+#pragma unroll
       for (int r = 0; r < kGroupRows; ++r) {
         if (tokens[r] >= 0) tokens[r] = places[tokens[r]];
       }
@@ -133,7 +136,7 @@ struct StatisticsKernel {
   static constexpr int kBlocksPerProcessor = 512 / kThreads;
   static constexpr Feature kNeeds = Feature::kNone;
 
-  SAGE_DEVICE static void run(const Params& p) {
+  VIDEO_ATTN_DEVICE static void run(const Params& p) {
     const int role = block_index_z() / p.batch;
     if (role == 0) {
       if (p.smooth_k) gather<true, false>(p, p.k, p.head_dim);
@@ -144,7 +147,7 @@ struct StatisticsKernel {
     }
   }
 
-  SAGE_DEVICE static void add(ChannelStatistics& to, const ChannelStatistics& x) {
+  VIDEO_ATTN_DEVICE static void add(ChannelStatistics& to, const ChannelStatistics& x) {
     to.sum += x.sum;
     to.largest = maximum(to.largest, x.largest);
     to.smallest = -maximum(-to.smallest, -x.smallest);
@@ -154,11 +157,11 @@ struct StatisticsKernel {
  private:
   // Sums (K), the largest magnitudes (V), or sums and extremes (V with smooth_v).
   template <bool kSums, bool kExtremes>
-  SAGE_DEVICE static void gather(const Params& p, const Tensor4& x, int dim) {
+  VIDEO_ATTN_DEVICE static void gather(const Params& p, const Tensor4& x, int dim) {
     const int chunk = static_cast<int>(block_index_x()), head = block_index_y();
     const int role = block_index_z() / p.batch, batch = block_index_z() % p.batch;
     ChannelStatistics mine[kLaneChannels];
-    SAGE_UNROLL
+#pragma unroll
     for (auto& channel : mine) channel = {0.0f, -kPlusInfinity, kPlusInfinity, 0u};
     for (int tile = chunk * kChunkTiles; tile < (chunk + 1) * kChunkTiles; ++tile) {
       if (tile >= tiles_in(p.kv_side.length)) break;
@@ -166,7 +169,7 @@ struct StatisticsKernel {
       Lane<kDim>::visit(x, p.places, batch, head, tile, valid, dim,
                         [&](int r, const float (&y)[8]) {
                           const bool counts = Lane<kDim>::row(r) < valid;  // the others are zeros
-                          SAGE_UNROLL
+#pragma unroll
                           for (int i = 0; i < kLaneChannels; ++i) {
                             ChannelStatistics& to = mine[i];
                             if (kSums) {
@@ -183,13 +186,13 @@ struct StatisticsKernel {
                         });
     }
     auto* shared = reinterpret_cast<ChannelStatistics*>(shared_memory());
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 0; i < kLaneChannels; ++i) {
       shared[Lane<kDim>::group() * kDim + Lane<kDim>::channel() + i] = mine[i];
     }
     block_barrier();
     ChannelStatistics all = shared[thread_index()];
-    SAGE_UNROLL
+#pragma unroll
     for (int i = 1; i < kRowGroups; ++i) add(all, shared[i * kDim + thread_index()]);
     partial(p, role, static_cast<int64_t>(batch) * p.kv_heads + head, chunk)[thread_index()] = all;
   }
@@ -205,7 +208,7 @@ struct FinishKernel {
   static constexpr int kBlocksPerProcessor = 1;
   static constexpr Feature kNeeds = Feature::kNone;
 
-  SAGE_DEVICE static void run(const Params& p) {
+  VIDEO_ATTN_DEVICE static void run(const Params& p) {
     const int batch = block_index_y(), role = block_index_z(), channel = thread_index() % kDim;
     const int64_t head = static_cast<int64_t>(batch) * p.kv_heads + block_index_x();
     if (role == 0 && !p.smooth_k) return;
@@ -242,13 +245,13 @@ struct FinishKernel {
     v_inverse(p, head)[channel] = pair.inverse;
   }
 
-  SAGE_DEVICE static int valid_tokens(const Params& p, int batch) {
+  VIDEO_ATTN_DEVICE static int valid_tokens(const Params& p, int batch) {
     if (p.kv_side.lens.data == nullptr) return p.kv_side.length;
     uint32_t count = 0;
     for (int tile = thread_index(); tile < tiles_in(p.kv_side.length); tile += kThreads) {
       count += valid_in_tile(p.kv_side, batch, tile);
     }
-    SAGE_UNROLL
+#pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
     auto* of_warps = reinterpret_cast<uint32_t*>(shared_memory());
     if (thread_index() % 32 == 0) of_warps[thread_index() / 32] = count;

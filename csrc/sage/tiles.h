@@ -18,7 +18,7 @@
 namespace video_attn::sage {
 
 template <int kRowBytes>
-SAGE_HOST_DEVICE constexpr int chunk_offset(int row, int chunk) {
+VIDEO_ATTN_HOST_DEVICE constexpr int chunk_offset(int row, int chunk) {
   static_assert(kRowBytes == 64 || kRowBytes == 128);
   const int mixed = kRowBytes == 128 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
   return row * kRowBytes + mixed * 16;
@@ -34,33 +34,27 @@ template <VCode kCode, int kDim>
 inline constexpr int kVTileBytes = kTile * kDim * (kCode == VCode::kFp8 ? 1 : 2);
 
 // Offset of 16 bytes of an fp16 tile of V: eight channels of one token.
-SAGE_HOST_DEVICE constexpr int v16_offset(int token, int eight_channels) {
+VIDEO_ATTN_HOST_DEVICE constexpr int v16_offset(int token, int eight_channels) {
   return (eight_channels >> 3) * kPanelBytes + chunk_offset<128>(token, eight_channels & 7);
 }
 
 // The token, within 16, at byte `position` of an FP8 tile of V.
-SAGE_HOST_DEVICE constexpr int v_token(int position) {
+VIDEO_ATTN_HOST_DEVICE constexpr int v_token(int position) {
   return position / 4 * 2 + (position & 1) + (position & 2) * 4;
 }
 
-// Tokens of a tile that count: its slot's valid length and the end of the sequence cut it.
-SAGE_DEVICE int valid_in_tile(const Side& side, int batch, int tile) {
-  const int first = tile * kTile;
-  int valid = side.length - first;
-  if (side.lens.data != nullptr) {
-    const int slot = first / side.block_size;
-    const int length = side.lens.data[batch * side.lens.batch_stride + slot];
-    const int in_slot = length - (first - slot * side.block_size);
-    valid = in_slot < valid ? in_slot : valid;
-  }
+// Tokens of a tile that count: its block's valid length and the end of the sequence cut it.
+VIDEO_ATTN_DEVICE int valid_in_tile(const Side& side, int batch, int tile) {
+  const int first = tile * kTile, block = first / side.block_size;
+  const int valid = valid_tokens(side, batch, block) - (first - block * side.block_size);
   return valid < 0 ? 0 : (valid > kTile ? kTile : valid);
 }
 
 // Which scale of a tile belongs to a token of it; see quantize.py, scale_groups.
-SAGE_DEVICE int q_group(int groups, int row) {
+VIDEO_ATTN_DEVICE int q_group(int groups, int row) {
   return groups == 1 ? 0 : groups == 4 ? row / 16 : row / 16 * 8 + row % 8;
 }
 
-SAGE_DEVICE int k_group(int groups, int row) { return groups == 1 ? 0 : row % 8 / 2; }
+VIDEO_ATTN_DEVICE int k_group(int groups, int row) { return groups == 1 ? 0 : row % 8 / 2; }
 
 }  // namespace video_attn::sage

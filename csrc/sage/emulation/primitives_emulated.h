@@ -7,12 +7,8 @@
 #include <cstring>
 
 #include "../feature.h"
-#include "emulation/machine.h"
+#include "device/primitives.h"
 #include "emulation/numbers.h"
-
-#define SAGE_DEVICE inline
-#define SAGE_HOST_DEVICE inline
-#define SAGE_UNROLL
 
 namespace video_attn::sage {
 
@@ -20,7 +16,6 @@ namespace emulation {
 using namespace video_attn::emulation;
 }
 
-using emulation::Block;
 using emulation::float_to_bfloat16;
 using emulation::half_to_float;
 using emulation::kWarp;
@@ -33,9 +28,7 @@ inline int64_t block_index_x() { return Block::current().index.x; }
 inline int block_index_y() { return Block::current().index.y; }
 inline int block_index_z() { return Block::current().index.z; }
 inline int64_t grid_size_x() { return Block::current().grid.x; }
-inline uint8_t* shared_memory() { return Block::current().shared(); }
 inline void block_barrier() { Block::current().barrier(); }
-inline void named_barrier(int number, int threads) { Block::current().barrier(number, threads); }
 
 template <class T>
 inline T shuffle_xor(T x, int mask) {

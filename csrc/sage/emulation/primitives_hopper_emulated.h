@@ -19,36 +19,7 @@ using emulation::warp_barrier;
 inline int shuffle(int x, int lane) { return emulation::shuffle("shuffle", x, lane); }
 inline int first_bit(uint32_t x) { return std::countr_zero(x); }
 
-template <int kCount>
-void take_registers() {}
-template <int kCount>
-void give_registers() {}
-
-// -- memory barriers ------------------------------------------------------------------------------
-
-using emulation::barrier_arrive;
-using emulation::barrier_arrive_expecting;
-using emulation::barrier_init;
-using emulation::barrier_wait;
-using emulation::MemoryBarrier;
-
-inline void barrier_publish() {}
-
-inline void copy_bulk(void* shared, const void* global, int bytes, MemoryBarrier* barrier) {
-  Block& block = Block::current();
-  block.check_shared(shared, 16);
-  block.check_shared(static_cast<uint8_t*>(shared) + bytes - 16, 16);
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    block.fail("a misaligned bulk copy");
-  }
-  emulation::issue_copy(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
-}
-
 // -- products of a warpgroup ----------------------------------------------------------------------
-
-inline uint32_t shared_address(const void* pointer) {
-  return Block::current().shared_offset(pointer);
-}
 
 namespace emulation {
 
@@ -159,10 +130,6 @@ double weight(WgmmaArgument<float>* const* lanes, int row, int k) {
 }
 
 }  // namespace emulation
-
-inline void wgmma_fence() {}
-using emulation::wgmma_commit;
-using emulation::wgmma_wait;
 
 template <class T, int kRows>
 void wgmma_results(T (&)[kRows][4]) {}
