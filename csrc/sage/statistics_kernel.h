@@ -166,24 +166,24 @@ struct StatisticsKernel {
     for (int tile = chunk * kChunkTiles; tile < (chunk + 1) * kChunkTiles; ++tile) {
       if (tile >= tiles_in(p.kv_side.length)) break;
       const int valid = valid_in_tile(p.kv_side, batch, tile);
-      Lane<kDim>::visit(x, p.places, batch, head, tile, valid, dim,
-                        [&](int r, const float (&y)[8]) {
-                          const bool counts = Lane<kDim>::row(r) < valid;  // the others are zeros
+      const auto add_row = [&](int r, const float (&y)[8]) {
+        const bool counts = Lane<kDim>::row(r) < valid;  // the others are zeros
 #pragma unroll
-                          for (int i = 0; i < kLaneChannels; ++i) {
-                            ChannelStatistics& to = mine[i];
-                            if (kSums) {
-                              to.sum += y[i];
-                            } else {
-                              const uint32_t bits = magnitude(y[i]);
-                              to.amax_bits = to.amax_bits > bits ? to.amax_bits : bits;
-                            }
-                            if (kExtremes && counts) {
-                              to.largest = maximum(to.largest, y[i]);
-                              to.smallest = -maximum(-to.smallest, -y[i]);
-                            }
-                          }
-                        });
+        for (int i = 0; i < kLaneChannels; ++i) {
+          ChannelStatistics& to = mine[i];
+          if (kSums) {
+            to.sum += y[i];
+          } else {
+            const uint32_t bits = magnitude(y[i]);
+            to.amax_bits = to.amax_bits > bits ? to.amax_bits : bits;
+          }
+          if (kExtremes && counts) {
+            to.largest = maximum(to.largest, y[i]);
+            to.smallest = -maximum(-to.smallest, -y[i]);
+          }
+        }
+      };
+      Lane<kDim>::visit(x, p.places, batch, head, tile, valid, dim, add_row);
     }
     auto* shared = reinterpret_cast<ChannelStatistics*>(shared_memory());
 #pragma unroll
