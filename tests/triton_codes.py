@@ -103,9 +103,10 @@ def inputs_of(codes: Codes, plan: TilePlan, dims: tuple[int, int]) -> QuantizedI
         "v_scale": codes.v_scale[..., : dims[1]],
         "v_mean": None if codes.v_mean is None else codes.v_mean[..., : dims[1]],
         "lse_shift": codes.lse_shift,
+        "score_shift": codes.score_shift,
     }
     moved = {name: x if x is None else x.cpu() for name, x in moved.items()}
-    return QuantizedInputs(**moved, q_group=groups[0], k_group=groups[1], score_shift=None)
+    return QuantizedInputs(**moved, q_group=groups[0], k_group=groups[1])
 
 
 def plan_of(mask: BlockMask | None, lengths: tuple[int, int]) -> TilePlan:

@@ -300,6 +300,30 @@ def test_fullgraph():
     assert torch.equal(compiled(q, k, v), model(q, k, v))
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("dense", "sage_fp8"), ("causal-more-queries", "fp8"), ("lists-lens", "sage_fp16"),
+     ("gather-lens", "sage_fp8")],
+)  # fmt: skip
+def test_shifted_scores(name, precision):
+    """smooth_q, by a launch row whose tiles are larger than those that have a mean."""
+    mask, shape = problem(name)
+    q, k, v = qkv(**shape)
+    q += 1
+    plan, is_causal = plan_of(mask, shape["lengths"]), "causal" in name
+    codes = quantized(q, k, v, mask, precision, smooth_q=True, granularity="per_thread")
+    row = LaunchRow(128, 64, 8, 1)
+    got = attend_with_row(codes, q, k, v.shape[3], mask, is_causal, row)
+    inputs = inputs_of(codes, plan, (q.shape[3], v.shape[3]))
+    rest = {"precision": precision, "scale": SCALE, "is_causal": is_causal, "fp8": FP8}
+    order = in_kernel_order(plan) if name in SAME_STEPS else plan
+    expected = attend(inputs, order, codes.options, **rest)
+    bound = 5e-3 if name in SAME_STEPS else 0.04
+    compare(got, expected, bound, 5e-3 if DEVICE.type == "cuda" else 2e-5)
+    unshifted = attend(inputs._replace(score_shift=None), order, codes.options, **rest)
+    assert relative_error(got[0], unshifted[0]) > 0.1
+
+
 GOOD = Problem("forward", "cuda", "sm_90", torch.bfloat16, 128, 128, 64, 64, precision="fp8")
 
 
@@ -325,7 +349,7 @@ def test_precisions_of_every_chip(arch, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "changes", "reason"),
     [
-        ({"smooth_q": True}, {}, "smooth_q is not in these kernels"),
+        ({"smooth_q": True, "granularity": "per_head"}, {}, "smooth_q with granularity 'per_head'"),
         ({"hadamard": True, "granularity": "per_head"}, {}, "hadamard with granularity 'per_head'"),
         ({"pv_accumulation": "fp32+fp16"}, {}, "Triton has no FP8 products with fp16 sums"),
         (

@@ -55,6 +55,20 @@ def test_rotated_queries_and_keys(dim, precision, granularity):
     compare(q, k, v, mask, plan_of(mask, shape["lengths"]), precision, options)
 
 
+@pytest.mark.parametrize("name", ["causal-more-queries", "lists-lens", "gather-lens"])
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [("sage_fp8", {"granularity": "per_thread"}), ("fp8", {"smooth_k": False}),
+     ("sage_fp16", {"hadamard": True, "granularity": "per_block"})],
+)  # fmt: skip
+def test_queries_without_the_mean_of_their_tile(name, precision, changes):
+    """Whole, partial and empty tiles; what the mean leaves out of the scores."""
+    mask, shape = problem(name)
+    q, k, v = qkv(**{**shape, "dims": (32, 16)})
+    options = {"smooth_q": True, **changes}
+    compare(q + 1, k, v, mask, plan_of(mask, shape["lengths"]), precision, options)
+
+
 def compare(q, k, v, mask, plan, precision, options):
     """Codes and scales by the kernels with those of the definition."""
     before = [x.clone() for x in (q, k, v)]
@@ -75,7 +89,13 @@ def compare(q, k, v, mask, plan, precision, options):
     assert torch.allclose(got.v_scale, expected.v_scale, rtol=1e-5, atol=0)
     if got.v_mean is not None:
         assert torch.allclose(got.v_mean, expected.v_mean, atol=1e-6)
-    assert torch.allclose(got.lse_shift, expected.lse_shift, atol=1e-5)
+    if got.lse_shift is not None:
+        assert torch.allclose(got.lse_shift, expected.lse_shift, atol=1e-5)
+    assert (got.score_shift is not None) == options.get("smooth_q", False)
+    if got.score_shift is not None:
+        tiles = plan.q_tiling.tile_and_row(torch.device("cpu"))[0].unique()
+        a, b = got.score_shift[:, :, tiles], expected.score_shift[:, :, tiles]
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_padded_dims_of_codes_are_zero():

@@ -59,10 +59,9 @@ def _supports(problem: Problem) -> str | None:
 
 def _refuse_recipe(problem: Problem) -> str | None:
     options = problem.quantization or QuantizationOptions()
-    if options.smooth_q:
-        return "smooth_q is not in these kernels"
-    if options.hadamard and options.granularity == "per_head":
-        return "hadamard with granularity 'per_head': these kernels take amax before they rotate"
+    for name in ("hadamard", "smooth_q"):
+        if getattr(options, name) and options.granularity == "per_head":
+            return f"{name} with granularity 'per_head': these kernels take amax of q as it comes"
     if options.pv_accumulation == "fp32+fp16":
         return "pv_accumulation 'fp32+fp16': Triton has no FP8 products with fp16 sums"
     if options.pv_accumulation == "fp16+fp32" and problem.arch.startswith("gfx"):

@@ -22,6 +22,7 @@ from .launch import (
     side_args,
 )
 from .launch_tables import LaunchRow
+from .quantize_parts import scale_group
 from .quantized_step import quantized_step, query_factors
 from .step_lists import plan_steps
 from .tiles import (
@@ -77,12 +78,13 @@ def _step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constexpr):
 @sized_jit
 def attention_fwd_kernel(
     q, k, v, out, lse, full, counts, lists, q_lens, kv_lens,
-    q_scale, k_scale, v_scale, v_mean, lse_shift,
+    q_scale, k_scale, v_scale, v_mean, lse_shift, score_shift,
     stride_q_b, stride_q_h, stride_q_s, stride_k_b, stride_k_h, stride_k_s,
     stride_v_b, stride_v_h, stride_v_s, stride_out_b, stride_out_h, stride_out_s,
     stride_counts_b, stride_counts_h, stride_lists_b, stride_lists_h, stride_lists_r,
     stride_q_lens_b, stride_kv_lens_b,
-    HQ, D, DV, DV_OUT, q_len, kv_len, n_tiles, n_q_groups, n_k_groups, scale, scale_log2,
+    HQ, D, DV, DV_OUT, q_len, kv_len, n_tiles, n_q_tiles, n_q_groups, n_k_groups,
+    scale, scale_log2,
     G: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     Q_SLOT: tl.constexpr, KV_SLOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, HAS_PARTIAL: tl.constexpr, IS_CAUSAL: tl.constexpr, PRODUCTS: tl.constexpr,
@@ -134,8 +136,12 @@ def attention_fwd_kernel(
             Q_SCALE_SLOT, Q_GROUPS,
         )  # fmt: skip
         p_k_scale = k_scale + i_head * n_k_groups
+        p_shift = score_shift
+        if score_shift is not None:  # own rows are of one tile
+            i_q_tile = scale_group(start, Q_SCALE_SLOT, (1, 1, 1))
+            p_shift += ((i_b * HQ + i_h) * n_q_tiles + i_q_tile) * kv_len
         b_m, b_l, b_acc = walk(
-            quantized_step, state, (given, b_factor, p_k_scale),
+            quantized_step, state, (given, b_factor, p_k_scale, p_shift),
             (VEC_V, IS_CAUSAL, K_SCALE_SLOT, K_GROUPS, MODE, P_EXPONENT, FP16_SUMS),
             steps, n_valid, p_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
         )  # fmt: skip
@@ -205,6 +211,8 @@ def quantized_attention_forward(
     """The same from codes, which other launches must have filled."""
     if codes.options.pv_accumulation != "fp32" and row.step > TILE:
         row = row._replace(step=TILE)  # sums of more products could exceed fp16
+    if codes.score_shift is not None and row.own > TILE:  # a program has one row of the shift
+        row = row._replace(own=TILE, num_warps=max(4, row.num_warps * TILE // row.own))
     args = head_args(out=out)
     dim, dim_v = codes.q.shape[3], codes.v_scale.shape[2]
     args |= {"VEC_OUT": args["VEC"], "DV_OUT": columns(out.shape[3], dim_v, args["VEC"])}

@@ -41,6 +41,8 @@ class Codes(NamedTuple):
     v_scale: Tensor  # fp32 [B, H, BDV]
     v_mean: Tensor | None  # fp32 [B, H, BDV], smooth_v
     lse_shift: Tensor | None  # fp32 [B, HQ, Sq], smooth_k: to add to the lse
+    q_means: Tensor | None  # fp32 [B, HQ, query tiles, BD], smooth_q
+    score_shift: Tensor | None  # fp32 [B, HQ, query tiles, Sk], smooth_q: to add to base-2 scores
     precision: str
     options: QuantizationOptions
 
@@ -83,6 +85,7 @@ def allocate_codes(
         outer, inner, _ = GROUPS[role, options.granularity]
         return empty(batch, heads, side.tiles(TILE) * outer * inner)
 
+    q_tiles = (batch, heads, q_side.tiles(TILE))
     if precision == "sage_fp16":
         v_codes = empty(batch, kv_heads, kv_len, dim_v, dtype=torch.float16)
     else:
@@ -96,6 +99,8 @@ def allocate_codes(
         v_scale=empty(batch, kv_heads, dim_v),
         v_mean=empty(batch, kv_heads, dim_v) if options.smooth_v else None,
         lse_shift=empty(batch, heads, q_len) if options.smooth_k else None,
+        q_means=empty(*q_tiles, dim) if options.smooth_q else None,
+        score_shift=empty(*q_tiles, kv_len) if options.smooth_q else None,
         precision=precision,
         options=options,
     )
@@ -104,8 +109,9 @@ def allocate_codes(
 def code_args(codes: Codes | None, q_side: Side, kv_side: Side) -> dict[str, Any]:
     """Arguments of the forward kernel that say what codes stand for; None: there are none."""
     args: dict[str, Any] = {"QUANTIZED": codes is not None}
-    for name in ("q_scale", "k_scale", "v_scale", "v_mean", "lse_shift"):
+    for name in ("q_scale", "k_scale", "v_scale", "v_mean", "lse_shift", "score_shift"):
         args[name] = None if codes is None else getattr(codes, name)
+    args["n_q_tiles"] = 0 if args["score_shift"] is None else args["score_shift"].shape[2]
     for role, side in (("q", q_side), ("k", kv_side)):
         scales = args[f"{role}_scale"]
         args[f"n_{role}_groups"] = 0 if scales is None else scales.shape[2]

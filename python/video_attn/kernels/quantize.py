@@ -28,6 +28,7 @@ from .launch import (
     wide_rows,
 )
 from .quantize_parts import (
+    channel_mean,
     encode,
     group_amax,
     magnitude_bits,
@@ -35,6 +36,7 @@ from .quantize_parts import (
     rotate,
     scale_and_inverse,
 )
+from .score_shift import score_shift_launch
 from .tiles import head_rows, load_tile, own_tile, program_part, sized_jit, store_tile, tile_rows
 
 _CHUNKS = 32  # of statistics, per head, at most
@@ -92,17 +94,6 @@ def channel_statistics_kernel(
 
 
 @triton.jit
-def _channel_mean(partial, counts, i_head, n_chunks, BD: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean over the valid tokens, [BD]; 0 where there are none."""
-    o_c, o_d = tl.arange(0, CHUNKS), tl.arange(0, BD)
-    p_sum = partial + i_head * n_chunks * (4 * BD) + o_c[:, None] * (4 * BD) + o_d[None, :]
-    b_sum = tl.sum(tl.load(p_sum, mask=(o_c < n_chunks)[:, None], other=0.0), 0)
-    n = tl.sum(tl.load(counts + i_head * n_chunks + o_c, mask=o_c < n_chunks, other=0), 0)
-    b_count = tl.maximum(n, 1).to(tl.float32)
-    return tl.div_rn(b_sum, tl.broadcast_to(b_count, [BD]))
-
-
-@triton.jit
 def _channel_amax(
     partial, i_head, n_chunks, b_mean, SMOOTH: tl.constexpr, BD: tl.constexpr, CHUNKS: tl.constexpr
 ):
@@ -125,7 +116,7 @@ def _channel_amax(
 
 @sized_jit
 def quantize_tokens_kernel(
-    x, codes, scales, partial, k_partial, k_counts, lse_shift, lens,
+    x, codes, scales, partial, k_partial, k_counts, lse_shift, q_means, lens,
     stride_x_b, stride_x_h, stride_x_s, stride_codes_b, stride_codes_h, stride_codes_s,
     stride_lens_b,
     H, D, length, n_tiles, n_programs, n_groups, n_chunks, n_k_chunks, scale,
@@ -137,8 +128,9 @@ def quantize_tokens_kernel(
     """Codes of Q or K, with a scale per group of tokens; GROUPS None: one per head.
 
     The mean of K comes from ``k_partial``, head i_h // G. SMOOTH: it is subtracted (K itself).
-    lse_shift: scale times the products with it are stored (Q). ROTATION: 0, or how many channels a
-    Hadamard matrix turns together.
+    lse_shift: scale times the products with it are stored (Q). q_means: the mean of every tile is
+    stored there, and subtracted (Q). ROTATION: 0, or how many channels a Hadamard matrix turns
+    together.
     """
     i_program, i_b, i_h = program_part(n_programs, H)
     i_head = i_b * H + i_h
@@ -149,7 +141,7 @@ def quantize_tokens_kernel(
     b_mean = tl.zeros([BD], tl.float32)
     if SMOOTH or lse_shift is not None:
         i_k_head = i_b * (H // G) + i_h // G
-        b_mean = _channel_mean(k_partial, k_counts, i_k_head, n_k_chunks, BD, CHUNKS)
+        b_mean = channel_mean(k_partial, k_counts, i_k_head, n_k_chunks, BD, CHUNKS)
     if GROUPS is None:
         b_amax = tl.max(_channel_amax(partial, i_head, n_chunks, b_mean, SMOOTH, BD, CHUNKS), 0)
         b_scale, b_inverse = scale_and_inverse(b_amax, LIMIT)
@@ -165,6 +157,11 @@ def quantize_tokens_kernel(
             if lse_shift is not None:
                 b_shift = tl.sum(b_x * b_mean[None, :], 1) * scale
                 tl.store(lse_shift + i_head * length + start + o_m, b_shift, mask=o_m < n_rows)
+            if q_means is not None:
+                n_counted = tl.minimum(tl.maximum(n_valid, 1), BM).to(tl.float32)
+                b_own = tl.div_rn(tl.sum(b_x, 0), tl.broadcast_to(n_counted, [BD]))
+                tl.store(q_means + (i_head * n_tiles + i_tile) * BD + o_d, b_own)
+                b_x = tl.where(m_m[:, None], b_x - b_own[None, :], 0.0)
             if SMOOTH:
                 b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
             if ROTATION > 0:
@@ -204,7 +201,7 @@ def quantize_channels_kernel(
     SMOOTH: tl.constexpr = means is not None
     b_mean = tl.zeros([BD], tl.float32)
     if SMOOTH:
-        b_mean = _channel_mean(partial, counts, i_head, n_chunks, BD, CHUNKS)
+        b_mean = channel_mean(partial, counts, i_head, n_chunks, BD, CHUNKS)
     b_amax = _channel_amax(partial, i_head, n_chunks, b_mean, SMOOTH, BD, CHUNKS)
     if PER_HEAD:
         b_amax = tl.broadcast_to(tl.max(b_amax, 0), [BD])
@@ -264,15 +261,20 @@ def quantize(
     if per_head or options.smooth_k:
         of_k = _statistics(k, kv_side, mean=options.smooth_k, amax=per_head)
     of_v = _statistics(v, kv_side, mean=options.smooth_v, amax=True)
-    common = {
-        "LIMIT": code_limit(codes.q.dtype), "scale": scale,
-        "ROTATION": q.shape[3] & -q.shape[3] if options.hadamard else 0,
+    key_means = {
         "k_partial": of_k.partial, "k_counts": of_k.counts, "n_k_chunks": of_k.n_chunks,
     }  # fmt: skip
+    common = key_means | {
+        "LIMIT": code_limit(codes.q.dtype), "scale": scale,
+        "ROTATION": q.shape[3] & -q.shape[3] if options.hadamard else 0,
+    }  # fmt: skip
     of_role = {
-        "q": {"lse_shift": codes.lse_shift, "SMOOTH": False, "G": q.shape[1] // k.shape[1]},
-        "k": {"lse_shift": None, "SMOOTH": options.smooth_k, "G": 1},
-    }
+        "q": {
+            "lse_shift": codes.lse_shift, "q_means": codes.q_means, "SMOOTH": False,
+            "G": q.shape[1] // k.shape[1],
+        },
+        "k": {"lse_shift": None, "q_means": None, "SMOOTH": options.smooth_k, "G": 1},
+    }  # fmt: skip
     launches = [*of_q.launch, *of_k.launch, *of_v.launch]
     for role, x, x_codes, scales, side, statistics in (
         ("q", q, codes.q, codes.q_scale, q_side, of_q),
@@ -281,6 +283,9 @@ def quantize(
         args = _launch_args(x, x_codes, scales, side, statistics) | common | of_role[role]
         args |= {"GROUPS": codes.groups(role), "n_groups": scales.shape[2]}
         launches.append(_launch(quantize_tokens_kernel, x, args))
+    if codes.score_shift is not None:
+        of_keys = key_means | {"CHUNKS": _CHUNKS}
+        launches.append(score_shift_launch(k, codes, kv_side, of_keys, scale))
     args = _launch_args(v, codes.v, codes.v_scale, kv_side, of_v)
     args |= {"counts": of_v.counts, "means": codes.v_mean, "PER_HEAD": per_head, "PAST": FP8_ROWS}
     args |= {"LIMIT": v_limit(codes.precision, options.pv_accumulation, codes.v.dtype)}

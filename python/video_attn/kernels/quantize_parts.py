@@ -138,3 +138,16 @@ def group_amax(b_amax, GROUPS: tl.constexpr):
     b_group = tl.max(tl.max(b_rows, 3), 1)  # [OUTER, INNER]
     b_rows = tl.broadcast_to(b_group[:, None, :, None], [OUTER, REPEATS, INNER, RUN])
     return tl.reshape(b_group, [OUTER * INNER]), tl.reshape(b_rows, [TILE])
+
+
+@triton.jit
+def channel_mean(partial, counts, i_head, n_chunks, BD: tl.constexpr, CHUNKS: tl.constexpr):
+    """Mean of the channels of a head over its valid tokens, [BD], from statistics of chunks; 0
+    where there are none.
+    """
+    o_c, o_d = tl.arange(0, CHUNKS), tl.arange(0, BD)
+    p_sum = partial + i_head * n_chunks * (4 * BD) + o_c[:, None] * (4 * BD) + o_d[None, :]
+    b_sum = tl.sum(tl.load(p_sum, mask=(o_c < n_chunks)[:, None], other=0.0), 0)
+    n = tl.sum(tl.load(counts + i_head * n_chunks + o_c, mask=o_c < n_chunks, other=0), 0)
+    b_count = tl.maximum(n, 1).to(tl.float32)
+    return tl.div_rn(b_sum, tl.broadcast_to(b_count, [BD]))

@@ -19,7 +19,7 @@ def quantized_step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constex
     """
     b_m, b_l, b_acc = state
     start_n, o_n, m_n = rows
-    plain, b_factor, p_k_scale = given
+    plain, b_factor, p_k_scale, p_shift = given
     b_q, p_k, p_v, _, stride_v_s, o_d, o_dv, _, _, last_key, _ = plain
     VEC_V: tl.constexpr = OPTIONS[0]
     IS_CAUSAL: tl.constexpr = OPTIONS[1]
@@ -33,8 +33,11 @@ def quantized_step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constex
     k_scales = key_scales(p_k_scale, start_n, o_n, m_n, K_SCALE_SLOT, K_GROUPS, MODE, MASKED)
     b_s = quantized_scores(b_q, b_k)
     m_s = seen_keys(start_n, o_n, m_n, last_key, MASKED and IS_CAUSAL)
+    b_shift = p_shift
+    if p_shift is not None:
+        b_shift = tl.load(p_shift + start_n + o_n, mask=m_n, other=0.0)  # [BN]
     b_p, b_m, b_l, b_alpha = online_softmax_scaled(
-        b_s, b_factor, k_scales, m_s, b_m, b_l, P_EXPONENT, MASKED
+        b_s, b_factor, k_scales, b_shift, m_s, b_m, b_l, P_EXPONENT, MASKED
     )
     b_acc = b_acc * b_alpha[:, None]
     if p_v.dtype.element_ty == tl.float16:
@@ -119,15 +122,21 @@ def scaled_scores(b_s, b_factor, k_scales, MASKED: tl.constexpr):
 
 @triton.jit
 def online_softmax_scaled(
-    b_s, b_factor, k_scales, m_s, b_m, b_l, EXPONENT: tl.constexpr, MASKED: tl.constexpr
+    b_s, b_factor, k_scales, b_shift, m_s, b_m, b_l, EXPONENT: tl.constexpr, MASKED: tl.constexpr
 ):
     """Folds scores in: weights times 2^EXPONENT, new maximum, new sum, factor for earlier sums.
 
-    Maxima are of base-2 scores: the factors change from step to step.
+    Maxima are of base-2 scores: the factors change from step to step. b_shift: None, or numbers
+    [BN] to add to the scores.
     """
-    b_factors, b_max = scaled_scores(b_s, b_factor, k_scales, MASKED)
-    if MASKED:
-        b_x = tl.where(m_s, b_s * b_factors, float("-inf"))
+    SHIFTED: tl.constexpr = b_shift is not None
+    b_factors, b_max = scaled_scores(b_s, b_factor, k_scales, MASKED or SHIFTED)
+    if MASKED or SHIFTED:
+        b_x = b_s * b_factors
+        if SHIFTED:
+            b_x += b_shift[None, :]
+        if MASKED:
+            b_x = tl.where(m_s, b_x, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_x, 1))
         # Rows that have seen no key yet: any finite pivot gives weights 0.
         b_pivot = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)

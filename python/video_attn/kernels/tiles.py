@@ -14,6 +14,7 @@ import triton.language as tl
 _SIZES = {
     *("B", "H", "HQ", "CHUNK", "D", "DV", "DV_OUT", "N", "R"),
     *("n_tiles", "n_programs", "n_chunks", "n_groups", "n_q_groups", "n_k_groups", "n_k_chunks"),
+    "n_q_tiles",
     *("n_keys", "top_k"),
 }
 
