@@ -52,16 +52,18 @@ struct ScoreShiftKernel {
   VIDEO_ATTN_DEVICE static void load_keys(const Params& p, int batch, int kv_head, int tile) {
     const int valid = valid_in_tile(p.kv_side, batch, tile), channel = Lane<kDim>::channel();
     const float* mean = k_mean(p, static_cast<int64_t>(batch) * p.kv_heads + kv_head) + channel;
-    auto* keys = reinterpret_cast<float*>(shared_memory());
-    Lane<kDim>::visit(p.k, p.places, batch, kv_head, tile, valid, p.head_dim,
-                      [&](int r, const float (&y)[kLaneChannels]) {
-                        const int row = Lane<kDim>::row(r);
+    float centre[kLaneChannels];
 #pragma unroll
-                        for (int c = 0; c < kLaneChannels; ++c) {
-                          const float centre = p.smooth_k ? mean[c] : 0.0f;
-                          keys[row * kPitch + channel + c] = row < valid ? y[c] - centre : 0.0f;
-                        }
-                      });
+    for (int c = 0; c < kLaneChannels; ++c) centre[c] = p.smooth_k ? mean[c] : 0.0f;
+    auto* keys = reinterpret_cast<float*>(shared_memory()) + channel;
+    const auto store_row = [&](int r, const float (&y)[kLaneChannels]) {
+      const int row = Lane<kDim>::row(r);
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c) {
+        keys[row * kPitch + c] = row < valid ? y[c] - centre[c] : 0.0f;
+      }
+    };
+    Lane<kDim>::visit(p.k, p.places, batch, kv_head, tile, valid, p.head_dim, store_row);
   }
 
   // The means of query tiles from `tile` on times this thread's keys. A tile past the end is
