@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .listed import Listing
 
 WIDE_SHARE = 0.5  # rows that list more than this share of all key blocks may be wide
+WIDE_PARTS = 8  # that a rank's keys are cut into for wide rows: these few would keep few units busy
 MOST_OWNED = 1.05  # times the tokens that any rank holds
 
 
@@ -60,7 +61,7 @@ class WideRows:
         counts: wide blocks of each rank.
         own: int64, the wide ones among this rank's query blocks.
         mask: of all wide blocks, in rank order, over the keys that this rank has gathered, where
-            they list those of its own blocks; None: it has none.
+            they list those of its own blocks, ``in_parts``; None: it has none.
     """
 
     counts: tuple[int, ...]
@@ -203,7 +204,8 @@ class RingPlan:
         part = self.mask.to_dense()[:, :, self.wide][..., columns]
         part = part & (self.owners.kv_owner[columns] == rank)
         part = part if part.shape[1] == 1 else part[:, heads]
-        mask = sub_mask(self.mask, part, self.wide, columns, device)
+        rows = self.wide.repeat(WIDE_PARTS)
+        mask = sub_mask(self.mask, in_parts(part), rows, columns, device)
         return WideRows(counts, own.to(device), mask)
 
     # -- numbers -----------------------------------------------------------------------------------
@@ -271,6 +273,15 @@ def wanted_blocks(keep: Tensor, owners: BlockOwners, group: int) -> Tensor:
     of_rank = [keep[:, :, owners.rows(r)].any(2) for r in range(owners.ranks)]
     wanted = torch.stack(of_rank)
     return wanted if wanted.shape[2] == 1 else wanted.unflatten(2, (-1, group)).any(3)
+
+
+def in_parts(keep: Tensor) -> Tensor:
+    """bool [B, H, rows, blocks] -> [B, H, WIDE_PARTS * rows, blocks]: all rows again for each part,
+    which lists an even share of their blocks.
+    """
+    before = keep.cumsum(-1) - 1
+    part = before * WIDE_PARTS // keep.sum(-1, keepdim=True).clamp(min=1)
+    return torch.cat([keep & (part == p) for p in range(WIDE_PARTS)], 2)
 
 
 def sub_mask(

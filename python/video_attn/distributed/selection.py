@@ -27,7 +27,7 @@ from .listed import Listing, columns_of, make_listing
 from .piece import Options
 from .placement import Placement
 from .ring_attention import block_owners, query_route
-from .ring_plan import BlockOwners, RingWork, WideRows
+from .ring_plan import WIDE_PARTS, BlockOwners, RingWork, WideRows, in_parts
 from .route import to_blocks, to_tokens
 from .team import Team, Traffic, as_bytes, current_traffic, start_exchange
 from .ulysses import cut_heads, number_of_chunks
@@ -272,7 +272,7 @@ def _text_rows(selection: Selection, own: _Own, device: torch.device) -> WideRow
     q_lens = None
     if selection.lens is not None:
         in_rank_order = tiles + torch.argsort(owner_here[tiles:], stable=True)
-        q_lens = selection.lens.index_select(1, in_rank_order)
-    keep = keep.expand(1, 1, layout.num_text_blocks, -1)
+        q_lens = selection.lens.index_select(1, in_rank_order).repeat(1, WIDE_PARTS)
+    keep = in_parts(keep.expand(1, 1, layout.num_text_blocks, -1))
     mask = BlockMask.from_dense(keep, size, size, q_lens, selection.lens)
     return WideRows(counts, mine, mask)

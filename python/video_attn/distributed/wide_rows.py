@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from .merge import Accumulator, nothing_seen
-from .ring_plan import WideRows
+from .ring_plan import WIDE_PARTS, WideRows
 from .team import Pending, as_bytes, start_exchange
 from .ulysses import Heads
 
 if TYPE_CHECKING:
     from .gather import GatherCall
+
+
+def _for_parts(x: Tensor) -> Tensor:
+    """[B, H, rows, ...]: once for every part of the keys."""
+    return torch.cat([x] * WIDE_PARTS, 2)
 
 
 class _Wide:
@@ -93,7 +98,12 @@ class WideForward(_Wide):
             like = q.new_empty(*q.shape[:3], v.shape[3])
             self._found.append(nothing_seen(like, q.shape[2], lse_dtype))
         else:
-            self._found.append(self.call.options.attend(q, k, v, rows.mask))
+            parts = self.call.options.attend(_for_parts(q), k, v, rows.mask)
+            merged = Accumulator()
+            for out, lse in zip(*(x.chunk(WIDE_PARTS, 2) for x in parts), strict=True):
+                merged.add(out, lse)
+            assert merged.out is not None and merged.lse is not None
+            self._found.append((merged.out.to(q.dtype), merged.lse))
 
     def finish(self, out: Tensor, lse: Tensor) -> None:
         """Writes what all ranks found for this rank's wide rows."""
@@ -143,11 +153,14 @@ class WideGradients(_Wide):
         if rows.mask is None:
             self._found.append(torch.zeros_like(q))
             return ()
+        q, grad, grad_lse, out, lse = (
+            _for_parts(x[:, chosen])
+            for x in (self._q, self._grad, self._grad_lse, self._out, self._lse)
+        )
         dq, *others = self.call.options.gradients(
-            (self._grad[:, chosen], self._grad_lse[:, chosen]), q, *gathered,
-            (self._out[:, chosen], self._lse[:, chosen]), rows.mask,
-        )  # fmt: skip
-        self._found.append(dq)
+            (grad, grad_lse), q, *gathered, (out, lse), rows.mask
+        )
+        self._found.append(dq.unflatten(2, (WIDE_PARTS, -1)).sum(2))
         return others
 
     def finish(self, dq: Tensor) -> None:
