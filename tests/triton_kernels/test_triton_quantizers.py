@@ -73,7 +73,8 @@ def compare(q, k, v, mask, plan, precision, options):
     """Codes and scales by the kernels with those of the definition."""
     before = [x.clone() for x in (q, k, v)]
     codes = quantized(q, k, v, mask, precision, **options)
-    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
+    for x, y in zip((q, k, v), before, strict=True):
+        assert torch.equal(x.view(torch.int32), y.view(torch.int32))
     got = inputs_of(codes, plan, (q.shape[3], v.shape[3]))
     expected = quantize_inputs(
         q.cpu(), k.cpu(), v.cpu(), precision, QuantizationOptions(**options), scale=SCALE, fp8=FP8,
@@ -85,8 +86,8 @@ def compare(q, k, v, mask, plan, precision, options):
     for field, group in (("q_scale", got.q_group), ("k_scale", got.k_group)):
         used = group.unique()
         a, b = getattr(got, field)[..., used], getattr(expected, field)[..., used]
-        assert torch.allclose(a, b, rtol=1e-5, atol=0), field
-    assert torch.allclose(got.v_scale, expected.v_scale, rtol=1e-5, atol=0)
+        assert torch.allclose(a, b, rtol=1e-5, atol=0, equal_nan=True), field
+    assert torch.allclose(got.v_scale, expected.v_scale, rtol=1e-5, atol=0, equal_nan=True)
     if got.v_mean is not None:
         assert torch.allclose(got.v_mean, expected.v_mean, atol=1e-6)
     if got.lse_shift is not None:
@@ -122,3 +123,14 @@ def test_zeros_have_scale_zero(precision):
     assert out.isfinite().all() and (out[..., 3] == 0).all()
     exact, _ = oracle.attention_oracle(q.cpu(), k.cpu(), v.cpu(), tokens_of(None, q, k))
     check(precision, out.cpu(), exact, 1.5 * ERROR_BOUND[precision])
+
+
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_numbers_that_are_not_finite(precision):
+    """A NaN or inf is the scale of its group or channel, whose codes are 0; others stay right."""
+    mask, shape = problem("lists-lens")
+    q, k, v = qkv(**shape)
+    q[0, 0, 3, 5], q[0, 1, 40, 2] = float("nan"), float("inf")
+    v[0, 0, 7, 4], v[0, 0, 9, 1] = float("-inf"), float("nan")
+    options = {"granularity": "per_warp", "smooth_k": False}
+    compare(q, k, v, mask, plan_of(mask, shape["lengths"]), precision, options)

@@ -175,7 +175,7 @@ def quantize_tokens_kernel(
                 _scale_row, b_inverse_row = scale_and_inverse(b_row, LIMIT)
             else:
                 b_inverse_row = tl.broadcast_to(b_inverse, [BM])
-            b_code = encode(b_x * b_inverse_row[:, None], codes.dtype.element_ty, LIMIT)
+            b_code = encode(b_x, b_inverse_row[:, None], codes.dtype.element_ty)
             store_tile(
                 p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES
             )
@@ -222,7 +222,7 @@ def quantize_channels_kernel(
             b_x = b_x.to(tl.float32)
             if SMOOTH:
                 b_x = tl.where(m_m[:, None], b_x - b_mean[None, :], 0.0)
-            b_code = encode(b_x * b_inverse[None, :], codes.dtype.element_ty, LIMIT)
+            b_code = encode(b_x, b_inverse[None, :], codes.dtype.element_ty)
             if codes.dtype.element_ty == tl.float16:
                 store_tile(
                     p_codes, start, b_code, o_m, o_m < n_rows, o_d, stride_codes_s, None, VEC_CODES

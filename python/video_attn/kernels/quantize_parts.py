@@ -12,7 +12,7 @@ import triton.language as tl
 TILE = tl.constexpr(64)  # quantize.TILE
 _INFINITY = tl.constexpr(0x7F800000)
 _TINY = tl.constexpr(0x0D800000)  # 2^-100: a smaller amax counts as 0
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + it - it is x rounded to even, |x| < 2^22
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + it ends in x rounded to even, |x| < 2^22
 # Fixed when kernels are defined, as in Triton itself.
 _INTERPRETED = tl.constexpr(
     os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -76,15 +76,16 @@ def rotate(b_x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def encode(b_x, dtype: tl.constexpr, LIMIT: tl.constexpr):
-    """Codes of scaled fp32 numbers: nearest, ties to even, within +-LIMIT; NaN becomes 0."""
-    b_x = tl.where(b_x == b_x, b_x, 0.0)
+def encode(b_x, b_inverse, dtype: tl.constexpr):
+    """Codes of fp32 numbers times an inverse scale: nearest, ties to even; 0 where that is 0.
+
+    The scale comes from an amax of these numbers, so no product rounds to more than the largest
+    code, and a NaN or inf among them has made the inverse 0.
+    """
+    b_x = tl.where(b_inverse != 0.0, b_x * b_inverse, 0.0)
     if dtype == tl.float16:
         b_code = b_x.to(tl.float16)
     else:
-        # Between the product that made x and the sum below, this also keeps the compiler from
-        # fusing them, which would round once instead of twice.
-        b_x = tl.minimum(tl.maximum(b_x, -LIMIT), LIMIT)
         b_code = to_int8(b_x) if dtype == tl.int8 else to_fp8(b_x, dtype)
     return b_code
 
@@ -92,7 +93,10 @@ def encode(b_x, dtype: tl.constexpr, LIMIT: tl.constexpr):
 @triton.jit
 def to_int8(b_x):
     """fp32 numbers in the range of INT8 to INT8: nearest, ties to even."""
-    return ((b_x + _ROUNDER) - _ROUNDER).to(tl.int8)
+    # Between the product that made x and the sum, the minimum keeps the compiler from fusing them,
+    # which would round once instead of twice.
+    b_x = tl.minimum(b_x, 127.0) + _ROUNDER
+    return b_x.to(tl.int32, bitcast=True).to(tl.int8)  # the last bits are the integer
 
 
 @triton.jit
