@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .calls import ForwardCall
-from .checks import broadcasts, check_bool, check_positive_number, wants_gradient
-from .derivatives import attend
+from .checks import broadcasts, check_bool, check_positive_number
+from .derivatives import attend, attend_as_seen
 from .quantize import QuantizationOptions, check_recipe, with_straight_through
 from .registry import PRECISIONS, check_backend_name, context_backend
 from .seen_calls import recall, remember, signature_of
@@ -129,16 +129,15 @@ def attention(
         if layout == "bshd":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         call = ForwardCall(q, k, v, mask, seen.scale, is_causal, precision, seen.quantization)
-    if seen is not None and not wants_gradient(q, k, v):
-        out, lse = seen.forward(call)
-    else:
-        if backend is None and not torch.compiler.is_compiling():
-            # For the backward pass too, which may come after the context and on another thread.
-            backend = context_backend()
-        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        out, lse = attend(call, deterministic, backend)
+    if backend is None and not torch.compiler.is_compiling():
+        # For the backward pass too, which may come after the context and on another thread.
+        backend = context_backend()
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if seen is None:
+        out, lse = attend(call, deterministic, backend)
         remember(signature, call, backend)
+    else:
+        out, lse = attend_as_seen(call, seen.forward, deterministic, backend)
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -6,6 +6,8 @@ modes and subclasses of tensors see the torch operators of ops.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from .quantize import is_differentiable, recipe_text
 from .transforms import fold_into_batch, register_vmap
 
 _ops = torch.ops.video_attn
+Run = Callable[[ForwardCall], tuple[Tensor, Tensor]]
 
 
 def attend(call: ForwardCall, deterministic: bool, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -52,11 +55,23 @@ def attend(call: ForwardCall, deterministic: bool, backend: str | None) -> tuple
         if wanted or forward_mode_is_on() or transformed:
             wanted = wanted and not transformed  # then the lists may have another dimension
             if wanted and not forward_mode_is_on() and is_plain(q, k, v):
-                return _PlainAttention.apply(q, k, v, call, deterministic, backend)
+                run = partial(run_forward, backend=backend)
+                return _PlainAttention.apply(q, k, v, call, run, deterministic, backend)
             return _Attention.apply(*_arguments(call, wanted, deterministic, backend))
         if is_plain(q, k, v):
             return run_forward(call, backend)
     return _ops.attention_forward(*_arguments(call, wanted, deterministic, backend))
+
+
+def attend_as_seen(
+    call: ForwardCall, run: Run, deterministic: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend` for a call that nobody but autograd watches, by a backend's ``run``."""
+    if not wants_gradient(call.q, call.k, call.v):
+        return run(call)
+    if not is_differentiable(call.precision, call.quantization):
+        raise ValueError(f"precision {call.precision!r} {NO_DERIVATIVE}")
+    return _PlainAttention.apply(call.q, call.k, call.v, call, run, deterministic, backend)
 
 
 def _arguments(
@@ -107,12 +122,12 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: ForwardCall, deterministic: bool,
-        backend: str | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: ForwardCall, run: Run,
+        deterministic: bool, backend: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         transposed = call.mask is not None and _transposes_now(call.mask, q)
         lists = mask_arguments(call.mask, transposed)
-        out, lse = run_forward(call, backend)
+        out, lse = run(call)
         ctx.block_sizes = lists.q_block_size, lists.kv_block_size
         ctx.scale, ctx.is_causal = call.scale, call.is_causal
         ctx.recipe = recipe_text(call.precision, call.quantization)

@@ -14,15 +14,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .checks import as_int, check_bool, check_int, forward_mode_is_on, is_plain, wants_gradient
+from .checks import as_int, check_bool, check_int
 from .open_sizes import is_open
 from .static_cache import canonical_device, static_cache
-from .words import as_words
+from .token_moves import move_tokens
 
 Triple = tuple[int, int, int]
 LayoutKey = tuple[Triple, Triple, int, bool]
@@ -173,13 +173,13 @@ class VideoLayout:
         """
         self._check_length(x, dim, self.sequence_length, "sequence_length")
         to_padded, to_raster = _permutations(self.key, x.device)
-        return _move_tokens(x, dim, to_padded, to_raster, self.may_be_ragged, False)
+        return move_tokens(x, dim, to_padded, to_raster, self._holes(to_padded), None)
 
     def from_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Padded tile order back to raster order: the inverse of :meth:`to_tiles`."""
         self._check_length(x, dim, self.padded_length, "padded_length")
         to_padded, to_raster = _permutations(self.key, x.device)
-        return _move_tokens(x, dim, to_raster, to_padded, False, self.may_be_ragged)
+        return move_tokens(x, dim, to_raster, to_padded, None, self._holes(to_padded))
 
     def pad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Packed tile order (text last) to padded tile order; no copy when no tile is partial."""
@@ -187,7 +187,7 @@ class VideoLayout:
         if not self.may_be_ragged:
             return x
         slots, inverse = _slot_permutations(self.key, x.device)
-        return _move_tokens(x, dim, inverse, slots, True, False)
+        return move_tokens(x, dim, inverse, slots, self._holes(inverse), None)
 
     def unpad_tiles(self, x: Tensor, dim: int = -2) -> Tensor:
         """Padded tile order to packed tile order: the inverse of :meth:`pad_tiles`."""
@@ -195,7 +195,16 @@ class VideoLayout:
         if not self.may_be_ragged:
             return x
         slots, inverse = _slot_permutations(self.key, x.device)
-        return _move_tokens(x, dim, slots, inverse, False, True)
+        return move_tokens(x, dim, slots, inverse, None, self._holes(inverse))
+
+    def _holes(self, index: Tensor) -> Tensor | None:
+        """Padded positions without a token, where ``index`` is negative; None: there are none.
+
+        Compiled code, whose sizes may be open, has the whole table as a mask.
+        """
+        if not self.may_be_ragged:
+            return None
+        return index < 0 if torch.compiler.is_compiling() else _holes(self.key, index.device)
 
     def _check_length(self, x: Tensor, dim: int, expected: int, name: str) -> None:
         if not isinstance(x, Tensor):
@@ -207,96 +216,6 @@ class VideoLayout:
                 f"x has {x.shape[dim]} tokens on dim {dim}, but {name} of grid {self.grid} with "
                 f"tile {self.tile} and text_length {self.text_length} is {expected}"
             )
-
-
-def _move_tokens(
-    x: Tensor, dim: int, index: Tensor, inverse: Tensor, has_holes: bool, inverse_has_holes: bool
-) -> Tensor:
-    """out[i] = x[index[i]], or zero where index[i] < 0; ``inverse`` is the way back."""
-    if not torch.compiler.is_compiling():  # which knows no derivatives but backward ones
-        if forward_mode_is_on() or torch._C._are_functorch_transforms_active():
-            return _MoveTokensForwardMode.apply(
-                x, dim, index, inverse, has_holes, inverse_has_holes
-            )
-        if not wants_gradient(x):
-            return _take(x, dim, index, has_holes)
-    return _MoveTokens.apply(x, dim, index, inverse, has_holes, inverse_has_holes)
-
-
-class _MoveTokens(torch.autograd.Function):
-    """:func:`_move_tokens` and its gradient, which gathers by the inverse.
-
-    A gather in both directions keeps the backward deterministic, which a scatter-add on a GPU is
-    not.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dim: int,
-        index: Tensor,
-        inverse: Tensor,
-        has_holes: bool,
-        inverse_has_holes: bool,
-    ) -> Tensor:
-        _keep(ctx, dim, index, inverse, has_holes, inverse_has_holes)
-        return _take(x, dim, index, has_holes)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        index, inverse = ctx.saved_tensors
-        grad_x = _move_tokens(grad, ctx.dim, inverse, index, ctx.inverse_has_holes, ctx.has_holes)
-        return grad_x, None, None, None, None, None
-
-
-class _MoveTokensForwardMode(torch.autograd.Function):
-    """The same with a forward-mode derivative, and for ``torch.func``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        dim: int,
-        index: Tensor,
-        inverse: Tensor,
-        has_holes: bool,
-        inverse_has_holes: bool,
-    ) -> Tensor:
-        return _take(x, dim, index, has_holes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep(ctx, *inputs[1:])
-        ctx.save_for_forward(*inputs[2:4])
-
-    backward = _MoveTokens.backward
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *rest: Any) -> Tensor:
-        index, inverse = ctx.saved_tensors
-        return _move_tokens(tangent, ctx.dim, index, inverse, ctx.has_holes, ctx.inverse_has_holes)
-
-
-def _keep(
-    ctx: Any, dim: int, index: Tensor, inverse: Tensor, has_holes: bool, inverse_has_holes: bool
-) -> None:
-    ctx.dim, ctx.has_holes, ctx.inverse_has_holes = dim, has_holes, inverse_has_holes
-    ctx.save_for_backward(index, inverse)
-
-
-def _take(x: Tensor, dim: int, index: Tensor, has_holes: bool) -> Tensor:
-    # Rows move in words of 16 bytes where they can and nobody watches.
-    words = x
-    if not torch.compiler.is_compiling() and is_plain(x) and dim not in (-1, x.dim() - 1):
-        (words,) = as_words(x)
-    out = words.index_select(dim, index.clamp_min(0) if has_holes else index)
-    if has_holes:
-        shape = [1] * x.dim()
-        shape[dim] = -1
-        out.masked_fill_((index < 0).view(shape), 0)
-    return out if words is x else out.view(x.dtype)
 
 
 @static_cache(torch.int32, lambda key, device: [(VideoLayout(*key).num_blocks,)])
@@ -368,6 +287,17 @@ def _permutations(key: LayoutKey, device: torch.device) -> tuple[Tensor, Tensor]
     to_raster = torch.empty(layout.sequence_length, dtype=torch.int64)
     to_raster[_tile_order(key, cpu)] = _padded_slots(key, cpu)
     return _inverse(to_raster, layout.padded_length).to(device), to_raster.to(device)
+
+
+def _num_holes(key: LayoutKey, device: torch.device) -> list[tuple[int]]:
+    layout = VideoLayout(*key)
+    return [(layout.padded_length - layout.sequence_length,)]
+
+
+@static_cache(torch.int64, _num_holes)
+def _holes(key: LayoutKey, device: torch.device) -> Tensor:
+    """The padded positions without a token."""
+    return (_permutations(key, torch.device("cpu"))[0] < 0).nonzero()[:, 0].to(device)
 
 
 @static_cache(torch.int32, lambda key, device: [(VideoLayout(*key).padded_length,)])

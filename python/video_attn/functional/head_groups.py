@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_int
+from ..checks import check_int, forward_mode_is_on, is_plain, wants_gradient
 from ..registry import PRECISIONS
+from ..words import as_words
 from .token_pattern import QKV, Options, TokenPattern
 from .video_tokens import VideoTokens
 from .vsa import Gate
@@ -126,7 +127,7 @@ def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
     if len(set(heads)) == 1:
         return x.narrow(1, heads[0], 1)
     runs = [x.narrow(1, run.start, len(run)) for run in _runs(heads)]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
+    return runs[0] if len(runs) == 1 else _joined(runs)
 
 
 def _together(parts: Sequence[Tensor], groups: Sequence[HeadGroup]) -> Tensor:
@@ -137,7 +138,19 @@ def _together(parts: Sequence[Tensor], groups: Sequence[HeadGroup]) -> Tensor:
         for run in _runs(group.heads):
             pieces[run.start] = part.narrow(1, place, len(run))
             place += len(run)
-    return torch.cat([pieces[head] for head in sorted(pieces)], 1)
+    return _joined([pieces[head] for head in sorted(pieces)])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The heads of all parts, copied in words of 16 bytes where no derivative may be asked for."""
+    if (
+        torch.compiler.is_compiling()
+        or wants_gradient(*parts)
+        or forward_mode_is_on()
+        or not is_plain(*parts)
+    ):
+        return torch.cat(parts, 1)
+    return torch.cat(as_words(*parts), 1).view(parts[0].dtype)
 
 
 def _runs(heads: Sequence[int]) -> list[range]:

@@ -60,7 +60,7 @@ def video_sparse_attn(
                           compress_attn_weight)
 
     See :mod:`video_attn.functional.vsa` for the definition. Padding may hold anything: it
-    is never read, and the output there is 0.
+    counts for nothing, and the output there is 0.
 
     Args:
         q: [B, Hq, Nq * V, D]. k: [B, Hkv, Nk * V, D]. v: [B, Hkv, Nk * V, Dv]; V = ``block_size``.

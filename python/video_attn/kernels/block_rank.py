@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .block_pool import mean_of_slot, slot_of
+from .block_pool import MEAN_WARPS, mean_of_slot, slot_of
 from .launch import (
     Launch,
     Side,
@@ -193,7 +193,8 @@ def block_means(
     args |= {"q_len": q_side.length, "Q_SLOT": q_side.slot}
     args |= {"kv_len": kv_side.length, "KV_SLOT": kv_side.slot}
     args["ACC"] = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return Launch(block_means_kernel, sum(slots), args, {"num_warps": 4, "num_stages": 2})
+    options = {"num_warps": MEAN_WARPS, "num_stages": 1}
+    return Launch(block_means_kernel, sum(slots), args, options)
 
 
 def block_scores(
