@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
 #include <initializer_list>
 #include <optional>
 
@@ -127,37 +126,72 @@ inline VCode v_code_of(const Tensor& codes) {
   return is_half ? VCode::kFloat16 : VCode::kFp8;
 }
 
-// Shapes of codes and scales, the same for both operators.
-struct CodeShapes {
-  int64_t batch, heads, kv_heads, q_tiles, kv_tiles, dim;
+template <class T>
+T* data_of(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
 
-  // Of score_shift.
-  std::array<int64_t, 4> shift() const { return {batch, heads, q_tiles, kv_tiles * kTile}; }
+template <class T>
+T* data_of(const OptionalTensor& x) {
+  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
+}
 
-  void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale,
-             const Tensor& k_scale, const Tensor& v_scale, const OptionalTensor& v_mean) const {
+// The codes and scales of a call, the same for both operators.
+struct Codes {
+  Tensor q, k, v, q_scale, k_scale, v_scale;
+  OptionalTensor v_mean, lse_shift, score_shift;
+
+  // Checks them against the sizes and sides of `p`, and puts them there.
+  template <class Params>
+  void put_into(Params& p) const {
+    check(p.batch, p.heads, p.kv_heads, p.q_side, p.kv_side, p.padded_dim);
+    p.q_codes = data_of<uint8_t>(q);
+    p.k_codes = data_of<uint8_t>(k);
+    p.v_codes = data_of<uint8_t>(v);
+    p.q_scale = data_of<float>(q_scale);
+    p.k_scale = data_of<float>(k_scale);
+    p.v_scale = data_of<float>(v_scale);
+    p.v_mean = data_of<float>(v_mean);
+    p.lse_shift = data_of<float>(lse_shift);
+    p.score_shift = data_of<float>(score_shift);
+    p.qk_code = qk_code_of(q);
+    p.v_code = v_code_of(v);
+    p.q_groups = static_cast<int32_t>(q_scale.size(3));
+    p.k_groups = static_cast<int32_t>(k_scale.size(3));
+  }
+
+ private:
+  void check(int64_t batch, int64_t heads, int64_t kv_heads, const Side& q_side,
+             const Side& kv_side, int64_t dim) const {
+    const int64_t q_tiles = tiles_in(q_side.length), kv_tiles = tiles_in(kv_side.length);
     STD_TORCH_CHECK(dim == 64 || dim == 128, "codes have ", dim, " channels, allowed: 64 and 128");
     STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "heads ", heads,
                     " is not a multiple of kv heads ", kv_heads);
     STD_TORCH_CHECK(heads <= 65535 && batch <= 32767, "more than 65535 heads or 32767 batches");
-    STD_TORCH_CHECK(v_code_of(v) == VCode::kFp8 || qk_code_of(q) == QkCode::kInt8,
-                    "FP8 Q and K go with FP8 V");
+    const bool by_channel = v_code_of(v) == VCode::kFp8;
+    STD_TORCH_CHECK(by_channel || qk_code_of(q) == QkCode::kInt8, "FP8 Q and K go with FP8 V");
     check_tensor("q_codes", q, q, q.scalar_type(), {batch, heads, q_tiles, kTile, dim});
     check_tensor("k_codes", k, q, q.scalar_type(), {batch, kv_heads, kv_tiles, kTile, dim});
-    const bool by_channel = v_code_of(v) == VCode::kFp8;
     check_tensor("v_codes", v, q, v.scalar_type(),
                  {batch, kv_heads, kv_tiles, by_channel ? dim : kTile, by_channel ? kTile : dim});
-    check_tensor("q_scale", q_scale, q, ScalarType::Float,
-                 {batch, heads, q_tiles, q_scale.size(3)});
-    check_tensor("k_scale", k_scale, q, ScalarType::Float,
-                 {batch, kv_heads, kv_tiles, k_scale.size(3)});
     const int64_t q_groups = q_scale.size(3), k_groups = k_scale.size(3);
     STD_TORCH_CHECK(q_groups == 1 || q_groups == 4 || q_groups == 32, "q_scale has ", q_groups,
                     " groups per tile, allowed: 1, 4, 32");
     STD_TORCH_CHECK(k_groups == 1 || k_groups == 4, "k_scale has ", k_groups,
                     " groups per tile, allowed: 1, 4");
-    check_tensor("v_scale", v_scale, q, ScalarType::Float, {batch, kv_heads, dim});
-    if (v_mean) check_tensor("v_mean", *v_mean, q, ScalarType::Float, {batch, kv_heads, dim});
+    check_numbers("q_scale", q_scale, {batch, heads, q_tiles, q_groups});
+    check_numbers("k_scale", k_scale, {batch, kv_heads, kv_tiles, k_groups});
+    check_numbers("v_scale", v_scale, {batch, kv_heads, dim});
+    if (v_mean) check_numbers("v_mean", *v_mean, {batch, kv_heads, dim});
+    if (lse_shift) check_numbers("lse_shift", *lse_shift, {batch, heads, q_side.length});
+    if (score_shift) {
+      check_numbers("score_shift", *score_shift, {batch, heads, q_tiles, kv_tiles * kTile});
+    }
+  }
+
+  void check_numbers(const char* name, const Tensor& x,
+                     std::initializer_list<int64_t> sizes) const {
+    check_tensor(name, x, q, ScalarType::Float, sizes);
   }
 };
 
@@ -171,16 +205,6 @@ inline Places places_of(const OptionalTensor& places, int64_t tokens, const Tens
   if (!places) return {tokens, nullptr};
   check_tensor("places", *places, like, ScalarType::Int, {places->size(0)});
   return {places->size(0), static_cast<const int32_t*>(places->data_ptr())};
-}
-
-template <class T>
-T* data_of(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
-
-template <class T>
-T* data_of(const OptionalTensor& x) {
-  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
 }
 
 template <class Context>
@@ -211,35 +235,17 @@ void quantize(Tensor q, Tensor k, Tensor v, OptionalTensor places, OptionalTenso
   p.padded_dim = small("padded dim", q_codes.size(4), kMaxHeadDim);
   STD_TORCH_CHECK(p.padded_dim >= p.head_dim && p.padded_dim >= p.head_dim_v,
                   "codes have fewer channels than q or v");
-  const CodeShapes shapes{
-      batch,       p.heads, p.kv_heads, tiles_in(p.q_side.length), tiles_in(p.kv_side.length),
-      p.padded_dim};
-  shapes.check(q_codes, k_codes, v_codes, q_scale, k_scale, v_scale, v_mean);
-  if (lse_shift) {
-    check_tensor("lse_shift", *lse_shift, q, ScalarType::Float, {batch, p.heads, p.q_side.length});
-  }
-  if (score_shift) check_tensor("score_shift", *score_shift, q, ScalarType::Float, shapes.shift());
-  p.score_shift = data_of<float>(score_shift);
+  const Codes codes{q_codes, k_codes, v_codes,   q_scale,    k_scale,
+                    v_scale, v_mean,  lse_shift, score_shift};
+  codes.put_into(p);
   check_tensor("workspace", workspace, q, ScalarType::Float, {workspace_size(p)});
   STD_TORCH_CHECK(!hadamard || p.head_dim % 16 == 0,
                   "hadamard needs a head_dim that is a multiple ", "of 16, got ", p.head_dim);
   p.rotation = hadamard ? p.head_dim & -p.head_dim : 0;  // the largest power of two in it
   p.scale = static_cast<float>(scale);
-  p.qk_code = qk_code_of(q_codes);
-  p.v_code = v_code_of(v_codes);
   p.v_limit = static_cast<float>(v_limit);
-  p.q_groups = static_cast<int32_t>(q_scale.size(3));
-  p.k_groups = static_cast<int32_t>(k_scale.size(3));
   p.smooth_k = lse_shift.has_value();
   p.smooth_v = v_mean.has_value();
-  p.q_codes = data_of<uint8_t>(q_codes);
-  p.k_codes = data_of<uint8_t>(k_codes);
-  p.v_codes = data_of<uint8_t>(v_codes);
-  p.q_scale = data_of<float>(q_scale);
-  p.k_scale = data_of<float>(k_scale);
-  p.v_scale = data_of<float>(v_scale);
-  p.v_mean = data_of<float>(v_mean);
-  p.lse_shift = data_of<float>(lse_shift);
   p.workspace = data_of<float>(workspace);
   const Context context(q);
   const char* error = launch_quantize(p, context.capability, context.stream);
@@ -266,37 +272,16 @@ void attention(Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor q_scale, T
   p.kv_heads = small("kv heads", k_codes.size(1));
   p.padded_dim = small("padded dim", q_codes.size(4), kMaxHeadDim);
   p.head_dim_v = small("head_dim of v", out.size(3), p.padded_dim);
-  const CodeShapes shapes{
-      batch,       p.heads, p.kv_heads, tiles_in(p.q_side.length), tiles_in(p.kv_side.length),
-      p.padded_dim};
-  shapes.check(q_codes, k_codes, v_codes, q_scale, k_scale, v_scale, v_mean);
+  const Codes codes{q_codes, k_codes, v_codes,   q_scale,    k_scale,
+                    v_scale, v_mean,  lse_shift, score_shift};
+  codes.put_into(p);
   STD_TORCH_CHECK(out.size(0) == batch && out.size(1) == p.heads,
                   "out must be [batch, heads, ...]");
   check_tensor("lse", lse, q_codes, ScalarType::Float, {batch, p.heads, p.q_side.length});
-  if (lse_shift) {
-    check_tensor("lse_shift", *lse_shift, q_codes, ScalarType::Float,
-                 {batch, p.heads, p.q_side.length});
-  }
-  if (score_shift) {
-    check_tensor("score_shift", *score_shift, q_codes, ScalarType::Float, shapes.shift());
-  }
-  p.score_shift = data_of<float>(score_shift);
   p.lists = make_lists(kv_num_blocks, kv_indices, p.q_side, batch, p.heads, q_codes);
   STD_TORCH_CHECK(!is_causal || !kv_num_blocks, "is_causal is for dense attention");
-  p.q_codes = data_of<uint8_t>(q_codes);
-  p.k_codes = data_of<uint8_t>(k_codes);
-  p.v_codes = data_of<uint8_t>(v_codes);
-  p.q_scale = data_of<float>(q_scale);
-  p.k_scale = data_of<float>(k_scale);
-  p.v_scale = data_of<float>(v_scale);
-  p.v_mean = data_of<float>(v_mean);
-  p.lse_shift = data_of<float>(lse_shift);
-  p.q_groups = static_cast<int32_t>(q_scale.size(3));
-  p.k_groups = static_cast<int32_t>(k_scale.size(3));
   p.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
   p.is_causal = is_causal;
-  p.qk_code = qk_code_of(q_codes);
-  p.v_code = v_code_of(v_codes);
   p.half_sums = half_sums;
   p.out = out.data_ptr();
   p.out_batch_stride = result.batch_stride;
