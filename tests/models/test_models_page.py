@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tiny_wan import FRAMES, HEIGHT, STEPS, WIDTH, latents, tiny_wan
 
+from video_attn.integrations.models import FAMILIES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -56,3 +58,10 @@ def test_each_row_of_the_table_has_a_test() -> None:
     assert tests.count("\ndef test_") >= len(rows)
     for name in re.findall(r"tests/[\w/]+\.py", table):
         assert (ROOT / name).exists()
+
+
+def test_the_page_names_every_class() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for family in FAMILIES:
+        for name in family.transformers:
+            assert f"`{name}`" in page
