@@ -150,6 +150,24 @@ def test_vmap_over_masks():
         torch.testing.assert_close(out[i], attention(q, q, q, masks[i]))
 
 
+def test_vmap_over_gradients_of_an_operator():
+    """One mask with one list serves all batches: its tensors stay as they are."""
+    mask = BlockMask.from_dense(KEEP[None, None], 16, 16, kv_block_lens=SIZES[None].int())
+    q, lists = normal(2, 2, 64, 8), mask.as_arguments(True)
+    out, lse = torch.ops.video_attn.attention_forward(
+        q, q, q, *lists, 0.3, False, "native", False, "reference"
+    )
+
+    def gradients(grad_out: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.video_attn.attention_backward(
+            grad_out, None, q, q, q, out, lse, *lists, 0.3, False, True, "reference"
+        )
+
+    both = torch.stack([out, out.cos()])
+    for got, *each in zip(vmap(gradients)(both), *map(gradients, both), strict=True):
+        torch.testing.assert_close(got, torch.stack(each))
+
+
 def test_tangents_in_every_precision_of_the_tensors():
     """fp32 in the sums, the tensors' own dtype in the result; also without gradients."""
     tangent = normal(2, 2, 6, 4, seed=5)

@@ -222,9 +222,11 @@ def small_mask(lists: list[int], **options) -> BlockMask:
     return BlockMask.from_indices(indices, 16, 16, q_len=64, kv_len=64, **options)
 
 
-def grads_of(q: Tensor, mask: BlockMask) -> tuple[Tensor, ...]:
+def grads_of(
+    q: Tensor, mask: BlockMask, function: Callable[..., Tensor] = attention
+) -> tuple[Tensor, ...]:
     x = [q[:, :, :64].clone().requires_grad_() for _ in range(3)]
-    attention(*x, mask).square().sum().backward()
+    function(*x, mask).square().sum().backward()
     return tuple(y.grad for y in x)
 
 
@@ -237,6 +239,20 @@ def test_lists_changed_in_place_change_the_gradients():
             grads_of(q, derived), grads_of(q, small_mask([1, 0, 3, 2])), strict=True
         ):
             assert torch.equal(got, expected)
+
+
+def test_compiled_code_sees_lists_changed_in_place():
+    """Also where the mask has kept its transposed lists before it is compiled."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    q, mask = tokens(), small_mask([0, 1, 2, 3])
+    mask.transposed()
+    grads_of(q, mask, compiled)
+    mask.kv_indices.copy_(torch.tensor([1, 0, 3, 2])[None, None, :, None])
+    for got, expected in zip(
+        grads_of(q, mask, compiled), grads_of(q, small_mask([1, 0, 3, 2])), strict=True
+    ):
+        assert torch.equal(got, expected)
 
 
 def test_lists_changed_between_forward_and_backward_are_noticed():

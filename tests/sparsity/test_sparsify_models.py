@@ -15,9 +15,14 @@ from tiny_models import GRID, MODELS, TEXT, Tiny, output, random
 from torch import Tensor, nn
 
 import video_attn.sparsity as mtsa
-from video_attn.integrations import apply
+from video_attn.integrations import apply, models
+from video_attn.integrations.context import call_state
 
-FAMILIES = ("wan", "ltx", "ltx2", "cogvideox", "hunyuan", "hunyuan15", "mochi")
+# A tiny model of each family.
+FAMILIES = [
+    next(name for name, tiny in MODELS.items() if tiny.kind in family.transformers)
+    for family in models.FAMILIES
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,6 +103,24 @@ def test_a_said_shape_that_the_call_contradicts(model_of: Any) -> None:
         output(model, tiny.inputs(1))
     mtsa.set_sparse_attention_attribute(model, "*", {"video_shape": GRID})
     output(model, tiny.inputs(1))
+
+
+def test_a_call_that_fails_leaves_nothing_behind(model_of: Any) -> None:
+    tiny, model = model_of("wan")
+    mtsa.sparsify(model, config(block_size_3d=TILE))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        output(model, tiny.inputs(1))
+    handle.remove()
+    assert call_state(model) is None
+    with pytest.raises(
+        ValueError, match="video_shape must be set"
+    ):  # a layer alone, outside of any call
+        model.blocks[0].attn1(random(1, 60, 24))
 
 
 def test_both_transformers_of_a_pipeline() -> None:

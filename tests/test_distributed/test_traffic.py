@@ -91,6 +91,19 @@ def test_text_does_not_pull_all_keys_to_its_owner() -> None:
     assert "wide rows: queries" in with_text.forward[0]
 
 
+@pytest.mark.parametrize("mask", [PER_HEAD, WINDOW, None], ids=["per-head", "window", "dense"])
+@pytest.mark.parametrize(("kind", "ranks"), [("ulysses", 4), ("ring", 4), ("usp", (2, 2))])
+def test_ranks_share_the_pairs_of_all_heads_and_batches(
+    mask: BlockMask | None, kind: str, ranks: Any
+) -> None:
+    plan = sequence_parallel_plan(
+        mask, ranks, kind=kind, q_heads=4, kv_heads=2, batch=3,
+        shards=Shards.of_lengths((10, 70, 0, 48)),
+    )  # fmt: skip
+    pairs = 12 * 128**2 if mask is None else mask.flops(1, batch=3, heads=4) / 4
+    assert sum(plan.pairs) == pairs
+
+
 def test_balance() -> None:
     growing = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
     mask = BlockMask.from_dense(growing, 8, 8)
