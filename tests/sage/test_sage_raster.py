@@ -84,8 +84,11 @@ def test_codes_and_outputs_are_those_of_moved_tensors(precision, name, memory, d
     options = QuantizationOptions(granularity="per_thread", smooth_v=True, smooth_q=True)
     rest = {"precision": precision, "options": options}
     places = layout.tile_places()
-    in_place = forward_call(q, k, v, mask, **rest)
     moved = forward_call(*(layout.to_tiles(x) for x in (q, k, v)), mask, **rest)
+    in_place = forward_call(q, k, v, mask, **rest)
+    start = 0 if layout.text_first else layout.video_length
+    for x in (q, k, v):  # text past the valid tokens, which nobody may read
+        x[0, :, start + layout.text_length // 3 : start + layout.text_length] = math.nan
     codes, expected = cuda_sage.quantize(in_place, places), cuda_sage.quantize(moved)
     for got, wanted in zip(codes, expected, strict=True):
         if got is not codes.lse_shift:  # rows of padding hold what nobody reads
