@@ -2,8 +2,9 @@
 
 Builds the components `sta` and `vsa` (no GPU needed), reads their machine code, and prints for each
 kernel its registers, shared memory and tensor core instructions, and how many instructions its main
-loop takes per 64 keys (or queries) that a warpgroup works through. `--write` keeps the figures in
-tests/data/hopper_kernels.json, against which a test compares the next build.
+loop takes per 64 keys (or queries) that a warpgroup works through, in steps that mend nothing.
+`--write` keeps the figures in tests/data/hopper_kernels.json, against which a test compares the
+next build.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from machine_code import Function, Instruction, find_disassembler, read_function
 TABLE = ROOT / "tests" / "data" / "hopper_kernels.json"
 COMPONENTS = ("sta", "vsa")
 _PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.")
+_VOTE = re.compile(r"^VOTE\.ANY (P\d),")
+_SKIP = re.compile(r"^@!(P\d) BRA 0x([0-9a-f]+)")
 
 
 def main_loop(kernel: Function) -> tuple[Instruction, ...]:
@@ -36,10 +39,27 @@ def main_loop(kernel: Function) -> tuple[Instruction, ...]:
     Raises:
         ValueError: there is none.
     """
-    loops = [x for x in kernel.loops() if any(_PRODUCT.search(step.text) for step in x)]
+    paths = map(usual_path, kernel.loops())
+    loops = [x for x in paths if any(_PRODUCT.search(step.text) for step in x)]
     if not loops:
         raise ValueError(f"{kernel.symbol}: no loop with HGMMA instructions")
     return min(loops, key=len)
+
+
+def usual_path(loop: Sequence[Instruction]) -> tuple[Instruction, ...]:
+    """A loop without what warps jump over when they vote that nothing has to be mended."""
+    path, vote, end = [], None, 0
+    for step in loop:
+        if step.address < end:
+            continue
+        path.append(step)
+        if found := _VOTE.search(step.text):
+            vote = found[1]
+        elif (jump := _SKIP.match(step.text)) and jump[1] == vote:
+            target = int(jump[2], 16)
+            if step.address < target <= loop[-1].address:
+                vote, end = None, target
+    return tuple(path)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,8 @@ class Consumer {
   template <bool kPartial>
   __device__ void attend_step(int32_t step, Softmax& softmax, Scores& scores, Weights& weights,
                               Output& output) {
+    // Full steps take the maximum so far; the sum of the weights tells whether it had to grow.
+    constexpr bool kGuesses = !kPartial;
     const Place keys = order_.claim(step);
     const Place values = order_.claim(step - 1);
     wait_stage(keys);
@@ -143,19 +145,78 @@ class Consumer {
     issue_output(output, weights, values);
     pass_turn();
     Warpgroup::mma_async_wait<1>();
-    if constexpr (kPartial) mend_scores(scores, keys);
-    release_stage(keys);
-    const bool rescaled = softmax.follow(scores);
-    softmax.exponentiate(scores, 0);
-    if constexpr (!kSharesLoads) softmax.exponentiate(scores, 1);
+    bool mended;  // the output so far must be rescaled; the whole warp knows it
+    if constexpr (kGuesses) {
+      exponentiate(softmax, scores);
+      mended = softmax.exceeds(kLargeSum);
+    } else {
+      mend_scores(scores, keys);
+      mended = softmax.follow(scores);
+      exponentiate(softmax, scores);
+    }
+    if (!kGuesses || !mended) release_stage(keys);
     // This has happened above. Without it the compiler lets the exponentials wait for the output.
     wait_stage(values);
     Warpgroup::mma_async_wait<0>();
     release_stage(values);
-    if (rescaled) softmax.rescale(output);
-    // Sums and conversions then run beside exponentials, which alone would take 10 clocks each.
-    if constexpr (kSharesLoads) softmax.exponentiate(scores, 1);
+    if (mended) [[unlikely]] {
+      if constexpr (kGuesses) {
+        mend_weights(scores, keys, softmax);
+        release_stage(keys);
+      }
+      softmax.rescale(output);
+    }
+    softmax.accept();
     kittens::warp::copy(weights, scores);
+  }
+
+  __device__ static void exponentiate(Softmax& softmax, Scores& scores) {
+#pragma unroll
+    for (int32_t row = 0; row < kRowsPerThread; ++row) softmax.exponentiate(scores, row);
+  }
+
+  // Weights whose maximum had to grow.
+  __device__ void mend_weights(Scores& weights, const Place& keys, Softmax& softmax) const {
+    if (softmax.exceeds(kLostSum)) {
+      repeat_scores(weights, keys);
+      softmax.follow(weights);
+      exponentiate(softmax, weights);
+    } else {
+      softmax.shrink(weights);
+    }
+  }
+
+  // The scores of this thread once more, without tensor cores: by one warp, and hardly ever.
+  __device__ void repeat_scores(Scores& scores, const Place& keys) const {
+    const auto& queries = *reinterpret_cast<const Queries*>(shared_.query(consumer_));
+    const Operand& held = operand(keys);
+    const int32_t lane = threadIdx.x % 32;
+    const int32_t first_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    kittens::warp::zero(scores);
+#pragma unroll
+    for (int32_t column = 0; column < Scores::width; ++column) {
+#pragma unroll 1
+      for (int32_t channel = 0; channel < kConfig.head_dim; channel += 2) {
+#pragma unroll
+        for (int32_t part = 0; part < 4; ++part) {
+          const float2 row = pair_at(queries, first_row + part % 2 * 8, channel);
+          const int32_t key = column * 16 + part / 2 * 8 + lane % 4 * 2;
+          const float2 first = pair_at(held, key, channel),
+                       second = pair_at(held, key + 1, channel);
+          float2& pair = scores.tiles[0][column].data[part];
+          pair.x += row.x * first.x + row.y * first.y;
+          pair.y += row.x * second.x + row.y * second.y;
+        }
+      }
+    }
+  }
+
+  // Two neighbouring channels of a tile in shared memory.
+  template <class Tile>
+  __device__ static float2 pair_at(const Tile& tile, int32_t row, int32_t channel) {
+    using Pair = typename kittens::base_types::packing<Element>::packed_type;
+    const auto& pair = *reinterpret_cast<const Pair*>(&tile[int2{row, channel}]);
+    return kittens::base_types::convertor<float2, Pair>::convert(pair);
   }
 
   __device__ void issue_scores(Scores& scores, const Place& keys) const {

@@ -12,6 +12,10 @@ namespace video_attn::hopper {
 
 constexpr int32_t kRowsPerThread = 2;
 
+// Sums of a thread's 32 weights of a row and step: above the first one weights are too large for
+// 16 bits to come, above the second one they may be infinite.
+constexpr float kLargeSum = 0x1p8f, kLostSum = 0x1p64f;
+
 using Scores = kittens::rt_fl<16, kStepTokens>;
 
 // Of the four lanes that share a row.
@@ -61,11 +65,12 @@ class Softmax {
   __device__ void first(Scores& scores) {
 #pragma unroll
     for (int32_t row = 0; row < kRowsPerThread; ++row) {
-      maximum_[row] = quad_max(local_maximum(scores, row));
+      maximum_[row] = quad_max(local_maximum(scores, row)) * scale_;
       sum_[row] = 0.0f;
     }
 #pragma unroll
     for (int32_t row = 0; row < kRowsPerThread; ++row) exponentiate(scores, row);
+    accept();
   }
 
   // Takes the scores of a further step into account. True, for the whole warp alike, when the
@@ -73,24 +78,21 @@ class Softmax {
   // weights: they are as exact there, and most steps rescale nothing.
   __device__ bool follow(Scores& scores) {
     const float maxima[kRowsPerThread] = {local_maximum(scores, 0), local_maximum(scores, 1)};
-    const bool grown = (maxima[0] - maximum_[0]) * scale_ > kMaximumLag ||
-                       (maxima[1] - maximum_[1]) * scale_ > kMaximumLag;
+    const bool grown = maxima[0] * scale_ - maximum_[0] > kMaximumLag ||
+                       maxima[1] * scale_ - maximum_[1] > kMaximumLag;
     const bool rescaled = __any_sync(~0u, grown);
     if (rescaled) {
 #pragma unroll
       for (int32_t row = 0; row < kRowsPerThread; ++row) {
-        const float maximum = fmaxf(maximum_[row], quad_max(maxima[row]));
-        correction_[row] = exp2_approximate((maximum_[row] - maximum) * scale_);
-        maximum_[row] = maximum;
-        sum_[row] *= correction_[row];
+        raise_maximum(row, fmaxf(maximum_[row], quad_max(maxima[row]) * scale_));
       }
     }
     return rescaled;
   }
 
-  // The scores of one row become weights.
+  // The scores of one row become weights, by the maximum as it stands.
   __device__ void exponentiate(Scores& scores, int32_t row) {
-    const float shift = -maximum_[row] * scale_;
+    const float shift = -maximum_[row];
     float even = 0.0f, odd = 0.0f;
     for_each_pair(scores, row, [&](float2& pair) {
       pair.x = exp2_approximate(fmaf(pair.x, scale_, shift));
@@ -98,7 +100,34 @@ class Softmax {
       even += pair.x;
       odd += pair.y;
     });
-    sum_[row] += even + odd;
+    step_sum_[row] = even + odd;
+  }
+
+  // The weights of a step count.
+  __device__ void accept() {
+#pragma unroll
+    for (int32_t row = 0; row < kRowsPerThread; ++row) sum_[row] += step_sum_[row];
+  }
+
+  // Whether weights, made without a look at their maximum, have a sum above `limit`, in any row of
+  // the warp. A sum that is no number has none: nor will the output of its row be one.
+  __device__ bool exceeds(float limit) const {
+    return __any_sync(~0u, step_sum_[0] > limit || step_sum_[1] > limit);
+  }
+
+  // Weights that grew too large, but are finite, by the maximum that they ought to have had. The
+  // output so far must be rescaled.
+  __device__ void shrink(Scores& weights) {
+#pragma unroll
+    for (int32_t row = 0; row < kRowsPerThread; ++row) {
+      const float largest = quad_max(local_maximum(weights, row));
+      raise_maximum(row, maximum_[row] + fmaxf(log2f(largest), 0.0f));
+      step_sum_[row] *= correction_[row];
+      for_each_pair(weights, row, [&](float2& pair) {
+        pair.x *= correction_[row];
+        pair.y *= correction_[row];
+      });
+    }
   }
 
   template <class Output>
@@ -118,11 +147,17 @@ class Softmax {
   // The natural logarithm of the sum of the exponentials of a row.
   __device__ float log_sum(int32_t row, float total) const {
     constexpr float kLn2 = 0.6931471805599453f;
-    return (maximum_[row] * scale_ + log2f(total)) * kLn2;
+    return (maximum_[row] + log2f(total)) * kLn2;
   }
 
  private:
   static constexpr float kMaximumLag = 8.0f;
+
+  __device__ void raise_maximum(int32_t row, float maximum) {
+    correction_[row] = exp2_approximate(maximum_[row] - maximum);
+    maximum_[row] = maximum;
+    sum_[row] *= correction_[row];
+  }
 
   // Of what this thread holds of a row.
   __device__ float local_maximum(Scores& scores, int32_t row) const {
@@ -135,8 +170,9 @@ class Softmax {
   }
 
   float scale_;
-  float maximum_[kRowsPerThread] = {};
+  float maximum_[kRowsPerThread] = {};  // times the scale
   float sum_[kRowsPerThread] = {};
+  float step_sum_[kRowsPerThread] = {};
   float correction_[kRowsPerThread] = {};
 };
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import hopper_emulation
 import pytest
 import torch
+from hopper_problems import LEAPING_SCALE, LeapingScores
 from oracle import Result, check_against_oracle
 from problems import Built, Problem, random_problems
 
@@ -178,3 +179,10 @@ def test_any_scale(scale):
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-3, rtol=1e-4)
     expected = scores.softmax(-1) @ v.double()
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("block", [None, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_leap(block, head_dim):
+    case = LeapingScores(head_dim, block, DTYPES[head_dim // 128])
+    case.check(*hopper._forward(ForwardCall(case.q, case.k, case.v, case.mask, LEAPING_SCALE)))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hopper_problems import PROBLEMS
+from hopper_problems import LEAPING_SCALE, PROBLEMS, LeapingScores
 from machine import HAS_GPU
 from oracle import Result, check_against_oracle
 from problems import Problem, run_attention
@@ -244,6 +244,16 @@ def test_lists_of_width_zero(block_size, gpu):
     assert result.lse is not None and result.lse.eq(-torch.inf).all()
     for x in (result.out, *result[2:]):
         assert x is not None and x.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [None, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_leap(head_dim, block, dtype, gpu):
+    case = LeapingScores(head_dim, block, dtype)
+    q, k, v = (x.to(gpu) for x in (case.q, case.k, case.v))
+    mask = None if case.mask is None else case.mask.to(gpu)
+    case.check(*attention(q, k, v, mask, scale=LEAPING_SCALE, return_lse=True, backend="hopper"))
 
 
 def test_offsets_that_need_64_bits(gpu):

@@ -97,7 +97,7 @@ def test_kernels_fit_a_multiprocessor_and_leave_its_tensor_cores_busy(component,
         assert row["registers"] * 384 <= 65536 and row["shared_bytes"] <= 227 * 1024, name
         assert row["local_accesses"] == 0, name
         if name.startswith("forward_kernel<(Grain)1"):  # lists of blocks of 64
-            assert row["instructions_per_64_keys"] <= 260, name
+            assert row["instructions_per_64_keys"] <= 190, name
 
 
 # -- the libraries ---------------------------------------------------------------------------------
@@ -207,6 +207,18 @@ def test_reading_of_machine_code():
     # 2 products of 64 x 128 x 16; 64 keys need 2 of 64 x 64 x 128, which is 4 times as many.
     name = "forward_kernel<(Grain)0, 128, __half>"
     assert kernel_table.per_64_keys(name, kernel) == {"instructions": 16, "hgmma": 8}
+
+
+def test_what_a_vote_skips_is_not_of_the_usual_path():
+    text = """HGMMA.64x128x16.F32 R24, gdesc[UR4]|VOTE.ANY P2, P0|@!P0 BRA 0x50|FADD R1, R2, R3
+        @!P2 BRA 0x60|FMUL R1, R1, R2|FADD R2, R2, R1|@P1 BRA 0x0"""
+    parts = [x.strip() for x in re.split(r"[|\n]", text)]
+    code = [
+        Instruction(16 * at, re.sub(r"@!?P\d ", "", x).split()[0], x) for at, x in enumerate(parts)
+    ]
+    (loop,) = Function("kernel", 1, 0, 0, tuple(code)).loops()
+    left_out = [x.text for x in loop if x not in kernel_table.usual_path(loop)]
+    assert left_out == ["FMUL R1, R1, R2"]
 
 
 def test_a_kernel_without_a_loop_of_products_is_refused():

@@ -115,6 +115,7 @@ struct alignas(128) st {
     return *reinterpret_cast<T*>(panel + row * 128 + ((column % 64 * 2) ^ (row % 8 << 4)));
   }
   const T& at(int row, int column) const { return const_cast<st*>(this)->at(row, column); }
+  const T& operator[](int2 place) const { return at(place.x, place.y); }
 };
 
 namespace emulated {
