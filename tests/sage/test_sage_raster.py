@@ -30,14 +30,8 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=[89, 90], ids=["mma.sync", "warpgroup"])
-def _kernel(request: pytest.FixtureRequest):
-    with sage_emulation.options(capability=request.param):
-        yield
-
-
 @pytest.fixture
-def _on_cpu(_kernel, monkeypatch: pytest.MonkeyPatch):
+def _on_cpu(monkeypatch: pytest.MonkeyPatch):
     """cuda_sage serves CPU tensors, by its emulation, as it serves those of a GPU."""
     served = next(row for row in backends() if row.name == "cuda_sage")
     row = Backend(
@@ -46,7 +40,8 @@ def _on_cpu(_kernel, monkeypatch: pytest.MonkeyPatch):
     )  # fmt: skip
     monkeypatch.setitem(registry._backends, "cuda_sage", row)
     forget_choices()
-    yield
+    with sage_emulation.options(capability=90):
+        yield
     monkeypatch.undo()
     forget_choices()
 
@@ -64,17 +59,18 @@ def _raster(layout: VideoLayout, memory: str, dims: tuple[int, int], dtype: torc
 
 
 @pytest.mark.parametrize(
-    ("name", "memory", "dims", "dtype"),
+    ("name", "memory", "dims", "dtype", "capability"),
     [
-        ("whole", "bhsd", (64, 64), torch.bfloat16),
-        ("ragged", "bshd", (128, 40), torch.float16),
-        ("text", "bshd", (64, 64), torch.float32),
-        ("text-first", "bhsd", (40, 33), torch.float16),
+        ("whole", "bhsd", (64, 64), torch.bfloat16, 89),
+        ("ragged", "bshd", (128, 40), torch.float16, 90),
+        ("text", "bshd", (64, 64), torch.float32, 90),
+        ("text-first", "bhsd", (40, 33), torch.float16, 89),
     ],
 )
 @pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
-@pytest.mark.usefixtures("_kernel")
-def test_codes_and_outputs_are_those_of_moved_tensors(precision, name, memory, dims, dtype):
+def test_codes_and_outputs_are_those_of_moved_tensors(
+    precision, name, memory, dims, dtype, capability
+):
     layout = LAYOUTS[name]
     q, k, v = _raster(layout, memory, dims, dtype)
     valid = torch.tensor([layout.text_length // 3, layout.text_length])
@@ -89,12 +85,13 @@ def test_codes_and_outputs_are_those_of_moved_tensors(precision, name, memory, d
     start = 0 if layout.text_first else layout.video_length
     for x in (q, k, v):  # text past the valid tokens, which nobody may read
         x[0, :, start + layout.text_length // 3 : start + layout.text_length] = math.nan
-    codes, expected = cuda_sage.quantize(in_place, places), cuda_sage.quantize(moved)
+    with sage_emulation.options(capability=capability):  # 89: mma.sync, 90: warpgroups
+        codes, expected = cuda_sage.quantize(in_place, places), cuda_sage.quantize(moved)
+        out, lse = cuda_sage.attend(in_place, codes, places)
+        moved_out, moved_lse = cuda_sage.attend(moved, expected)
     for got, wanted in zip(codes, expected, strict=True):
         if got is not codes.lse_shift:  # rows of padding hold what nobody reads
             assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
-    out, lse = cuda_sage.attend(in_place, codes, places)
-    moved_out, moved_lse = cuda_sage.attend(moved, expected)
     assert torch.equal(out, layout.from_tiles(moved_out)) and torch.equal(lse, moved_lse)
 
 

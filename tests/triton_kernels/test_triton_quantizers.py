@@ -55,11 +55,11 @@ def test_rotated_queries_and_keys(dim, precision, granularity):
     compare(q, k, v, mask, plan_of(mask, shape["lengths"]), precision, options)
 
 
-@pytest.mark.parametrize("name", ["causal-more-queries", "lists-lens", "gather-lens"])
 @pytest.mark.parametrize(
-    ("precision", "changes"),
-    [("sage_fp8", {"granularity": "per_thread"}), ("fp8", {"smooth_k": False}),
-     ("sage_fp16", {"hadamard": True, "granularity": "per_block"})],
+    ("name", "precision", "changes"),
+    [("causal-more-queries", "sage_fp8", {"granularity": "per_thread"}),
+     ("lists-lens", "sage_fp16", {"hadamard": True, "granularity": "per_block"}),
+     ("gather-lens", "fp8", {"smooth_k": False})],
 )  # fmt: skip
 def test_queries_without_the_mean_of_their_tile(name, precision, changes):
     """Whole, partial and empty tiles; what the mean leaves out of the scores."""
