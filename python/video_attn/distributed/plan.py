@@ -143,7 +143,7 @@ def sequence_parallel_plan(
         width = count if kind == "ulysses" else 1
         if isinstance(ranks, tuple):
             width = ranks[1]
-        sent = _sent_by(job, places, width, rank, shape)
+        sent = _sent_by(kind, job, places, width, rank, shape)
         forward.append(sent[0])
         backward.append(sent[1])
         pairs.append(_pairs_of(job, places, width, rank, shape))
@@ -157,7 +157,7 @@ def _default_kv(job: Job, shards: Shards, ranks: int) -> Shards:
 
 
 def _sent_by(
-    job: Job, places: Placements, width: int, rank: int, shape: _Shape
+    kind: str, job: Job, places: Placements, width: int, rank: int, shape: _Shape
 ) -> tuple[Counter[str], Counter[str]]:
     """(forward, backward) bytes of a rank of rows of ``width`` ranks."""
     forward: Counter[str] = Counter()
@@ -166,7 +166,7 @@ def _sent_by(
     (q_in, q_between), (kv_in, kv_between) = (rows_of(p, width, row) for p in places)
     shares = share_heads(shape.q_heads, shape.kv_heads, width)
     if width > 1 or len(places[0].slots) == 1:
-        inside = places if width == len(places[0].slots) else (q_in, kv_in)
+        inside = places if kind == "ulysses" else (q_in, kv_in)
         _add_ulysses(forward, backward, inside, member, shape)
     if width < len(places[0].slots):
         share = shares[member]
