@@ -39,12 +39,13 @@ CODE_VARIANTS = (
     *VARIANTS[:-1],
     "per_thread",
     "fp16_sums",
-)  # the last two are "lens" with an option
+    "smooth_q",
+)  # the last three are "lens" with an option
 POOL_KERNELS = (
     *("block_mean", "block_mean_backward", "select_top_k", "step_lists"),
     *("block_means", "block_scores", "add_coarse"),
 )
-QUANTIZERS = ("channel_statistics", "quantize_tokens", "quantize_channels")
+QUANTIZERS = ("channel_statistics", "quantize_tokens", "quantize_channels", "score_shift")
 
 
 class Case(NamedTuple):
@@ -57,7 +58,7 @@ class Case(NamedTuple):
         variant: of the mask: "steps" (slots that are steps), "lens" (with valid lengths), "gather"
             (slots of 100 tokens), "dense", "causal"; "odd" is "lens" with a padded head
             dim; "offset" too, but the tensors are not read in vectors, and the head dim of v is 16.
-            For codes also "per_thread", the scales with most groups, and "fp16_sums".
+            For codes also "per_thread", the scales with most groups, "fp16_sums" and "smooth_q".
     """
 
     arch: str
@@ -118,6 +119,7 @@ def _quantized(case: Case, q: Tensor, mask: BlockMask | None) -> tuple[Any, list
         granularity="per_thread" if case.variant == "per_thread" else "per_warp",
         pv_accumulation="fp16+fp32" if case.variant == "fp16_sums" else "fp32",
         smooth_v=case.variant == "odd",
+        smooth_q=case.variant == "smooth_q" or case.kernel == "score_shift",
     )
     fp8 = fp8_dtype(case.arch)
     return quantize_launches(
@@ -234,7 +236,7 @@ def cover() -> Iterator[Case]:
                 yield Case(arch, kernel, 2, 128, GRAINS[1], variant)
         for variant in ("steps", "odd"):
             yield Case(arch, "forward", 2, 128, GRAINS[1], variant)
-    for variant in ("causal", "per_thread"):
+    for variant in ("causal", "per_thread", "smooth_q"):
         yield Case("sm_90", "sage_fp8", 1, 128, GRAINS[1], variant)
     yield Case("sm_80", "sage_fp16", 1, 128, GRAINS[1], "fp16_sums")
     yield Case("sm_90", "sage_fp16", 1, 128, GRAINS[1], "fp16_sums")
