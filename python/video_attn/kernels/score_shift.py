@@ -11,13 +11,14 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from ..quantize import LOG2E, TILE
+from ..quantize import LOG2E
 from .codes import Codes, padded_codes
 from .launch import Launch, Side, columns, lens_args, named_strides, vector_length, wide_rows
 from .quantize_parts import channel_mean
 from .tiles import head_rows, load_tile, own_tile, product, program_part, sized_jit, tile_rows
 
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+# Keys, and means, of a product in fp32, whose operands wait in registers: 64 of both spilled 6 KB.
+_ROWS = 16
 
 
 @sized_jit
@@ -60,12 +61,12 @@ def score_shift_launch(
     assert codes.score_shift is not None
     batch, heads, q_tiles, _ = codes.score_shift.shape
     vec, dim = vector_length(k), padded_codes(k.shape[3])
-    rows = TILE if dim <= 128 else TILE // 2  # of keys, and of means: 64 KB of fp32 numbers
-    tiles = kv_side.tiles(rows)
+    tiles = kv_side.tiles(_ROWS)
     args = named_strides("k", k, "bhs", vec) | lens_args("lens", kv_side.lens) | of_k
     args |= {"VEC": vec, "D": columns(k.shape[3], dim, vec), "BD": dim, "HQ": heads}
-    args |= {"G": heads // k.shape[1], "SLOT": kv_side.slot, "BM": rows, "BT": rows}
+    args |= {"G": heads // k.shape[1], "SLOT": kv_side.slot, "BM": _ROWS, "BT": _ROWS}
     args |= {"length": kv_side.length, "n_tiles": tiles, "n_q_tiles": q_tiles}
     args |= {"q_means": codes.q_means, "shift": codes.score_shift, "scale_log2": scale * LOG2E}
-    args |= {"SMOOTH": codes.options.smooth_k, "WIDE": wide_rows(rows, args)}
-    return Launch(score_shift_kernel, batch * heads * tiles, args, _OPTIONS)
+    args |= {"SMOOTH": codes.options.smooth_k, "WIDE": wide_rows(_ROWS, args)}
+    options = {"num_warps": 4 if dim <= 128 else 8, "num_stages": 1}
+    return Launch(score_shift_kernel, batch * heads * tiles, args, options)
