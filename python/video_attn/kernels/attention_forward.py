@@ -136,13 +136,14 @@ def attention_fwd_kernel(
             Q_SCALE_SLOT, Q_GROUPS,
         )  # fmt: skip
         p_k_scale = k_scale + i_head * n_k_groups
-        p_shift = score_shift
-        if score_shift is not None:  # own rows are of one tile
+        SHIFTED: tl.constexpr = score_shift is not None
+        p_shift = p_k_scale  # not read: compiled code has no None among the values of a tuple
+        if SHIFTED:  # own rows are of one tile
             i_q_tile = scale_group(start, Q_SCALE_SLOT, (1, 1, 1))
-            p_shift += ((i_b * HQ + i_h) * n_q_tiles + i_q_tile) * kv_len
+            p_shift = score_shift + ((i_b * HQ + i_h) * n_q_tiles + i_q_tile) * kv_len
         b_m, b_l, b_acc = walk(
             quantized_step, state, (given, b_factor, p_k_scale, p_shift),
-            (VEC_V, IS_CAUSAL, K_SCALE_SLOT, K_GROUPS, MODE, P_EXPONENT, FP16_SUMS),
+            (VEC_V, IS_CAUSAL, K_SCALE_SLOT, K_GROUPS, MODE, P_EXPONENT, FP16_SUMS, SHIFTED),
             steps, n_valid, p_list, kv_len, p_kv_lens, KV_SLOT, BN, MODE, HAS_PARTIAL, WIDE,
         )  # fmt: skip
     else:

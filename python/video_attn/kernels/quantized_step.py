@@ -28,13 +28,14 @@ def quantized_step(state, rows, given, OPTIONS: tl.constexpr, MASKED: tl.constex
     MODE: tl.constexpr = OPTIONS[4]
     P_EXPONENT: tl.constexpr = OPTIONS[5]
     FP16_SUMS: tl.constexpr = OPTIONS[6]
+    SHIFTED: tl.constexpr = OPTIONS[7]
     # Rows of K, and of an fp16 V, follow one another: strides that the compiler knows.
     b_k = load_tile(p_k, start_n, o_n, m_n, o_d, o_d.shape[0], None, 1, MASKED)  # [BN, BD]
     k_scales = key_scales(p_k_scale, start_n, o_n, m_n, K_SCALE_SLOT, K_GROUPS, MODE, MASKED)
     b_s = quantized_scores(b_q, b_k)
     m_s = seen_keys(start_n, o_n, m_n, last_key, MASKED and IS_CAUSAL)
-    b_shift = p_shift
-    if p_shift is not None:
+    b_shift = None
+    if SHIFTED:
         b_shift = tl.load(p_shift + start_n + o_n, mask=m_n, other=0.0)  # [BN]
     b_p, b_m, b_l, b_alpha = online_softmax_scaled(
         b_s, b_factor, k_scales, b_shift, m_s, b_m, b_l, P_EXPONENT, MASKED
