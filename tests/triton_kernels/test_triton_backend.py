@@ -19,6 +19,7 @@ from video_attn import BlockMask, attention
 from video_attn.backends import triton as triton_backend
 from video_attn.backends.triton import backward_launches, forward_launches
 from video_attn.kernels import launch_tables
+from video_attn.kernels import launch_tables_nvidia as nvidia
 from video_attn.kernels.launch import Lists, Saved, Side, padded, run_launches, wide_rows
 from video_attn.kernels.launch_tables import LaunchRow
 from video_attn.registry import Problem, why_not
@@ -254,6 +255,15 @@ def test_tables_are_complete():
                 assert {row.own, row.step} <= {16, 32, 64, 128}, (name, key, row)
                 assert max(row.own, row.step) <= grain, (name, key, row)
                 assert row.num_warps in (1, 2, 4, 8) and 1 <= row.num_stages <= 4, (name, key, row)
+
+
+def test_tensor_cores_multiply_fp32_where_the_table_of_products_says():
+    for name, table in launch_tables.TABLES.items():
+        for (kernel, itemsize, head_dim), rows in table.items():
+            products = nvidia.FP32_PRODUCTS.get(name, {}).get(head_dim, "ieee")
+            expected = products if itemsize == 4 else "ieee"
+            assert {row.products for row in rows} == {expected}, (name, kernel, head_dim)
+    assert launch_tables.TABLES["sm_90"]["forward", 4, 128][0].products == "bf16x6"
 
 
 def test_vendor_options_stay_with_their_vendor():

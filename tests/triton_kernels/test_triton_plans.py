@@ -26,8 +26,10 @@ import torch
 
 from video_attn import BlockMask
 from video_attn.backends import triton as backend
+from video_attn.backends.triton_blocks import BLOCK_OPS
 from video_attn.calls import BackwardCall, ForwardCall
 from video_attn.kernels import plans
+from video_attn.kernels.launch import Side
 from video_attn.quantize import QuantizationOptions
 
 fake_gpu.install()
@@ -93,6 +95,14 @@ for other in (
     made = len(plans._plans)
     backend._forward(other)
     assert len(plans._plans) == made + 1, other
+
+# Likewise for the coarse branch: the number that weighs it.
+side = Side(64, n, None)
+out, coarse = fake_gpu.tensor(1, 2, n, d), fake_gpu.tensor(1, 2, n // 64, d)
+for gate in (0.3, 0.7):
+    made = len(plans._plans)
+    BLOCK_OPS.add_coarse(out, coarse, gate, side)
+    assert len(plans._plans) == made + 1, gate
 
 # A mask whose lists are copied before the launch has no plan that would read the copy later.
 strided = BlockMask(
