@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from video_attn import BlockMask, attention, registry, seen_calls, use_backend
 from video_attn.calls import ForwardCall
 from video_attn.quantize import QuantizationOptions
-from video_attn.registry import Backend
+from video_attn.registry import Backend, Problem
 
 checks = sys.modules["video_attn.attention"]  # the package has a function of that name
 B, H, S, D, BLOCK = 1, 2, 48, 16, 16
@@ -32,11 +32,15 @@ def tensors(*shape: int, heads: int = H) -> tuple[Tensor, Tensor, Tensor]:
     return q, k[:, :heads], v[:, :heads]
 
 
-def mask_of(seed: int = 0, batch: int = 1, heads: int = 1, lens: bool = False) -> BlockMask:
+def mask_of(
+    seed: int = 0, batch: int = 1, heads: int = 1, lens: bool = False, block: int = BLOCK,
+    kv_len: int = S,
+) -> BlockMask:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(batch, heads, 3, 3, generator=generator) < 0.6
     valid = torch.randint(1, BLOCK, (1, 3), generator=generator, dtype=torch.int32)
-    return BlockMask.from_dense(keep, BLOCK, BLOCK, *[valid if lens else None] * 2)
+    lengths = [valid if lens else None] * 2
+    return BlockMask.from_dense(keep, block, block, *lengths, q_len=S, kv_len=kv_len)
 
 
 @pytest.fixture
@@ -116,6 +120,7 @@ WRONG: dict[str, Callable[..., object]] = {
     "causal mask": lambda q, k, v: attention(q, k, v, mask_of(), is_causal=True),
     "heads of a mask": lambda q, k, v: attention(q, k, v, mask_of(heads=3)),
     "batch of a mask": lambda q, k, v: attention(q, k, v, mask_of(batch=2)),
+    "tokens of a mask": lambda q, k, v: attention(q, k, v, mask_of(kv_len=S - 1)),
     "length of a mask": lambda q, k, v: attention(q, k[:, :, :-1], v[:, :, :-1], mask_of()),
 }
 
@@ -209,7 +214,10 @@ def test_the_choice_of_a_backend_is_made_anew_where_it_must_be(monkeypatch):
             out, lse = call.empty_results()
             return out.zero_(), lse.zero_()
 
-        return Backend(name, priority, lambda: None, lambda problem: None, forward)
+        def supports(problem: Problem) -> str | None:
+            return "too large" if name == "fast" and problem.kv_block_size == 20 else None
+
+        return Backend(name, priority, lambda: None, supports, forward)
 
     rows = {x.name: x for x in (backend("slow", 1), backend("fast", 2))}
     monkeypatch.setattr(registry, "_backends", rows)
@@ -225,11 +233,25 @@ def test_the_choice_of_a_backend_is_made_anew_where_it_must_be(monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setenv("VIDEO_ATTN_BACKEND", "slow")
                 attention(*given)
+            for block in (BLOCK, 20):  # as many blocks of either
+                attention(*given, mask_of(block=block))
         registry.register(backend("faster", 3))
         attention(*given)
     finally:
         registry.forget_choices()
-    assert ran == ["fast", "slow", "slow", "fast", "slow"] * 2 + ["faster"]
+    assert ran == ["fast", "slow", "slow", "fast", "slow", "fast", "slow"] * 2 + ["faster"]
+
+
+@pytest.mark.gpu
+def test_devices_are_a_part_of_the_signature(gpu):
+    here, there = tensors(), [x.to(gpu) for x in tensors()]
+    for given in (there, here, there):
+        assert attention(*given).device == given[0].device
+    attention(*there, mask_of().to(gpu))
+    with pytest.raises(ValueError, match="k must be on the device of q"):
+        attention(there[0], here[1], there[2])
+    with pytest.raises(ValueError, match="mask is on cpu"):
+        attention(*there, mask_of())
 
 
 # -- what is kept ----------------------------------------------------------------------------------
