@@ -10,7 +10,9 @@ time; elsewhere, and for sums of P V in fp16, the one of ``mma.sync``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -81,7 +83,8 @@ def allocate_codes(
     v_is_half = precision == "sage_fp16"
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
+        # With strides it takes half the time of torch.empty, and a call needs nine of these.
+        return q.new_empty_strided(shape, _strides(shape), dtype=dtype)
 
     return SageCodes(
         q=empty(batch, heads, q_tiles, TILE, dim, dtype=qk_dtype),
@@ -100,6 +103,12 @@ def allocate_codes(
     )
 
 
+@lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def quantize(call: ForwardCall, places: Tensor | None = None) -> SageCodes:
     """Codes and scales of the call's q, k, v [B, H, S, D]; the mask gives the valid lengths.
 
@@ -109,7 +118,7 @@ def quantize(call: ForwardCall, places: Tensor | None = None) -> SageCodes:
     """
     options = call.quantization or QuantizationOptions()
     codes = allocate_codes(call.q, call.k, call.v, call.precision, options, places)
-    workspace = torch.empty(_workspace_floats(codes), dtype=torch.float32, device=call.q.device)
+    workspace = call.q.new_empty_strided((_workspace_floats(codes),), (1,), dtype=torch.float32)
     limit = v_limit(call.precision, options.pv_accumulation, torch.float8_e4m3fn)
     slots = mask_arguments(call.mask).slots
     torch.ops.video_attn.sage_quantize(
@@ -220,7 +229,9 @@ def attend(
     if places is not None:
         tokens = kv_len = places.shape[0]
     out = empty_like_heads(call.q, call.v.shape[3])
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
+    lse = out.new_empty_strided(
+        (batch, heads, tokens), (heads * tokens, tokens, 1), dtype=torch.float32
+    )
     mask = mask_arguments(call.mask)
     half_sums = call.quantization is not None and call.quantization.pv_accumulation != "fp32"
     torch.ops.video_attn.sage_attention(
