@@ -22,16 +22,13 @@ PER_HEAD = BlockMask.from_dense(
     torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)) < 0.3, 16, 16
 )
 TEXT = VideoTokens((8, 4, 4), text_length=9)
-# All that a rank needs of another: the first rows see the one valid token of the last block.
-ONE_TOKEN = BlockMask.from_dense(
-    (torch.eye(8) + torch.eye(8).roll(7, 1).triu(7)).bool()[None, None], 16, 16,
-    kv_block_lens=torch.tensor([[16] * 7 + [1]], dtype=torch.int32),
-)  # fmt: skip
+ONE_TOKEN = BlockMask.from_dense(torch.eye(8, dtype=torch.bool)[None, None], 16, 16)
 CASES: dict[str, tuple[Any, int, Shards, dict[str, Any]]] = {
     "window": (WINDOW, 1, Shards.even(128, RANKS), {}),
     "window-uneven": (WINDOW, 2, Shards.of_lengths((10, 70, 0, 48)), {}),
     "window-striped": (WINDOW, 1, striped_shards(WINDOW, RANKS), {}),
-    "one-token": (ONE_TOKEN, 1, Shards.even(128, RANKS), {}),
+    # The last token of the second block is all that a rank needs of another.
+    "one-token": (ONE_TOKEN, 1, Shards.of_lengths((31, 33, 32, 32)), {}),
     "per-head": (PER_HEAD, 2, Shards.even(128, RANKS), {}),
     "text": (
         SlidingTile((3, 1, 1), (1, 4, 4)), 1, Shards.even(128, RANKS).with_text(9),
