@@ -85,6 +85,8 @@ def mistakes(result: dict) -> list[str]:
     allowed_spills = 64 if codes and kernel != "sage_fp16" else 0
     if codes and variant == "gather":
         allowed_spills = 256
+    if kernel == "select_top_k":  # four registers, of rows longer than a model's, on sm_86
+        allowed_spills = 16
     if arch == "sm_90":
         # Chosen by time on a card, where Triton 3.6 spills 8 bytes of them at most; 3.9, whose
         # kernels have not been timed, spills up to 136. The tuner's limit, FEW_SPILLS, is 128.
