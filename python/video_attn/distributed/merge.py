@@ -20,6 +20,15 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
     return wide.addcmul_(part, added), both
 
 
+def merge_all(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the keys of all parts, out [B, H, parts, S, Dv] and lse [B, H, parts, S]; in
+    the dtypes given.
+    """
+    whole = lse.logsumexp(2)
+    weights = (lse - whole.masked_fill(whole == -torch.inf, 0)[:, :, None]).exp_()
+    return (out * weights[..., None]).sum(2).to(out.dtype), whole
+
+
 class Accumulator:
     """Partial results of the same rows [B, H, S, Dv], added up in the order they come."""
 

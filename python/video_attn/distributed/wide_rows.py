@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .merge import Accumulator, nothing_seen
+from .merge import Accumulator, merge_all, nothing_seen
 from .ring_plan import WIDE_PARTS, WideRows
 from .team import Pending, as_bytes, start_exchange
 from .ulysses import Heads
@@ -99,11 +99,8 @@ class WideForward(_Wide):
             self._found.append(nothing_seen(like, q.shape[2], lse_dtype))
         else:
             parts = self.call.options.attend(_for_parts(q), k, v, rows.mask)
-            merged = Accumulator()
-            for out, lse in zip(*(x.chunk(WIDE_PARTS, 2) for x in parts), strict=True):
-                merged.add(out, lse)
-            assert merged.out is not None and merged.lse is not None
-            self._found.append((merged.out.to(q.dtype), merged.lse))
+            out, lse = (x.unflatten(2, (WIDE_PARTS, -1)) for x in parts)
+            self._found.append(merge_all(out, lse))
 
     def finish(self, out: Tensor, lse: Tensor) -> None:
         """Writes what all ranks found for this rank's wide rows."""
