@@ -22,7 +22,7 @@ from torch import Tensor
 from .checks import as_int, check_bool, check_int
 from .open_sizes import is_open
 from .static_cache import canonical_device, static_cache
-from .token_moves import move_tokens
+from .token_moves import clear_holes, move_tokens
 
 Triple = tuple[int, int, int]
 LayoutKey = tuple[Triple, Triple, int, bool]
@@ -196,6 +196,17 @@ class VideoLayout:
             return x
         slots, inverse = _slot_permutations(self.key, x.device)
         return move_tokens(x, dim, slots, inverse, None, self._holes(inverse))
+
+    def clear_padding(self, x: Tensor, dim: int = -2) -> None:
+        """Zeros, in place, into the padding of ``x`` [.., padded_length, D], in padded tile order.
+
+        No result depends on what padding holds, but queries of any values at all cost time: their
+        maxima may leap at every step (docs/hopper_notes.md).
+        """
+        self._check_length(x, dim, self.padded_length, "x")
+        holes = self._holes(_permutations(self.key, x.device)[0])
+        if holes is not None:
+            clear_holes(x, dim, holes)
 
     def _holes(self, index: Tensor) -> Tensor | None:
         """Padded positions without a token, where ``index`` is negative; None: there are none.

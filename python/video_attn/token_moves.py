@@ -104,10 +104,16 @@ def _take(x: Tensor, dim: int, index: Tensor, holes: Tensor | None) -> Tensor:
     if not torch.compiler.is_compiling() and is_plain(x) and dim not in (-1, x.dim() - 1):
         (words,) = as_words(x)
     out = words.index_select(dim, index if holes is None else index.clamp_min(0))
-    if holes is not None and holes.dtype == torch.bool:
+    if holes is not None:
+        clear_holes(out, dim, holes)
+    return out if words is x else out.view(x.dtype)
+
+
+def clear_holes(x: Tensor, dim: int, holes: Tensor) -> None:
+    """Zeros into the ``holes`` of ``x``: positions, or a mask of all of them."""
+    if holes.dtype == torch.bool:
         shape = [1] * x.dim()
         shape[dim] = -1
-        out.masked_fill_(holes.view(shape), 0)
-    elif holes is not None:  # a pass over these rows alone
-        out.index_fill_(dim, holes, 0)
-    return out if words is x else out.view(x.dtype)
+        x.masked_fill_(holes.view(shape), 0)
+    else:  # a pass over these rows alone
+        x.index_fill_(dim, holes, 0)

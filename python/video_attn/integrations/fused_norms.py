@@ -164,7 +164,7 @@ def finish(
         video: the layout whose padded tile order the results have; None: the order of ``query``.
 
     Returns:
-        q, k, v [B, S or padded_length, H, D]. Padding is not written.
+        q, k, v [B, S or padded_length, H, D]. Padding is zero in q and not written in k and v.
     """
     look_at_chips()
     if not _fits(query, key, value, deferred):  # a projection of another dtype, say
@@ -182,6 +182,8 @@ def finish(
     }  # fmt: skip
     launch = norm_rotate(tensors, split=deferred.split, q_eps=deferred.q_eps, k_eps=deferred.k_eps)
     run_launches([launch], query.device)
+    if video is not None:
+        video.clear_padding(out[0], 1)
     return out[0], out[1], out[2]
 
 
