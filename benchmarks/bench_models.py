@@ -6,8 +6,7 @@
     python benchmarks/bench_models.py --all                 # all models
     python benchmarks/bench_models.py --all --small         # a CPU: is everything there?
 
-On an H200, nine variants of a model took 49 to 108 s, a third of it torch.compile; the fifteen of
-today should take 60 to 120 s, and all models some six minutes: that was not measured.
+On an H200, Wan took 92 s, half of it torch.compile; the others 20 to 45 s with ``--no-compile``.
 ``--no-fuse-norms`` measures what ``apply(fuse_norms=True)`` is worth.
 
 The time is that of one call of the transformer. Two errors are kept, relative L2 both:
