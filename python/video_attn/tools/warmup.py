@@ -215,6 +215,9 @@ def _block_launches(job: Job, k: Tensor, mask: BlockMask | None) -> list[Launch]
         ),
         block_rank.block_means((k, k, k), (mean, mean, mean), side, side),
         block_rank.block_scores((mean, mean, mean), scores, mean, mask.kv_block_lens, 0.1),
+        # without the coarse part, as models take it that were not trained with one
+        block_rank.block_means((k, k, None), (mean, mean, None), side, side),
+        block_rank.block_scores((mean, mean, None), scores, None, mask.kv_block_lens, 0.1),
         block_rank.add_coarse(k, mean, 1.0, side),
     ]
 
