@@ -12,6 +12,7 @@ import math
 import oracle
 import pytest
 import torch
+from machine import ON_A_GPU_TOO
 from quantized_cases import ERROR_BOUND, check, relative_error, tokens_of
 from torch import Tensor
 from triton_codes import DEVICE, FP8, SCALE, inputs_of, plan_of, problem, qkv, quantized
@@ -26,6 +27,8 @@ from video_attn.kernels.launch_tables import LaunchRow
 from video_attn.quantize import GRANULARITIES, QUANTIZED_PRECISIONS, QuantizationOptions
 from video_attn.quantized_reference import TilePlan, attend
 from video_attn.registry import Problem
+
+pytestmark = ON_A_GPU_TOO
 
 PROBLEMS = [
     "dense", "causal", "causal-more-queries", "one-key", "63-keys", "64-keys", "65-keys", "lists",

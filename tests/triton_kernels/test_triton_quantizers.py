@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from machine import ON_A_GPU_TOO
 from quantized_cases import ERROR_BOUND, check, tokens_of
 from torch import Tensor
 from triton_codes import FP8, SCALE, inputs_of, plan_of, problem, qkv, quantized
@@ -16,6 +17,8 @@ from video_attn.quantize import (
     QuantizationOptions,
     quantize_inputs,
 )
+
+pytestmark = ON_A_GPU_TOO
 
 
 def check_codes(got: Tensor, expected: Tensor) -> None:
