@@ -49,6 +49,19 @@ def test_orders_and_slots(layout):
 
 @some
 @given(layouts)
+def test_padding_is_cleared_and_nothing_else(layout):
+    padded = torch.tensor(padded_positions(layout))
+    assert torch.equal(layout.tile_places(), padded.int())
+    x = torch.full((2, len(padded), 3), torch.nan)
+    x[:, padded >= 0] = 1
+    layout.clear_padding(x)
+    assert torch.equal(x, (padded >= 0).float()[:, None].expand_as(x))
+    with pytest.raises(ValueError, match="padded_length"):
+        layout.clear_padding(torch.zeros(2, len(padded) + 1, 3))
+
+
+@some
+@given(layouts)
 def test_sizes_and_lens(layout):
     volume = layout.tile_volume
     padded = padded_positions(layout)

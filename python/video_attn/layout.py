@@ -202,8 +202,11 @@ class VideoLayout:
 
         No result depends on what padding holds, but queries of any values at all cost time: their
         maxima may leap at every step (docs/hopper_notes.md).
+
+        Raises:
+            ValueError: ``x`` does not have ``padded_length`` tokens on ``dim``.
         """
-        self._check_length(x, dim, self.padded_length, "x")
+        self._check_length(x, dim, self.padded_length, "padded_length")
         holes = self._holes(_permutations(self.key, x.device)[0])
         if holes is not None:
             clear_holes(x, dim, holes)
